@@ -1,0 +1,282 @@
+"""Every hyperparameter, once.
+
+A field is declared once, below: its default is what you get, the comment beside it is its `--help` text, and both ways
+of changing it are the same thing:
+
+    edit the default in this file            learning_rate: float = 6e-4
+    or give the flag                         python train.py --learning-rate 6e-4
+
+A preset is a named set of other defaults for the same fields (`PRESETS`). Flags win over the preset, the preset over
+the defaults. Nothing is ever changed after it was made (the dataclasses are frozen): what follows from other values is
+computed by a property or a method.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """A foreseen problem (a mistake, a disk, a network, damaged data): its text says in one line what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What several commands share
+
+
+@dataclass(frozen=True)
+class Preset:
+    preset: Literal["wikipedia", "wikipedia-150m", "demo"] = "wikipedia"  # a named set of defaults for all fields
+
+
+@dataclass(frozen=True)
+class DataDir(Preset):
+    data_dir: str = "data/wikipedia"  # folder of token shards: prepare_data.py writes it, train.py reads it
+
+
+@dataclass(frozen=True)
+class Compute(Preset):
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one, else mps, else cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the arithmetic; auto: the fastest safe one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 6  # transformer blocks
+    n_head: int = 6  # attention heads in a block; must divide n_embd
+    n_embd: int = 384  # embedding dimensions, the width of the residual stream
+    n_inner: int = 1536  # feed-forward dimensions (GPT-2: 4 times n_embd)
+    block_size: int = 256  # context: the most tokens that the model sees at once
+    vocab_size: tyro.conf.Fixed[int] = 50257  # the tokenizer's; train.py takes it from the data's meta.json
+    dropout: float = 0.0  # probability; 0 is best under one epoch, 0.1 or 0.2 where the data is seen many times
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"--n-head {self.n_head}: must divide --n-embd {self.n_embd} (each head gets an equal share)",
+        )
+        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: must be at least 0 and below 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to 64, which matrix units like. The model's own business."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python prepare_data.py
+
+
+@dataclass(frozen=True)
+class PrepareConfig(DataDir):
+    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob
+    language: str = "en"  # of --source wikipedia: en, simple, de, ...
+    dump: str = "20231101"  # of --source wikipedia: the date of the dump
+    revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
+    val_fraction: float | None = None  # share of articles held out; None: 0.005, of the sample 0.1
+    shard_tokens: int = 100_000_000  # tokens in a shard file (2 bytes each)
+    max_tokens: int | None = None  # stop after about so many tokens, at the end of an article; None: take all
+    workers: int | None = None  # tokenizing processes; None: one for each CPU core
+    overwrite: bool = False  # delete the shards in data_dir and start again
+
+    def __post_init__(self):
+        require(self.source != "", "--source: is empty; give wikipedia, sample, or a file, folder or glob")
+        require(
+            self.val_fraction is None or 0 < self.val_fraction < 1,
+            f"--val-fraction {self.val_fraction}: must lie between 0 and 1",
+        )
+        for name in ("shard_tokens", "max_tokens", "workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+    @property
+    def held_out(self) -> float:
+        """The validation share in force: the embedded sample is so small that it needs a larger one."""
+        return self.val_fraction if self.val_fraction is not None else 0.1 if self.source == "sample" else 0.005
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python train.py
+
+
+@dataclass(frozen=True)
+class TrainConfig(Compute, DataDir):
+    out_dir: str = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
+    resume: bool = False  # go on from out_dir/last.pt, with the same command otherwise
+    overwrite: bool = False  # delete the run in out_dir and start again
+
+    max_iters: int = 16_000  # iterations (optimizer steps) in the run
+    batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
+    tokens_per_iter: int = 65_536  # for all devices and micro-steps; accumulation steps follow from it
+    learning_rate: float = 1e-3  # the peak, reached when warm-up ends
+    min_lr: float = 1e-4  # the end of the cosine, reached at max_iters
+    warmup_iters: int = 500  # iterations of linear warm-up; a tenth of the run where that is less
+    weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorm
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+
+    log_interval: int = 10  # iterations between rows of metrics.jsonl
+    eval_interval: int = 500  # iterations between evaluations on the validation split
+    eval_tokens: int = 1_048_576  # validation tokens at an evaluation, at most: the same windows every time
+    checkpoint_interval: int = 250  # iterations between saves of last.pt (each evaluation saves it too)
+
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    seed: int = 1337  # of initial weights, dropout and batch order
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self):
+        for name in (
+            "max_iters", "batch_size", "tokens_per_iter", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        require(
+            self.min_lr <= self.learning_rate,
+            f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
+        )
+        require(
+            not (self.resume and self.overwrite), "--resume and --overwrite: give one of them (go on, or start again)"
+        )
+        require(
+            self.eval_tokens >= self.model.block_size,
+            f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
+        )
+        self.accumulation_steps(processes=1)
+
+    def accumulation_steps(self, processes: int) -> int:
+        """Micro-steps in an iteration, on each of so many processes. Raises ValueError where it is no whole number."""
+        micro_step = self.batch_size * self.model.block_size * processes
+        require(
+            self.tokens_per_iter % micro_step == 0,
+            f"--tokens-per-iter {self.tokens_per_iter:,}: must be a multiple of {micro_step:,}, what a micro-step holds "
+            f"(--batch-size {self.batch_size} x --block-size {self.model.block_size} tokens"
+            + (f" x {processes} processes)" if processes > 1 else ")"),
+        )
+        return self.tokens_per_iter // micro_step
+
+    @property
+    def warmup(self) -> int:
+        """Iterations of warm-up in force: at most a tenth of the run."""
+        return min(self.warmup_iters, self.max_iters // 10)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python generate.py
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Compute):
+    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+    prompt: str = ""  # the text to continue; empty: a new article, from end-of-text
+    max_new_tokens: int = 200  # tokens to generate, at most
+    temperature: float = 0.8  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
+    top_k: int | None = 200  # sample among the k likeliest tokens; None: all
+    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
+    num_samples: int = 1  # continuations of the prompt
+    seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
+    ignore_eot: bool = False  # go on behind the end of the article
+    stream: bool = True  # print text as it comes
+    json: bool = False  # print JSON lines, one a sample, not text
+
+    def __post_init__(self):
+        require(self.max_new_tokens >= 0, f"--max-new-tokens {self.max_new_tokens}: must be 0 or more")
+        require(
+            0 <= self.temperature < math.inf,
+            f"--temperature {self.temperature}: must be 0 (always the likeliest token) or more, and finite",
+        )
+        require(self.top_k is None or self.top_k >= 1, f"--top-k {self.top_k}: must be at least 1 (None: all tokens)")
+        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1 (1: all tokens)")
+        require(self.num_samples >= 1, f"--num-samples {self.num_samples}: must be at least 1")
+        require(self.seed is None or self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Presets: each a set of other defaults for the fields above; a command takes those that it has
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The defaults above: 30.0 million parameters, 1.05 billion tokens, an evening on one RTX 4090 class GPU.
+    "wikipedia": {},
+    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; fits 24 GB.
+    "wikipedia-150m": {
+        "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
+        "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4, "min_lr": 6e-5,
+        "out_dir": "checkpoints/wikipedia-150m", "checkpoint": "checkpoints/wikipedia-150m/best.pt",
+    },
+    # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
+    "demo": {
+        "source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
+        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 2_000, "warmup_iters": 100,
+        "learning_rate": 2e-3, "min_lr": 2e-4, "eval_interval": 250, "eval_tokens": 32_768,
+        "out_dir": "checkpoints/demo", "checkpoint": "checkpoints/demo/best.pt",
+    },
+}  # fmt: skip
+
+
+def with_preset(cls: Callable[..., C], preset: str) -> C:
+    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields."""
+    values = {f.name: PRESETS[preset][f.name] for f in dataclasses.fields(cls) if f.name in PRESETS[preset]}
+    for f in dataclasses.fields(cls):
+        if f.name == "model":
+            values["model"] = with_preset(ModelConfig, preset)
+        elif f.name == "preset":
+            values["preset"] = preset
+    return cls(**values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(cls: Callable[..., C], description: str, args: Sequence[str] | None = None) -> C:
+    """A configuration from the command line. A wrong flag or value ends in a message on stderr and exit status 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    # The preset decides the defaults that --help shows, so it is looked for first; tyro judges it with all the rest.
+    preset = "wikipedia"
+    for i, arg in enumerate(args):
+        if arg == "--preset":
+            preset = args[i + 1] if i + 1 < len(args) else preset
+        elif arg.startswith("--preset="):
+            preset = arg.removeprefix("--preset=")
+    return tyro.cli(
+        cls,
+        args=args,
+        description=description,
+        default=with_preset(cls, preset if preset in PRESETS else "wikipedia"),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command: a foreseen problem ends in one line on stderr and exit status 2. Only a bug shows a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,35 @@
+"""What the tests share: running the scripts as a user does, and the two things that only some machines have."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ,
+    reason="needs the GPT-2 vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it",
+)
+needs_wikipedia = pytest.mark.skipif(
+    "WIKIPEDIA_SAMPLE_DIR" not in os.environ,
+    reason="needs real Wikipedia text: set WIKIPEDIA_SAMPLE_DIR to a folder of its parquet files",
+)
+
+
+def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGS` in the repository's root, as a user types it; stdout and stderr are kept as text."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """A foreseen problem: exit status 2, a short message on stderr with these words, no traceback."""
+    assert result.returncode == 2, f"exit status {result.returncode}\n{result.stderr}"
+    assert "Traceback" not in result.stderr, result.stderr
+    assert 0 < len(result.stderr.strip().splitlines()) <= 12, result.stderr
+    unboxed = " ".join(result.stderr.replace("│", " ").split())  # tyro breaks lines inside a box
+    for word in words:
+        assert word in unboxed, f"{word!r} is not in:\n{result.stderr}"
