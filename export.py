@@ -212,8 +212,8 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
 def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
     """README.md of the exported model: what it is and what it was made of, as far as the checkpoint says so.
 
-    A checkpoint may carry `data`, which is what its data's meta.json says, less the shards. Without it the card says
-    that the text is not known, instead of guessing.
+    A checkpoint may carry `data`, what meta.json says of the text (source, train_tokens, train_bytes, val_tokens,
+    val_bytes). Without it the card says that the text is not known, instead of guessing.
     """
     c, data, count = model.config, saved.get("data"), model.num_parameters()
     rows = {
@@ -230,15 +230,15 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
     }
     header, licence = {"library_name": "transformers", "pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
     if data:
-        source, train, val = data["source"], data["splits"]["train"], data["splits"]["val"]
-        rows["training text"] = (
-            ", ".join(f"{key} `{value}`" for key, value in source.items())
-            + f": {train['articles']:,} articles, {train['tokens']:,} tokens"
+        source = data["source"]
+        rows["training text"] = f"{data['train_tokens']:,} tokens, {data['train_bytes']:,} bytes; source: " + ", ".join(
+            f"{key} `{value}`" for key, value in source.items()
         )
-        rows["bits per byte"] = f"{saved['val_loss'] / math.log(2) * val['tokens'] / val['bytes']:.4f} of UTF-8 text"
-        licence = LICENCES.get(source["name"], LICENCE_UNKNOWN)
-        if source["name"] == "wikipedia":
-            header |= {"datasets": "wikimedia/wikipedia", "language": source["language"]}
+        bits = saved["val_loss"] / math.log(2) * data["val_tokens"] / data["val_bytes"]
+        rows["bits per byte"] = f"{bits:.4f} of validation text"
+        licence = LICENCES.get(source["kind"], LICENCE_UNKNOWN)
+        if source["kind"] == "hub":
+            header |= {"datasets": source["repository"], "language": source["config"].rpartition(".")[2]}
     return CARD.format(
         header="\n".join(f"{key}: {value}" for key, value in header.items()),
         name=name,
@@ -249,7 +249,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
 
 
 LICENCES = {
-    "wikipedia": "The training text is Wikipedia's, by its many authors, under CC BY-SA 4.0 (edits until mid-2023: "
+    "hub": "The training text is Wikipedia's, by its many authors, under CC BY-SA 4.0 (edits until mid-2023: "
     "CC BY-SA 3.0 and GFDL). Whether that reaches the weights of a model is not settled, so this card names no licence "
     "for them: choose one, and credit Wikipedia, before publishing them.",
     "sample": "The training text was written for the Wikipedia Transformer (it is no Wikipedia text) and is under the "
