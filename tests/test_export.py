@@ -31,6 +31,15 @@ PROMPT = "The best thing is"
 # What the tests share
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models here are tiny: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def save_checkpoint(path: Path, tokenizer: str, **more) -> GPT:
     """A small model with weights large enough that its logits differ clearly, saved as train.py saves its best one."""
     torch.manual_seed(1)
@@ -102,7 +111,12 @@ def exported(request, tmp_path_factory) -> tuple[str, GPT, Path]:
 def plain_python(script: str, folder: Path, *args) -> subprocess.CompletedProcess:
     """Run Python away from this project, such that none of its modules can be imported, and without a network."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"), "PYTHONUTF8": "1"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf-home"),
+        "PYTHONUTF8": "1",
+    }
     command = [sys.executable, "-c", script, *map(str, args)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
