@@ -225,7 +225,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         "training text": "not recorded in the checkpoint",
         "iterations": f"{saved['iter']:,}",
         "tokens seen in training": f"{saved['tokens']:,}",
-        "validation loss": f"{saved['val_loss']:.4f} nats per token",
+        "validation loss": f"{saved['val_loss']:.4f} nats per token, at the latest evaluation",
         "perplexity": f"{math.exp(saved['val_loss']):.2f} per token",
     }
     header, licence = {"library_name": "transformers", "pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
@@ -277,7 +277,7 @@ it follows no instructions, and states falsehoods as fluently as facts.
 | --- | --- |
 {rows}
 
-The losses are means over held-out articles.
+Loss, perplexity and bits per byte are means over held-out text.
 
 ## Licence of the training text
 
@@ -293,8 +293,11 @@ print(generate("The best thing is", max_new_tokens=100)[0]["generated_text"])
 
 `transformers` takes `<|endoftext|>` in a text for the end of an article; with `split_special_tokens=True` its tokenizer
 takes it literally, as in training.""",
-    "gguf": """```sh
-llama-cli -m {name}/model.gguf -no-cnv -p "The best thing is" -n 100
+    "gguf": """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```sh
+llama-server -m {name}/model.gguf
+curl http://127.0.0.1:8080/v1/completions -d '{{"prompt": "The best thing is", "max_tokens": 100}}'
 ```""",
 }
 
