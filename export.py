@@ -277,7 +277,7 @@ it follows no instructions, and states falsehoods as fluently as facts.
 | --- | --- |
 {rows}
 
-Loss, perplexity and bits per byte are means over held-out text.
+The loss, and what follows from it, is a mean over held-out text.
 
 ## Licence of the training text
 
