@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from config import UserError
 
@@ -117,6 +118,20 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as meta.json ({error}); {command} --overwrite") from error
     return meta
+
+
+def verify(data_dir: str | Path) -> None:
+    """Check every shard's content against the SHA-256 in meta.json.
+
+    Raises:
+        UserError: a shard is missing, or not what prepare_data.py wrote.
+    """
+    shards = [shard for split in read_meta(data_dir)["splits"].values() for shard in split["shards"]]
+    for shard in tqdm(shards, desc="verifying shards", unit="shard", leave=False, disable=None):
+        path = Path(data_dir) / shard["file"]
+        read_shard(path)
+        if sha256(path) != shard["sha256"]:
+            raise UserError(f"{path}: is damaged (its SHA-256 is not meta.json's); run prepare_data.py --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
