@@ -87,10 +87,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig(DataDir):
-    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob
+    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob of .parquet, .jsonl or .txt (these two also .gz, .zst)
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
+    text_column: str = "text"  # of .parquet and .jsonl: the column that holds the text
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
     val_fraction: float | None = None  # share of articles held out; None: 0.005, of the sample 0.1
     shard_tokens: int = 100_000_000  # tokens in a shard file (2 bytes each)
