@@ -200,9 +200,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def evaluation(
-    iter: int, validation: dict[str, float], train_loss: float | None = None, best: bool = False
-) -> str:
+def evaluation(iter: int, validation: dict[str, float], train_loss: float | None = None, best: bool = False) -> str:
     """An evaluation in one line."""
     text = f"iteration {iter:,}: validation loss {validation['val_loss']:.4f} nats per token, perplexity "
     text += f"{validation['perplexity']:,.2f}, {validation['bits_per_byte']:.4f} bits per byte"

@@ -173,7 +173,9 @@ def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
     return {
         "source": meta["source"],
         "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        **{f"{split}_{what}": meta["splits"][split][what] for split in ("train", "val") for what in ("tokens", "bytes")},
+        **{
+            f"{split}_{what}": meta["splits"][split][what] for split in ("train", "val") for what in ("tokens", "bytes")
+        },
     }
 
 
@@ -382,7 +384,9 @@ def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machi
                 raise UserError(f"out of memory at --batch-size {batch_size}; take a smaller {advice}") from error
         # Behind the except block, where the failed attempt's tensors are no longer held
         smaller = next(n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0)
-        machine.print(f"Out of memory: micro-steps of {smaller} sequences from here on, not {batch_size}; the same run.")
+        machine.print(
+            f"Out of memory: micro-steps of {smaller} sequences from here on, not {batch_size}; the same run."
+        )
         batch_size = smaller
         model.zero_grad()
         if machine.device.type == "cuda":
