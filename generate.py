@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import checkpoint
 from data import load_tokenizer
@@ -76,6 +77,24 @@ def sample(
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 
+@contextlib.contextmanager
+def few_rows(rows: int, weight: Tensor) -> Iterator[None]:
+    """Inside, the fastest CPU kernels for so many rows times a matrix like `weight`.
+
+    One or two rows times a bfloat16 matrix is little work but reading the matrix. PyTorch's own kernel does that at
+    the memory's speed; oneDNN, which PyTorch would choose, takes twice as long, and is better from three rows on.
+    """
+    bfloat16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if rows > 2 or not bfloat16_on_cpu or not torch.backends.mkldnn.enabled:
+        yield
+        return
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -119,13 +138,15 @@ def generate(
     window = idx[:, -block_size:]  # (R, T) what the model sees
     rows = list(range(idx.size(0) * num_samples))  # which sample each row of the batch is
     count = len(rows)
+    weight = model.transformer.wte.weight
     was_training = model.training
     model.eval()
     try:
         cache, new = KeyValueCache(model.config), window
         for step in range(max_new_tokens):
             # Not model(...): after model.compile() that would compile once more for every length of the cache.
-            logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
+            with few_rows(new.numel(), weight):
+                logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
             if step == 0 and num_samples > 1:  # the prompt is computed once for all of its samples
                 fork = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)
                 cache.select(fork)
@@ -281,12 +302,39 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
     tokenizer = load_tokenizer(saved["tokenizer"])
     model = checkpoint.build_model(saved)
     device = checkpoint.resolve_device(config.device)
-    dtype, why = checkpoint.resolve_dtype(config.dtype, device)
+    if config.dtype == "auto":
+        dtype, why = fastest_dtype(model, device)
+    else:
+        dtype, why = checkpoint.resolve_dtype(config.dtype, device)
     size = model.num_parameters()["total"] / 1e6
-    say(
-        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {dtype_name}, {why}"
-    )
+    say(f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device}, {why}")
     return model.to(device, dtype), tokenizer
+
+
+def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype that generates fastest on a device, and why.
+
+    What takes the time is one row times a matrix, at the speed of reading the matrix from memory, and not the products
+    of large matrices that training is made of. So on a CPU the largest such product of the model is timed.
+    """
+    if device.type != "cpu":
+        dtype, why = checkpoint.resolve_dtype("auto", device)
+        return dtype, f"{str(dtype).removeprefix('torch.')}: {why}"
+
+    def seconds(head: Tensor) -> float:
+        row, times = head[:1], []
+        for _ in range(3):
+            begin = time.perf_counter()
+            with few_rows(1, head):
+                F.linear(row, head)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    head = model.transformer.wte.weight.detach()
+    speedup = seconds(head) / seconds(head.bfloat16())
+    if speedup > 1.2:
+        return torch.bfloat16, f"bfloat16: {speedup:.1f} times as fast as float32 here"
+    return torch.float32, "float32: bfloat16 is not faster on this CPU"
 
 
 def say(message: str) -> None:
