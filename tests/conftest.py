@@ -10,6 +10,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
+# The tests' models are so small that a second thread costs more than it brings, above all beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
     reason="needs the GPT-2 vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it",
