@@ -400,9 +400,7 @@ def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callab
         forward, compiling = try_compile(model, cfg, machine)
     if machine.processes > 1:
         forward = DistributedDataParallel(
-            forward,
-            device_ids=[machine.device] if machine.device.type == "cuda" else None,
-            broadcast_buffers=False,  # the one buffer never changes
+            forward, device_ids=[machine.device] if machine.device.type == "cuda" else None
         )
     return forward, compiling
 
