@@ -211,7 +211,8 @@ class TrainConfig(Compute, DataDir):
 @dataclass(frozen=True)
 class GenerateConfig(Compute):
     checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
-    prompt: str = ""  # the text to continue; empty: a new article, from end-of-text
+    prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
+    interactive: bool = False  # ask for prompts, one after another
     max_new_tokens: int = 200  # tokens to generate, at most
     temperature: float = 0.8  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
     top_k: int | None = 200  # sample among the k likeliest tokens; None: all
@@ -219,7 +220,8 @@ class GenerateConfig(Compute):
     num_samples: int = 1  # continuations of the prompt
     seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
     ignore_eot: bool = False  # go on behind the end of the article
-    stream: bool = True  # print text as it comes
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
+    stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
     json: bool = False  # print JSON lines, one a sample, not text
 
     def __post_init__(self):
@@ -231,7 +233,9 @@ class GenerateConfig(Compute):
         require(self.top_k is None or self.top_k >= 1, f"--top-k {self.top_k}: must be at least 1 (None: all tokens)")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1 (1: all tokens)")
         require(self.num_samples >= 1, f"--num-samples {self.num_samples}: must be at least 1")
-        require(self.seed is None or self.seed >= 0, f"--seed {self.seed}: must be 0 or more")
+        require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more, and below 2^63")
+        require("" not in self.stop, "--stop: is empty; give the text to end before")
+        require(not (self.interactive and self.prompt), "--interactive and --prompt: give one of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

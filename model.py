@@ -3,6 +3,7 @@
     MLP, CausalSelfAttention     the two halves of a block
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
     GPT                          embeddings, blocks, final norm, output head
+    KeyValueCache                what attention remembers of earlier tokens while text is generated
 
 Architecture, details and parameter names are GPT-2's own (tanh GELU, biases, LayerNorm eps 1e-5, the output head tied
 to the token embedding), so that a model trained here is a GPT-2 to every other tool. One difference in memory only:
@@ -20,6 +21,31 @@ from torch.nn import functional as F
 from config import ModelConfig
 
 
+class KeyValueCache:
+    """The keys and values of the tokens that a model has seen, so that generating computes each token's only once.
+
+    Allocated once for the whole context, by the first tokens that arrive: on their device, in the dtype in which they
+    are computed. Each layer writes behind what is there (`append`), and `GPT.forward` moves `length` on when all have.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.block_size = config.block_size
+        self.layers: list[Tensor | None] = [None] * config.n_layer  # (2, B, H, block_size, D) each: keys, values
+        self.length = 0  # tokens that all layers hold
+
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        """Keys and values (2, B, H, T, D) of T new tokens in; those of all tokens so far (2, B, H, length + T, D) out."""
+        if self.layers[layer] is None:
+            self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1])
+        end = self.length + kv.shape[3]
+        self.layers[layer][:, :, :, self.length : end] = kv
+        return self.layers[layer][:, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, (rows,) int64: fewer where sequences have ended, repeated where they fork."""
+        self.layers = [kv[:, rows] for kv in self.layers if kv is not None]
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before it (Vaswani et al., 2017)."""
 
@@ -31,14 +57,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.append(layer, qkv[1:])  # (B, H, S, D) each: S - T earlier tokens, then these T
+        S = k.size(2)
+        # is_causal would align the first query with the first key, which is right only where nothing came before. One
+        # query, the newest, sees every key; several behind earlier tokens need their mask spelt out.
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
         # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -67,8 +98,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -110,26 +141,34 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits, or with targets the loss.
 
         Args:
             idx: (B, T) token ids, T at most `block_size`.
             targets: (B, T) the token that follows each one of `idx`.
+            cache: what this model has seen before `idx`; `idx` is added to it. Both together hold at most `block_size`
+                tokens.
 
         Returns:
-            Without targets, logits (B, T, V). With them, the mean cross-entropy in nats per token, a float32 scalar.
+            Without targets, logits (B, T, V); with a cache only those of the last token, (B, 1, V), since the head is
+            most of the work where few tokens are added. With targets, the mean cross-entropy in nats per token, a
+            float32 scalar.
         """
         _, T = idx.shape
-        positions = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        start = 0 if cache is None else cache.length
+        positions = self.transformer.wpe.weight[start : start + T]
+        x = self.transformer.wte(idx) + positions  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
         x = self.transformer.ln_f(x)
-        logits = F.linear(x, self.transformer.wte.weight, self.padding_bias)  # (B, T, padded V)
         if targets is None:
-            return logits[..., : self.config.vocab_size]
+            return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+        logits = F.linear(x, self.transformer.wte.weight, self.padding_bias)  # (B, T, padded V)
         return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
 
     def num_parameters(self) -> dict[str, int]:

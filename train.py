@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 
 import filelock
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,9 +40,12 @@ import config
 import data
 import report
 from config import TrainConfig, UserError
+from generate import generate_text
 from model import GPT
 
 T = TypeVar("T")
+
+SAMPLE_TOKENS = 64  # of text at an evaluation
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The processes, and what each computes with
@@ -387,6 +392,27 @@ def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def sampler(meta: dict[str, Any], machine: Machine) -> tiktoken.Encoding | None:
+    """The data's tokenizer, for samples of text. Training does without it, and goes on where it cannot be had."""
+    if not machine.is_main:
+        return None
+    try:
+        return data.load_tokenizer(meta["tokenizer"])
+    except UserError as error:
+        machine.print(f"Evaluations show no text: {error}")
+        return None
+
+
+def sample_text(state: TrainState, cfg: TrainConfig, tokenizer: tiktoken.Encoding, machine: Machine) -> str:
+    """How the model continues `sample_prompt`. The random numbers are its own: a run is the same with and without."""
+    generator = torch.Generator(machine.device).manual_seed(cfg.seed + state.iter)
+    options = {"temperature": 0.8, "top_k": 200, "generator": generator}
+    text = cfg.sample_prompt + generate_text(state.model, tokenizer, cfg.sample_prompt, SAMPLE_TOKENS, **options)[0]
+    # An untrained model of bytes writes control characters too, which a terminal would obey.
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return textwrap.indent(text.strip(), "    ")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What may fail on one machine and not on another: compiling, and memory
 
@@ -683,6 +709,7 @@ def train(cfg: TrainConfig) -> None:
         return preflight(cfg, state, forward, train_windows, val_windows, machine)
 
     # The loop
+    tokenizer = sampler(meta, machine)
     with (
         claim(out_dir, machine, fresh=resumed_at is None),
         catch_signals(machine) as stop,
@@ -708,6 +735,8 @@ def train(cfg: TrainConfig) -> None:
                     state.best_val_loss = min(state.val_loss, state.best_val_loss)
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
                     log.row(state, validation_row(state.val_loss, meta) if evaluating else None, best)
+                if evaluating and tokenizer:
+                    machine.print(sample_text(state, cfg, tokenizer, machine))
                 if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
                     save(state, cfg, meta, machine, best)
             if finished or stopping:
@@ -767,6 +796,7 @@ def is_lost_process(error: RuntimeError) -> bool:
 
 def main() -> None:
     cfg = config.parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         train(cfg)
         if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this

@@ -120,15 +120,15 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
 FAULTS = {
     "killed": "train.get_lr = lambda it, cfg: os.kill(os.getpid(), 9) if (RANK, it) == (1, 3) else get_lr(it, cfg)",
     "memory": """
-def limited(self, idx, targets=None):
+def limited(self, idx, targets=None, **rest):
     if RANK == 1:
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    return forward(self, idx, targets)
+    return forward(self, idx, targets, **rest)
 GPT.forward = limited""",
     "nan": """
 calls = iter(range(1000))
-def poisoned(self, idx, targets=None):
-    loss = forward(self, idx, targets)
+def poisoned(self, idx, targets=None, **rest):
+    loss = forward(self, idx, targets, **rest)
     return loss * float("nan") if self.training and next(calls) == 6 and RANK == 1 else loss
 GPT.forward = poisoned""",
 }

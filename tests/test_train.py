@@ -355,8 +355,8 @@ def poison(monkeypatch, where: str, call: int) -> None:
     """Make the loss, or a gradient, of the so many-th micro-step not a number."""
     forward, calls = GPT.forward, iter(range(10**6))
 
-    def poisoned(self, idx, targets=None):
-        loss = forward(self, idx, targets)
+    def poisoned(self, idx, targets=None, **rest):
+        loss = forward(self, idx, targets, **rest)
         if self.training and next(calls) == call:
             if where == "loss":
                 return loss * math.nan
@@ -397,11 +397,11 @@ def little_memory(monkeypatch, sequences: int) -> None:
     """A device whose memory holds so many sequences in a micro-step."""
     forward = GPT.forward
 
-    def limited(self, idx, targets=None):
+    def limited(self, idx, targets=None, **rest):
         if len(idx) > sequences:
             torch.rand(1)  # an attempt that fails has used random numbers
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(self, idx, targets)
+        return forward(self, idx, targets, **rest)
 
     monkeypatch.setattr(GPT, "forward", limited)
 
@@ -455,6 +455,26 @@ def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, mon
     train.train(tiny(data_dir, tmp_path, compile="on"))
     assert "compile off, since it failed here (RuntimeError)\n" in capsys.readouterr().out
     assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("prompt", ["", "The history of\x1b"])
+def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straight, capsys, prompt):
+    train.train(tiny(data_dir, tmp_path / "with", sample_prompt=prompt))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    samples = [line for line in out.splitlines() if line.startswith("    ")]
+    assert len(samples) >= 4 and all(
+        line.startswith("    " + prompt.replace("\x1b", "\ufffd")) for line in samples if prompt
+    )
+    assert_same_end(tmp_path / "with", straight)
+
+    def unavailable(name):
+        raise UserError("the gpt2 tokenizer's vocabulary could not be fetched")
+
+    monkeypatch.setattr(data, "load_tokenizer", unavailable)
+    train.train(tiny(data_dir, tmp_path / "without", sample_prompt=prompt))
+    assert "Evaluations show no text: the gpt2 tokenizer's" in capsys.readouterr().out
+    assert_same_end(tmp_path / "without", straight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

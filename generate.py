@@ -1,0 +1,446 @@
+"""Text from a trained model: `python generate.py --prompt "The best thing is"`.
+
+    sample            one token from logits: temperature, top-k, top-p
+    generate          token ids in, token ids out, one step at a time
+    TextStream        token ids to text that can be printed, up to a stop
+    generate_text     text in, text out
+    main              the command line
+
+The text goes to stdout, everything else to stderr.
+"""
+
+from config import GenerateConfig, UserError, parse, run
+
+if __name__ == "__main__":  # a wrong flag and --help are answered at once, not after the seconds that PyTorch takes
+    CONFIG = parse(GenerateConfig, "Continue a text with a trained model.")
+
+import codecs
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import tiktoken
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import checkpoint
+from data import load_tokenizer
+from model import GPT, KeyValueCache
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """The distribution to draw the next token from.
+
+    Top-k keeps exactly k tokens: among equals at its border, those that `torch.topk` happens to choose. Top-p (nucleus
+    sampling, Holtzman et al., 2019) then keeps the likeliest of these until they hold `top_p` of their probability, the
+    one that crosses that line included.
+
+    Args:
+        logits: (B, V).
+        temperature: above 0.
+        top_k: at least 1, may exceed V; None keeps all.
+        top_p: above 0, at most 1, which keeps all.
+
+    Returns:
+        Probabilities (B, K) float32, up to a factor, and the token ids (B, K) that they belong to; None for the ids
+        where they are simply 0 to V - 1.
+    """
+    ids = None
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    if k < logits.size(-1) or top_p < 1:
+        logits, ids = logits.topk(k)  # the likeliest first; from here on all work is on k tokens, not on V
+    logits = logits.float()
+    # The largest becomes 0 before the division, so that no temperature, however small, makes an infinity minus another.
+    p = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
+    if top_p < 1:
+        p = p.where(p.cumsum(-1) - p < top_p, 0)
+    return p, ids
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each row, (B,) int64, from logits (B, V), on their device. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = probabilities(logits, temperature, top_k, top_p)
+    choice = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+@contextlib.contextmanager
+def few_rows(rows: int, weight: Tensor) -> Iterator[None]:
+    """Inside, the fastest CPU kernels for so many rows times a matrix like `weight`.
+
+    One or two rows times a bfloat16 matrix is little work but reading the matrix. PyTorch's own kernel does that at
+    the memory's speed; oneDNN, which PyTorch would choose, takes twice as long, and is better from three rows on.
+    """
+    bfloat16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if rows > 2 or not bfloat16_on_cpu or not torch.backends.mkldnn.enabled:
+        yield
+        return
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    stop: Callable[[int, int], bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue token sequences, one token of each at a time.
+
+    While everything fits into the model's context, each new token sees all that came before it. When the context is
+    full, its newest half (`block_size // 2` tokens) stays, is computed again from position 0, and generation goes on;
+    so text may be of any length, at a nearly constant cost per token. Of a longer prompt the last `block_size` tokens
+    are read.
+
+    The model's mode (train or eval), its weights and PyTorch's global random state are left as they were.
+
+    Args:
+        model: on any device, in any dtype. Evaluated in eval mode.
+        idx: (B, T) int64 token ids on the model's device, T at least 1.
+        max_new_tokens: how many tokens each row gets at most.
+        num_samples: how often each row of `idx` is continued. There are R = B * num_samples rows: first all samples of
+            `idx[0]`, then those of `idx[1]`, ...
+        temperature, top_k, top_p: as in `sample`.
+        generator: the source of randomness, on the model's device; None is PyTorch's global one.
+        stop: asked for every new token, as (row, token); True makes it the row's last one. A row that has ended costs
+            nothing any more.
+
+    Yields:
+        For each step a list of R token ids, below the vocabulary's size; None for a row that has ended. The iterator
+        ends when all rows have ended or have got `max_new_tokens`.
+    """
+    if idx.dim() != 2 or idx.size(1) < 1:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}: must be (B, T), with at least one token")
+    block_size = model.config.block_size
+    window = idx[:, -block_size:]  # (R, T) what the model sees
+    rows = list(range(idx.size(0) * num_samples))  # which sample each row of the batch is
+    count = len(rows)
+    weight = model.transformer.wte.weight
+    was_training = model.training
+    model.eval()
+    try:
+        cache, new = KeyValueCache(model.config), window
+        for step in range(max_new_tokens):
+            # Not model(...): after model.compile() that would compile once more for every length of the cache.
+            with few_rows(new.numel(), weight):
+                logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
+            if step == 0 and num_samples > 1:  # the prompt is computed once for all of its samples
+                fork = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)
+                cache.select(fork)
+                logits, window = logits[fork], window[fork]
+            token = sample(logits, temperature, top_k, top_p, generator)  # (R,)
+            new = token.unsqueeze(1)
+            window = torch.cat((window, new), dim=1)
+
+            tokens = token.tolist()
+            yielded: list[int | None] = [None] * count
+            for row, value in zip(rows, tokens, strict=True):
+                yielded[row] = value
+            ended = [stop is not None and stop(row, value) for row, value in zip(rows, tokens, strict=True)]
+            yield yielded
+
+            if any(ended):
+                running = [i for i, end in enumerate(ended) if not end]
+                if not running:
+                    return
+                rows = [rows[i] for i in running]
+                keep = torch.tensor(running, device=idx.device)
+                cache.select(keep)
+                window, new = window[keep], new[keep]
+            if window.size(1) > block_size:
+                window = window[:, -max(1, block_size // 2) :]
+                cache, new = KeyValueCache(model.config), window
+    finally:
+        model.train(was_training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class TextStream:
+    """Turns one sample's tokens into text as they come: never half a character, never a part of a stop text.
+
+    A character may be spread over several tokens, so bytes wait here until it is whole. What may be the beginning of a
+    stop text waits until it is clear whether it is.
+    """
+
+    def __init__(self, tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), ignore_eot: bool = False):
+        self.tokenizer, self.stop, self.ignore_eot = tokenizer, stop, ignore_eot
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.pieces: list[str] = []  # what may be printed
+        self.held = ""  # what may still become a stop text
+        self.tokens = 0  # taken so far, end-of-text and those of a stop text included
+        self.begin, self.seconds = time.perf_counter(), 0.0  # how long it took, once it has ended
+        self.ended = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def push(self, token: int) -> bool:
+        """Take one more token; True where the text ends with it: end-of-text, or a stop text, which is left out."""
+        self.tokens += 1
+        if token == self.tokenizer.eot_token and not self.ignore_eot:
+            return self.end()
+        self.held += self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+        if places := [place for text in self.stop if (place := self.held.find(text)) >= 0]:
+            self.held = self.held[: min(places)]
+            self.decoder.reset()
+            return self.end()
+        wait = max((overlap(self.held, text) for text in self.stop), default=0)
+        self.pieces.append(self.held[: len(self.held) - wait])
+        self.held = self.held[len(self.held) - wait :]
+        return False
+
+    def end(self) -> bool:
+        """Nothing more comes: what waited is text (bytes that make no character become U+FFFD)."""
+        if not self.ended:
+            self.pieces.append(self.held + self.decoder.decode(b"", final=True))
+            self.held, self.ended = "", True
+            self.seconds = time.perf_counter() - self.begin
+        return True
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """A prompt's token ids, literally: `<|endoftext|>` in it is text. An empty one is a new article: end-of-text."""
+    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+
+
+def continue_text(
+    model: GPT,
+    tokenizer: tiktoken.Encoding,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+    ignore_eot: bool = False,
+    **sampling,
+) -> Iterator[list[TextStream]]:
+    """Continuations of a prompt, given as token ids, while they are being written.
+
+    Yields, before the first token and after each step, the same `num_samples` streams: their `text` grows (look at it
+    only between two steps), and `ended` says which are complete; in the end all are. `sampling` are `generate`'s
+    temperature, top_k, top_p and generator.
+    """
+    streams = [TextStream(tokenizer, stop, ignore_eot) for _ in range(num_samples)]
+    yield streams
+    idx = torch.tensor([prompt], device=model.transformer.wte.weight.device)
+    steps = generate(
+        model, idx, max_new_tokens, num_samples=num_samples, stop=lambda row, id: streams[row].push(id), **sampling
+    )
+    for step, _ in enumerate(steps, start=1):
+        if step == max_new_tokens:
+            break
+        yield streams
+    for stream in streams:
+        stream.end()
+    yield streams
+
+
+def generate_text(model: GPT, tokenizer: tiktoken.Encoding, prompt: str, max_new_tokens: int, **options) -> list[str]:
+    """Continuations of a text: one, or `num_samples`. `options` are those of `continue_text`.
+
+    The prompt is taken literally (`<|endoftext|>` in it is text); an empty one begins a new article.
+    """
+    *_, streams = continue_text(model, tokenizer, encode(tokenizer, prompt), max_new_tokens, **options)
+    return [stream.text for stream in streams]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The prompt of the command line, or with `--prompt -` all of stdin (without its last line break)."""
+    if config.prompt == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--prompt -: stdin is no UTF-8 text (at byte {error.start:,}); convert it first"
+            ) from error
+    try:
+        config.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # Python hands bytes that it could not decode on as lone surrogates
+        raise UserError("--prompt: is no UTF-8 text; convert it first") from error
+    return config.prompt
+
+
+def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
+    """The checkpoint's model, on the device and in the dtype asked for, and its tokenizer."""
+    saved = checkpoint.load(config.checkpoint)
+    tokenizer = load_tokenizer(saved["tokenizer"])
+    model = checkpoint.build_model(saved)
+    device = checkpoint.resolve_device(config.device)
+    if config.dtype == "auto":
+        dtype, why = fastest_dtype(model, device)
+    else:
+        dtype, why = checkpoint.resolve_dtype(config.dtype, device)
+    size = model.num_parameters()["total"] / 1e6
+    say(f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device}, {why}")
+    return model.to(device, dtype), tokenizer
+
+
+def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype that generates fastest on a device, and why.
+
+    What takes the time is one row times a matrix, at the speed of reading the matrix from memory, and not the products
+    of large matrices that training is made of. So on a CPU the largest such product of the model is timed.
+    """
+    if device.type != "cpu":
+        dtype, why = checkpoint.resolve_dtype("auto", device)
+        return dtype, f"{str(dtype).removeprefix('torch.')}: {why}"
+
+    def seconds(head: Tensor) -> float:
+        row, times = head[:1], []
+        for _ in range(3):
+            begin = time.perf_counter()
+            with few_rows(1, head):
+                F.linear(row, head)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    head = model.transformer.wte.weight.detach()
+    speedup = seconds(head) / seconds(head.bfloat16())
+    if speedup > 1.2:
+        return torch.bfloat16, f"bfloat16: {speedup:.1f} times as fast as float32 here"
+    return torch.float32, "float32: bfloat16 is not faster on this CPU"
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Text to stdout, at once. A reader that has gone (`| head`) ends the program without a word.
+
+    Raises:
+        UserError: it cannot be written (a full disk).
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        raise UserError(f"the text could not be written to stdout ({error.strerror})") from error
+
+
+def print_text(prompt: str, steps: Iterable[list[TextStream]]) -> None:
+    """Prompt and continuation of each sample, a blank line between samples. The first that has not ended is printed as
+    it comes; those behind it are computed with it and wait for their turn."""
+    current, printed, before = 0, 0, prompt  # the sample being printed, how many of its pieces are, what comes first
+    for streams in steps:
+        while current < len(streams):
+            stream = streams[current]
+            after = "\n" if stream.ended else ""
+            if text := before + "".join(stream.pieces[printed:]) + after:
+                write(text)
+            printed, before = len(stream.pieces), ""
+            if not stream.ended:
+                break
+            current, printed, before = current + 1, 0, "\n" + prompt
+
+
+def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> None:
+    """A line for each sample, as soon as it and those before it have ended."""
+    current = 0
+    for streams in steps:
+        while current < len(streams) and streams[current].ended:
+            stream = streams[current]
+            row = {
+                "prompt": prompt,
+                "text": stream.text,
+                "tokens": stream.tokens,
+                "seed": seed,
+                "seconds": round(stream.seconds, 4),
+                "tokens_per_second": round(stream.tokens / stream.seconds, 1),
+            }
+            write(json.dumps(row, ensure_ascii=False) + "\n")
+            current += 1
+
+
+def main(config: GenerateConfig) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # Windows' pipes have another one
+    prompt = read_prompt(config)
+    model, tokenizer = load_model(config)
+    seed = secrets.randbelow(2**32) if config.seed is None else config.seed
+    if config.seed is None:
+        say(f"--seed {seed} makes the same text again")
+    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+
+    def answer(prompt: str) -> None:
+        ids = encode(tokenizer, prompt)
+        if len(ids) > model.config.block_size:
+            say(f"the prompt has {len(ids):,} tokens: the model reads the last {model.config.block_size:,} of them")
+        steps = continue_text(
+            model, tokenizer, ids, config.max_new_tokens,
+            num_samples=config.num_samples, stop=config.stop, ignore_eot=config.ignore_eot,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator,
+        )  # fmt: skip
+        if config.json:
+            print_json(prompt, seed, steps)
+        else:
+            print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
+
+    if config.interactive:
+        interact(answer)
+    else:
+        answer(prompt)
+
+
+def interact(answer: Callable[[str], None]) -> None:
+    """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
+    with contextlib.suppress(ImportError):  # Windows' Python has none; its terminal keeps a history by itself
+        import readline  # noqa: F401  (imported, it gives input() a history and line editing)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        say("Enter continues your text, Ctrl-C stops it, Ctrl-D leaves.")
+    while True:
+        try:
+            answer(input("> " if terminal else ""))
+        except KeyboardInterrupt:
+            write("\n")
+        except EOFError:
+            break
+    if terminal:
+        write("\n")
+
+
+if __name__ == "__main__":
+    try:
+        run(lambda: main(CONFIG))
+    except KeyboardInterrupt:  # no traceback; the status that shells give a program stopped by Ctrl-C
+        sys.exit(130)
