@@ -477,6 +477,17 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
     assert_same_end(tmp_path / "without", straight)
 
 
+def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
+    data_dir, tmp_path, monkeypatch, straight, capsys
+):
+    compile = torch.compile  # by its front half alone: no compiler of machine code is needed
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
+    train.train(tiny(data_dir, tmp_path, compile="on"))
+    assert "compile on\n" in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+    assert all(name.startswith("transformer.") for name in checkpoint.load(tmp_path / "last.pt")["model"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Beside a run
 
