@@ -281,7 +281,7 @@ def test_two_trainings_do_not_share_a_folder(data_dir, tmp_path, monkeypatch):
 
 def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, straight):
     before = (straight / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"other sizes \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
+    with pytest.raises(UserError, match=r"has another model \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
         train.train(tiny(data_dir, straight, resume=True, n_layer=3, dropout=0.2))
     other = write_data(tmp_path / "tokenizer", tokenizer="gpt2")
     with pytest.raises(UserError, match="was trained with the tokenizer bytes"):
@@ -501,7 +501,9 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
         assert words in out
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
-    assert capsys.readouterr().out.rstrip("\n") == report.evaluation(best["iter"], best)
+    what, line = capsys.readouterr().out.splitlines()
+    assert line == report.evaluation(best["iter"], best)
+    assert "best.pt on 256 tokens of the validation split" in what and "float32" in what
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
