@@ -115,10 +115,11 @@ def generate(
     so text may be of any length, at a nearly constant cost per token. Of a longer prompt the last `block_size` tokens
     are read.
 
-    The model's mode (train or eval), its weights and PyTorch's global random state are left as they were.
+    The model's mode (train or eval), its weights and PyTorch's global random state are as they were when the iterator
+    ends or is closed.
 
     Args:
-        model: on any device, in any dtype. Evaluated in eval mode.
+        model: on any device, in any dtype. It is in eval mode meanwhile.
         idx: (B, T) int64 token ids on the model's device, T at least 1.
         max_new_tokens: how many tokens each row gets at most.
         num_samples: how often each row of `idx` is continued. There are R = B * num_samples rows: first all samples of
@@ -131,6 +132,9 @@ def generate(
     Yields:
         For each step a list of R token ids, below the vocabulary's size; None for a row that has ended. The iterator
         ends when all rows have ended or have got `max_new_tokens`.
+
+    Raises:
+        UserError: the logits are infinite or NaN.
     """
     if idx.dim() != 2 or idx.size(1) < 1:
         raise ValueError(f"idx has shape {tuple(idx.shape)}: must be (B, T), with at least one token")
@@ -147,6 +151,10 @@ def generate(
             # Not model(...): after model.compile() that would compile once more for every length of the cache.
             with few_rows(new.numel(), weight):
                 logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
+            if step == 0 and not logits.isfinite().all():
+                raise UserError(
+                    "the model computes no finite numbers: its training failed, or --dtype is too narrow (try float32)"
+                )
             if step == 0 and num_samples > 1:  # the prompt is computed once for all of its samples
                 fork = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)
                 cache.select(fork)
@@ -301,6 +309,11 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
     saved = checkpoint.load(config.checkpoint)
     tokenizer = load_tokenizer(saved["tokenizer"])
     model = checkpoint.build_model(saved)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{config.checkpoint}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
+            f"({saved['tokenizer']}) {tokenizer.n_vocab:,}"
+        )
     device = checkpoint.resolve_device(config.device)
     if config.dtype == "auto":
         dtype, why = fastest_dtype(model, device)
