@@ -87,10 +87,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig(DataDir):
-    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob
+    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob of .parquet, .jsonl or .txt (these two also .gz, .zst)
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
+    text_column: str = "text"  # of .parquet and .jsonl: the column that holds the text
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
     val_fraction: float | None = None  # share of articles held out; None: 0.005, of the sample 0.1
     shard_tokens: int = 100_000_000  # tokens in a shard file (2 bytes each)
@@ -122,7 +123,10 @@ class PrepareConfig(DataDir):
 class TrainConfig(Compute, DataDir):
     out_dir: str = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
     resume: bool = False  # go on from out_dir/last.pt, with the same command otherwise
+    auto_resume: bool = False  # go on if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
+    check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
+    eval_only: bool = False  # evaluate out_dir/best.pt on the validation split, write nothing
 
     max_iters: int = 16_000  # iterations (optimizer steps) in the run
     batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
@@ -140,7 +144,9 @@ class TrainConfig(Compute, DataDir):
     eval_tokens: int = 1_048_576  # validation tokens at an evaluation, at most: the same windows every time
     checkpoint_interval: int = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
+
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: faster, after a minute; auto: on a GPU
     seed: int = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -159,9 +165,9 @@ class TrainConfig(Compute, DataDir):
             self.min_lr <= self.learning_rate,
             f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
         )
-        require(
-            not (self.resume and self.overwrite), "--resume and --overwrite: give one of them (go on, or start again)"
-        )
+        modes = [name for name in ("resume", "auto_resume", "overwrite", "check", "eval_only") if getattr(self, name)]
+        flags = [f"--{name.replace('_', '-')}" for name in modes]
+        require(len(modes) <= 1, f"{' and '.join(flags)}: give one of them")
         require(
             self.eval_tokens >= self.model.block_size,
             f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",

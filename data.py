@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 from config import UserError
 
@@ -97,6 +98,105 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class ShardWriter:
+    """The shards of one split while they grow: each `FILE.partial` until `finish`, and full before the next begins.
+
+    How far a split has come is one number, its tokens: opened with it, a writer drops whatever lies behind.
+
+    Raises:
+        UserError: the files hold fewer tokens than they should.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, shard_tokens: int, tokens: int = 0):
+        self.data_dir, self.split, self.shard_tokens, self.tokens = Path(data_dir), split, shard_tokens, tokens
+        self._file: BinaryIO | None = None
+        for path in self.data_dir.glob(f"{split}_*.bin"):  # a run was stopped while it finished
+            os.replace(path, self._partial(path))
+        for path in sorted(self.data_dir.glob(f"{split}_*.bin.partial")):
+            first = int(path.name.removeprefix(f"{split}_").removesuffix(".bin.partial")) * shard_tokens
+            if first >= tokens:
+                path.unlink()
+            elif path.stat().st_size > (size := HEADER_BYTES + 2 * min(shard_tokens, tokens - first)):
+                os.truncate(path, size)
+        for index in range(self.count):
+            path = self._partial(shard_path(data_dir, split, index))
+            size = HEADER_BYTES + 2 * min(shard_tokens, tokens - index * shard_tokens)
+            if not path.exists() or path.stat().st_size != size:
+                raise UserError(f"{path}: is missing or was cut short; prepare the data again (--overwrite)")
+
+    @staticmethod
+    def _partial(path: Path) -> Path:
+        return path.with_name(path.name + ".partial")
+
+    @property
+    def count(self) -> int:
+        """Shards begun."""
+        return -(-self.tokens // self.shard_tokens)
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append (N,) uint16. By `write`, as a full disk is an error here, and the end of the process with a memmap."""
+        while len(tokens):
+            index, filled = divmod(self.tokens, self.shard_tokens)
+            if self._file is None:
+                self._file = open(self._partial(shard_path(self.data_dir, self.split, index)), "ab")  # noqa: SIM115, it stays open
+                if filled == 0:
+                    self._file.write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
+            part = tokens[: self.shard_tokens - filled]
+            self._file.write(part.astype("<u2", copy=False).data)
+            self.tokens += len(part)
+            tokens = tokens[len(part) :]
+            if filled + len(part) == self.shard_tokens:
+                self.close()
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+
+    def tail(self, length: int) -> np.ndarray:
+        """The last `length` tokens, (length,) uint16."""
+        self.close()
+        parts, first = [], max(0, self.tokens - length) // self.shard_tokens
+        for index in range(first, self.count):
+            parts.append(
+                np.fromfile(self._partial(shard_path(self.data_dir, self.split, index)), "<u2", offset=HEADER_BYTES)
+            )
+        return np.concatenate(parts)[-length:]
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Give every shard its header and its name. Returns what meta.json says of them: file, tokens, sha256."""
+        self.close()
+        entries = []
+        for index in range(self.count):
+            path = shard_path(self.data_dir, self.split, index)
+            tokens = min(self.shard_tokens, self.tokens - index * self.shard_tokens)
+            with open(self._partial(path), "r+b") as file:
+                file.write(shard_header(tokens))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self._partial(path), path)
+            entries.append({"file": path.name, "tokens": tokens, "sha256": sha256(path)})
+        return entries
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write atomically: the file has all of the old content or all of the new, whenever the power fails."""
+    partial = Path(f"{path}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def read_meta(data_dir: str | Path) -> dict[str, Any]:
     """What `meta.json` says of a finished data folder.
 
@@ -117,6 +217,20 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as meta.json ({error}); {command} --overwrite") from error
     return meta
+
+
+def verify(data_dir: str | Path) -> None:
+    """Check every shard's content against the SHA-256 in meta.json.
+
+    Raises:
+        UserError: a shard is missing, or not what prepare_data.py wrote.
+    """
+    shards = [shard for split in read_meta(data_dir)["splits"].values() for shard in split["shards"]]
+    for shard in tqdm(shards, desc="verifying shards", unit="shard", leave=False, disable=None):
+        path = Path(data_dir) / shard["file"]
+        read_shard(path)
+        if sha256(path) != shard["sha256"]:
+            raise UserError(f"{path}: is damaged (its SHA-256 is not meta.json's); run prepare_data.py --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
         logits = F.linear(x, self.transformer.wte.weight, self.padding_bias)  # (B, T, padded V)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+        return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
 
     def num_parameters(self) -> dict[str, int]:
         """How many trained numbers there are, without the padded rows: in the blocks (with the final norm), in the

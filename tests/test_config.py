@@ -1,0 +1,144 @@
+"""The command line is made from the dataclasses: every flag, default and comment stands once, and mistakes are named."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+import typing
+
+import pytest
+from conftest import REPO, run_script, unboxed
+
+import config
+from config import PRESETS, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, with_preset
+
+COMMANDS = {"prepare_data.py": PrepareConfig, "train.py": TrainConfig, "generate.py": GenerateConfig}
+
+
+def flags(cls) -> dict[str, str]:
+    """Each field's flag and its comment, read from the source by other means than tyro's."""
+    found = {}
+    for owner in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        for name in owner.__annotations__:
+            if name == "model":
+                found |= flags(ModelConfig)
+            elif "Fixed" not in str(typing.get_type_hints(owner, include_extras=True)[name]):
+                line = re.search(rf"^    {name}: [^#\n]*(?:  # (.*))?$", inspect.getsource(owner), re.M)
+                found[name] = line[1]
+    return found
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_shows_every_field_with_its_comment_and_default(script):
+    shown = run_script(script, "--help")
+    assert shown.returncode == 0, shown.stderr
+    text = unboxed(shown.stdout)
+    for name, comment in flags(COMMANDS[script]).items():
+        assert comment, f"{name} has no comment beside it"
+        flag = name.replace("_", "-")
+        assert re.search(rf"--(no-)?{flag}\b", text), f"--{flag} is not in {script} --help"
+        assert " ".join(comment.split()) in text, f"the comment of {name} is not in {script} --help"
+    assert text.count("(default:") + text.count("(repeatable)") >= len(flags(COMMANDS[script]))
+
+
+def test_help_of_preparing_needs_no_torch_and_training_no_datasets():
+    for script, unwanted in (("prepare_data", "torch"), ("train", "datasets"), ("generate", "datasets")):
+        code = f"import sys, {script}; sys.exit({unwanted!r} in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0, (script, unwanted)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_key_of_a_preset_is_a_field(preset):
+    names = {f.name for cls in (*COMMANDS.values(), ModelConfig) for f in dataclasses.fields(cls)}
+    assert set(PRESETS[preset]) <= names
+    for cls in COMMANDS.values():
+        assert with_preset(cls, preset).preset == preset
+
+
+def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default():
+    plain = config.parse(TrainConfig, "", [])
+    demo = config.parse(TrainConfig, "", ["--preset", "demo"])
+    both = config.parse(TrainConfig, "", ["--preset=demo", "--learning_rate", "0.5", "--n-layer", "3"])
+    assert (plain.model.n_layer, plain.out_dir) == (6, "checkpoints/wikipedia")
+    assert (demo.model.n_layer, demo.out_dir) == (PRESETS["demo"]["n_layer"], "checkpoints/demo")
+    assert (both.learning_rate, both.model.n_layer, both.data_dir) == (0.5, 3, "data/demo")
+
+
+def test_the_default_shape_is_the_one_that_was_asked_for():
+    model = TrainConfig().model
+    assert (model.n_layer, model.n_head, model.n_embd, model.n_inner, model.block_size) == (6, 6, 384, 1536, 256)
+    assert (TrainConfig().max_iters, TrainConfig().tokens_per_iter) == (16_000, 65_536)
+    assert dataclasses.replace(model, vocab_size=50257).padded_vocab_size == 50304
+    assert dataclasses.replace(model, vocab_size=64).padded_vocab_size == 64
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "words"),
+    [
+        (TrainConfig, ["--n-head", "5"], ["--n-head 5", "--n-embd 384"]),
+        (TrainConfig, ["--dropout", "1.5"], ["--dropout 1.5"]),
+        (TrainConfig, ["--dropout", "nan"], ["--dropout nan"]),
+        (TrainConfig, ["--batch-size", "0"], ["--batch-size 0"]),
+        (
+            TrainConfig,
+            ["--tokens-per-iter", "65537"],
+            ["--tokens-per-iter 65,537", "must be a multiple of", "--batch-size 64"],
+        ),
+        (TrainConfig, ["--learning-rate", "inf"], ["--learning-rate inf"]),
+        (TrainConfig, ["--min-lr", "1"], ["--min-lr 1.0", "--learning-rate"]),
+        (TrainConfig, ["--resume", "--overwrite"], ["--resume and --overwrite"]),
+        (TrainConfig, ["--preset", "nonsense"], ["nonsense", "--preset"]),
+        (TrainConfig, ["--bogus", "3"], ["--bogus"]),
+        (TrainConfig, ["--vocab-size", "3"], ["--vocab-size"]),
+        (TrainConfig, ["--n-layer", "x"], ["--n-layer"]),
+        (TrainConfig, ["--device", "tpu"], ["tpu", "--device"]),
+        (PrepareConfig, ["--val-fraction", "1"], ["--val-fraction 1.0"]),
+        (PrepareConfig, ["--source", ""], ["--source"]),
+        (PrepareConfig, ["--max-tokens", "0"], ["--max-tokens 0"]),
+        (GenerateConfig, ["--temperature", "-1"], ["--temperature -1"]),
+        (GenerateConfig, ["--top-p", "0"], ["--top-p 0"]),
+        (GenerateConfig, ["--top-p", "2"], ["--top-p 2"]),
+        (GenerateConfig, ["--top-k", "0"], ["--top-k 0"]),
+        (GenerateConfig, ["--max-new-tokens", "-1"], ["--max-new-tokens -1"]),
+    ],
+)
+def test_a_wrong_value_is_named_and_ends_with_status_2(cls, args, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        config.parse(cls, "", args)
+    assert exit.value.code == 2
+    told = capsys.readouterr()
+    text = unboxed(told.err)
+    assert told.out == ""
+    for word in words:
+        assert word in text
+
+
+def test_what_follows_from_other_values():
+    cfg = TrainConfig()
+    assert cfg.accumulation_steps(processes=1) == 4
+    assert cfg.accumulation_steps(processes=2) == 2
+    with pytest.raises(ValueError, match="3 processes"):
+        cfg.accumulation_steps(processes=3)
+    assert cfg.warmup == 500
+    assert TrainConfig(max_iters=60).warmup == 6
+    assert PrepareConfig().held_out == 0.005
+    assert PrepareConfig(source="sample").held_out == 0.1
+    assert PrepareConfig(source="sample", val_fraction=0.3).held_out == 0.3
+
+
+def test_a_foreseen_problem_is_one_line_and_status_2(capsys):
+    def main():
+        raise config.UserError("the disk is full; make room")
+
+    with pytest.raises(SystemExit) as exit:
+        config.run(main)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full; make room\n"

@@ -1,0 +1,160 @@
+"""The model against transformers' GPT-2 and against what a language model must and must not do."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from config import ModelConfig, TrainConfig, with_preset
+from model import GPT
+
+TINY = ModelConfig(n_layer=2, n_head=4, n_embd=32, n_inner=96, block_size=24, vocab_size=101)
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def random_model(config: ModelConfig = TINY, seed: int = 0) -> GPT:
+    """With larger weights and biases than a new model's, so that no mistake can hide behind a zero."""
+    torch.manual_seed(seed)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def transformers_twin(model: GPT):
+    """The same weights in transformers' GPT-2, whose embedding has the real vocabulary's rows alone."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    twin = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_inner=c.n_inner, n_positions=c.block_size,
+            vocab_size=c.vocab_size, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    weights = {
+        name: (value.T if name.endswith(TRANSPOSED) else value).clone() for name, value in model.state_dict().items()
+    }
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: c.vocab_size]
+    missing = twin.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]}, strict=True)
+    assert not missing.missing_keys
+    return twin
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,  # 101 tokens, 128 rows
+        ModelConfig(n_layer=1, n_head=1, n_embd=16, n_inner=64, block_size=8, vocab_size=64),  # no padding
+        ModelConfig(n_layer=3, n_head=2, n_embd=64, n_inner=128, block_size=40, vocab_size=257),
+    ],
+)
+def test_logits_and_loss_are_those_of_transformers_gpt2(config):
+    model = random_model(config)
+    twin = transformers_twin(model)
+    idx = torch.randint(config.vocab_size, (3, config.block_size))
+    targets = torch.randint(config.vocab_size, (3, config.block_size))
+    with torch.no_grad():
+        expected = twin(idx).logits
+        torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=0)
+        expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(model(idx, targets), expected_loss, atol=1e-5, rtol=0)
+
+
+def test_gradients_are_those_of_transformers_gpt2():
+    model = random_model()
+    twin = transformers_twin(model)
+    idx, targets = torch.randint(101, (2, 4, 24))
+    model(idx, targets).backward()
+    F.cross_entropy(twin(idx).logits.flatten(0, 1), targets.flatten()).backward()
+    expected = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if name == "transformer.wte.weight":
+            assert (gradient[101:] == 0).all(), "a padded row has a gradient"
+            gradient = gradient[:101]
+        other = expected[name].grad
+        torch.testing.assert_close(gradient, other.T if name.endswith(TRANSPOSED) else other, atol=1e-5, rtol=1e-4)
+
+
+def test_padded_rows_are_unknown_to_logits_and_loss():
+    model = random_model()
+    idx, targets = torch.randint(101, (2, 4, 24))
+    with torch.no_grad():
+        logits, loss = model(idx), model(idx, targets)
+        assert logits.shape == (4, 24, 101)
+        model.transformer.wte.weight[101:] = 1e4
+        torch.testing.assert_close(model(idx), logits)
+        torch.testing.assert_close(model(idx, targets), loss)
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model = random_model()
+    idx = torch.randint(101, (1, 24))
+    with torch.no_grad():
+        logits = model(idx)
+        for place in (1, 12, 23):
+            changed = idx.clone()
+            changed[0, place] = (changed[0, place] + 1) % 101
+            again = model(changed)
+            torch.testing.assert_close(again[:, :place], logits[:, :place], atol=1e-6, rtol=0)
+            assert (again[:, place] - logits[:, place]).abs().max() > 1e-3
+
+
+def test_one_batch_overfits():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    idx, targets = torch.randint(101, (2, 4, 24))
+    for _ in range(120):
+        loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_a_new_model_knows_nothing():
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=2, vocab_size=50257)
+    idx, targets = torch.randint(50257, (2, 2, 64))
+    with torch.no_grad():
+        assert abs(GPT(config)(idx, targets).item() - math.log(50257)) < 0.15
+
+
+@pytest.mark.parametrize(("preset", "low", "high"), [("wikipedia", 30.0e6, 30.1e6), ("wikipedia-150m", 145e6, 155e6)])
+def test_parameters_are_counted_as_transformers_counts_them(preset, low, high):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = with_preset(TrainConfig, preset).model
+    with torch.device("meta"):
+        counted = GPT(c).num_parameters()
+        twin = GPT2LMHeadModel(
+            GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_inner=c.n_inner, n_positions=c.block_size)
+        )
+    assert counted["total"] == counted["blocks"] + counted["embedding"] == twin.num_parameters()
+    assert low < counted["total"] < high
+
+
+def test_flops_are_those_that_pytorch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = GPT(TINY)
+    idx, targets = torch.randint(101, (2, 2, 24))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, targets).backward()
+    # The two differ by the padded rows, and by the biases and norms that the formula counts as weights.
+    assert model.flops_per_token() * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=2, n_head=4, n_embd=32, n_inner=96, block_size=24, vocab_size=101, dropout=0.3))
+    idx = torch.randint(101, (2, 24))
+    with torch.no_grad():
+        assert not torch.equal(model(idx), model(idx))
+        model.eval()
+        assert torch.equal(model(idx), model(idx))

@@ -1,0 +1,630 @@
+"""Train a GPT-2 on a folder of token shards.
+
+    python train.py                               the default model on data/wikipedia
+    python train.py --resume                      go on where a stopped run stood, exactly
+    python train.py --check                       will it fit, how long will it take? (writes nothing)
+    torchrun --nproc-per-node 8 train.py          on several GPUs: the same run, sooner
+
+In the order of this file: the processes and what they compute with; learning rate and optimizer; the state of a run,
+saved and restored; the forward and backward pass of an iteration; evaluation; what may fail on one machine and not on
+another; and `train`, the loop that puts them together.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import report
+from config import TrainConfig, UserError
+from model import GPT
+
+T = TypeVar("T")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processes, and what each computes with
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process computes and in which precision, and which of the processes that torchrun started it is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    why: str  # this dtype
+    rank: int
+    processes: int
+
+    @property
+    def name(self) -> str:
+        """The GPU's name, or the kind of device and its threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({torch.get_num_threads()} threads)"
+
+    @property
+    def is_main(self) -> bool:
+        """Process 0 alone prints and writes."""
+        return self.rank == 0
+
+    def print(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)  # which leaves a progress bar whole
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision (Micikevicius et al., 2018): matrix products in `dtype`; weights, sums and loss in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(N,) of this process -> (processes, N) of all."""
+        if self.processes == 1:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.processes)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    def windows(self, array: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(B, T + 1) windows -> inputs (B, T) and the targets (B, T) one token on, on the device."""
+        tokens = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
+            tokens = tokens.pin_memory()
+        tokens = tokens.to(self.device, non_blocking=True)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def make_machine(cfg: TrainConfig) -> Machine:
+    """What this process computes with. Under torchrun, joins the other processes too."""
+    device = checkpoint.resolve_device(cfg.device)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype, why = checkpoint.resolve_dtype(cfg.dtype, device)
+    torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are such
+    return Machine(device, dtype, why, rank, processes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rate and optimizer
+
+
+def get_lr(it: int, cfg: TrainConfig) -> float:
+    """The learning rate of iteration `it`: linear warm-up from near zero to `learning_rate`, then a cosine down to
+    `min_lr` at `max_iters` (Loshchilov and Hutter, 2017; as GPT-3 and nanoGPT use it)."""
+    if it < cfg.warmup:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup + 1)
+    progress = (it - cfg.warmup) / (cfg.max_iters - cfg.warmup)  # 0 to 1
+    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only: biases and norms have no size to limit."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+@dataclass
+class TrainState:
+    """All that a run changes, and so all that resuming needs. The place in the data follows from `iter`."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # keeps float16 gradients from vanishing; does nothing in other precisions
+    iter: int = 0  # iterations done
+    val_loss: float = math.inf  # at the last evaluation
+    best_val_loss: float = math.inf
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on: enough to know it again, and to tell others."""
+    hashes = [shard["sha256"] for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+    return {
+        "source": meta["source"],
+        "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        **{
+            f"{split}_{what}": meta["splits"][split][what] for split in ("train", "val") for what in ("tokens", "bytes")
+        },
+    }
+
+
+def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Machine, best: bool) -> None:
+    """Write last.pt, and best.pt before it where this is the best model so far. All processes call this."""
+    rng: list[Any] = [random_state(machine.device)]
+    if machine.processes > 1:
+        rng = [None] * machine.processes
+        dist.all_gather_object(rng, random_state(machine.device))
+    if not machine.is_main:
+        return
+    generating = {
+        "format": checkpoint.FORMAT,
+        "model": state.model.state_dict(),
+        "config": dataclasses.asdict(cfg),
+        "tokenizer": meta["tokenizer"],
+        "iter": state.iter,
+        "tokens": state.iter * cfg.tokens_per_iter,
+        "val_loss": state.val_loss,
+        "data": describe_data(meta),
+    }
+    resuming = {
+        "best_val_loss": state.best_val_loss,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "rng": rng,
+    }
+    out_dir = Path(cfg.out_dir)
+    if best:
+        checkpoint.save(out_dir / "best.pt", generating)
+    checkpoint.save(out_dir / "last.pt", generating | resuming)
+
+
+def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
+    """Put a run back to where `last.pt` has it."""
+    state.model.load_state_dict(saved["model"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.iter, state.val_loss, state.best_val_loss = saved["iter"], saved["val_loss"], saved["best_val_loss"]
+    if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh one
+        set_random_state(saved["rng"][machine.rank], machine.device)
+
+
+def check_resumable(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], path: Path) -> list[str]:
+    """What differs between the saved run's training fields and the command's, in words.
+
+    Raises:
+        UserError: the model, the tokenizer or the data is not that of the saved run.
+    """
+    if missing := {"best_val_loss", "optimizer", "scaler", "rng"} - saved.keys():
+        raise UserError(f"{path}: cannot be resumed from (without {', '.join(sorted(missing))})")
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise UserError(
+            f"--resume: {path} was trained with the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
+            f"{meta['tokenizer']}; give the --data-dir of that run, or another --out-dir"
+        )
+    if saved["data"]["sha256"] != describe_data(meta)["sha256"]:
+        raise UserError(
+            f"--resume: {path} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or "
+            "another --out-dir"
+        )
+    then, now = saved["config"], dataclasses.asdict(cfg)
+    if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
+        values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
+        raise UserError(f"--resume: the model of {path} has other sizes ({values}); give those, or another --out-dir")
+    elsewhere = ("model", "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
+    return [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and then.get(f) != now[f]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One iteration
+
+
+def forward_backward(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    scaler: torch.amp.GradScaler,
+    windows: data.TrainingWindows,
+    numbers: list[range],
+    machine: Machine,
+) -> Tensor:
+    """The gradient of the mean loss over all micro-steps (and processes), into `.grad`.
+
+    Args:
+        numbers: for each micro-step, the sequence numbers of its windows.
+
+    Returns:
+        (len(numbers),) the loss of each micro-step, on the device: nothing here waits for it.
+    """
+    losses = []
+    for micro_step, batch in enumerate(numbers, start=1):
+        inputs, targets = machine.windows(windows.batch(batch))
+        # Gradients travel between processes once, with the last micro-step's.
+        silent = machine.processes > 1 and micro_step < len(numbers)
+        with forward.no_sync() if silent else contextlib.nullcontext():
+            with machine.autocast():
+                loss = forward(inputs, targets)
+            scaler.scale(loss / len(numbers)).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def micro_steps(it: int, cfg: TrainConfig, batch_size: int, machine: Machine) -> list[range]:
+    """Which windows are this process's in iteration `it`: their sequence numbers, a range for each micro-step."""
+    sequences = cfg.tokens_per_iter // cfg.model.block_size
+    first, stride = it * sequences + machine.rank * batch_size, machine.processes * batch_size
+    return [range(first + n, first + n + batch_size) for n in range(0, sequences, stride)]
+
+
+def non_finite(
+    losses: list[float], norm: float, it: int, cfg: TrainConfig, batch_size: int, windows: data.TrainingWindows
+) -> UserError:
+    """The report on a loss or a gradient that is no number: where, when, and on which text."""
+    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
+    first = it * (cfg.tokens_per_iter // cfg.model.block_size)
+    groups = [range(first + n * batch_size, first + (n + 1) * batch_size) for n in (bad or range(len(losses)))]
+    starts = [str(windows.start(number)) for group in groups for number in group]
+    shown = ", ".join(starts[:8]) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
+    what = f"the loss of micro-step {bad[0] + 1} of {len(losses)}" if bad else "the gradient"
+    return UserError(
+        f"{what} is not finite in iteration {it} (learning rate {get_lr(it, cfg):.3g}, gradient norm {norm:.3g}). The "
+        f"weights were not changed. The batch: windows of {cfg.model.block_size} tokens of the training split that begin "
+        f"at token {shown}. Go on from the last good checkpoint, {cfg.out_dir}/last.pt, with --resume and a lower "
+        "--learning-rate, or --dtype float32"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: data.ValidationWindows, batch_size: int, machine: Machine) -> float:
+    """The mean loss over the validation windows in nats per token, shared out among the processes."""
+    model.eval()
+    total = torch.zeros(1, device=machine.device)
+    begin, end = (len(windows) * (machine.rank + n) // machine.processes for n in (0, 1))
+    for first in range(begin, end, batch_size):
+        last = min(first + batch_size, end)
+        inputs, targets = machine.windows(windows.batch(first, last))
+        with machine.autocast():
+            total += model(inputs, targets) * (last - first)
+    model.train()
+    return machine.gather(total).sum().item() / len(windows)
+
+
+def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
+    """The loss in three units. A byte's share of a token is that of the whole validation split."""
+    split = meta["splits"]["val"]
+    return {
+        "val_loss": val_loss,
+        "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more; a run that diverged may ask for it
+        "bits_per_byte": val_loss / math.log(2) * split["tokens"] / split["bytes"],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What may fail on one machine and not on another: compiling, and memory
+
+
+def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    """The model as the iterations call it, shared among the processes and compiled, and a word on compiling. A compiler
+    that fails costs its speed-up, not the run. `model` itself stays as it is: evaluation and saving use that."""
+    forward: Any = model
+    if machine.processes > 1:
+        forward = DistributedDataParallel(model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
+    if cfg.compile == "off" or (cfg.compile == "auto" and machine.device.type != "cuda"):
+        return forward, "off"
+    compiled: Any = torch.compile(forward, dynamic=False)
+    try:
+        idx = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)
+        with machine.autocast():
+            loss = compiled(idx, idx)
+        loss.backward()
+    except Exception as error:  # whatever a compiler's many parts may raise
+        if not is_out_of_memory(error):  # that one is met again, and dealt with, by the iterations
+            return forward, f"off, since it failed here ({type(error).__name__})"
+    finally:
+        model.zero_grad()
+    return compiled, "on"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own for it; the CPU and MPS have a RuntimeError that says so."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machine) -> tuple[T, int]:
+    """`compute(batch_size)`, and where memory runs out, the same with smaller micro-batches: half the size each time,
+    where that is a whole number. Twice the micro-steps make up for it, so the iteration, and the run, stay the same.
+
+    Returns:
+        The result, and the batch size that it was had with.
+
+    Raises:
+        UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
+    """
+    while True:
+        try:
+            return compute(batch_size), batch_size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if machine.processes > 1 or batch_size == 1:
+                advice = "--batch-size" if batch_size > 1 else "--block-size or a smaller model"
+                raise UserError(f"out of memory at --batch-size {batch_size}; take a smaller {advice}") from error
+        # Behind the except block, where the failed attempt's tensors are no longer held
+        smaller = next(n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0)
+        machine.print(
+            f"Out of memory: micro-steps of {smaller} sequences from here on, not {batch_size}; the same run."
+        )
+        batch_size = smaller
+        model.zero_grad()
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def catch_signals() -> threading.Event:
+    """Set when SIGINT (Ctrl-C) or SIGTERM came: the run then saves and ends after the iteration. A second signal ends
+    it at once."""
+    stop = threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return stop
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside the run: --check and --eval-only, which write nothing
+
+
+def preflight(
+    cfg: TrainConfig,
+    state: TrainState,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    train_windows: data.TrainingWindows,
+    val_windows: data.ValidationWindows,
+    machine: Machine,
+) -> None:
+    """Verify the data, try an iteration and a piece of an evaluation, and say what the run will take.
+
+    Raises:
+        UserError: a shard is not what prepare_data.py wrote, or memory or disk will not do.
+    """
+    if machine.is_main:
+        data.verify(cfg.data_dir)
+
+    def attempt(batch_size: int) -> tuple[float, float]:
+        numbers = micro_steps(0, cfg, batch_size, machine)
+        begin = time.perf_counter()
+        piece = data.ValidationWindows(val_windows.stream, cfg.model.block_size, batch_size * cfg.model.block_size)
+        evaluate(state.model, piece, batch_size, machine)
+        evaluation_seconds = (time.perf_counter() - begin) * len(val_windows) / len(piece)
+        for steps in (numbers[:1], numbers):  # the first one makes buffers and the optimizer's moments
+            begin = time.perf_counter()
+            losses = forward_backward(forward, state.scaler, train_windows, steps, machine)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.optimizer.zero_grad()
+            losses.tolist()  # waits for the device
+        return time.perf_counter() - begin, evaluation_seconds
+
+    (iteration_seconds, evaluation_seconds), batch_size = fit(attempt, cfg.batch_size, state.model, machine)
+    evaluations = cfg.max_iters // cfg.eval_interval + 1
+    total = cfg.max_iters * iteration_seconds + evaluations * evaluation_seconds
+    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    disk = 7 * weights  # best.pt 1, last.pt 3 (AdamW's two moments), and a new last.pt beside the old one
+    flops = state.model.flops_per_token()
+    machine.print(
+        report.preflight(
+            cfg, batch_size, iteration_seconds, evaluation_seconds, total, peak_memory(machine), disk, flops, machine
+        )
+    )
+    folder = next(p for p in (Path(cfg.out_dir).absolute(), *Path(cfg.out_dir).absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(folder).free) < disk:
+        raise UserError(
+            f"--out-dir {cfg.out_dir}: checkpoints need {report.size(disk)}, but only {report.size(free)} are free there"
+        )
+    machine.print("All of this fits.")
+
+
+def peak_memory(machine: Machine) -> int | None:
+    """Bytes: of the GPU by PyTorch's allocator, on a CPU of the whole process; None where neither can be told."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(machine.device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+
+
+def eval_only(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
+    """Evaluate OUT_DIR/best.pt on the validation split of the data.
+
+    Raises:
+        UserError: there is no such checkpoint, or it has another tokenizer than the data.
+    """
+    path = Path(cfg.out_dir) / "best.pt"
+    saved = checkpoint.load(path)
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise UserError(
+            f"--eval-only: {path} uses the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
+            f"{meta['tokenizer']}; give the --data-dir of that run"
+        )
+    model = checkpoint.build_model(saved).to(machine.device)
+    stream = data.TokenStream.open(cfg.data_dir, "val")
+    windows = data.ValidationWindows(stream, model.config.block_size, cfg.eval_tokens)
+    val_loss, _ = fit(lambda n: evaluate(model, windows, n, machine), cfg.batch_size, model, machine)
+    machine.print(report.evaluation(saved["iter"], validation_row(val_loss, meta)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(cfg: TrainConfig) -> None:
+    """Train as `cfg` says, from the start or from `last.pt`.
+
+    Raises:
+        UserError: whatever can be foreseen to go wrong.
+    """
+    machine = make_machine(cfg)
+    out_dir = Path(cfg.out_dir)
+
+    # Data: the tokenizer, and with it vocab_size, is the data's
+    meta = data.read_meta(cfg.data_dir)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
+    try:
+        cfg.accumulation_steps(machine.processes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if cfg.eval_only:
+        return eval_only(cfg, meta, machine)
+    block_size = cfg.model.block_size
+    train_windows = data.TrainingWindows(data.TokenStream.open(cfg.data_dir, "train"), block_size, cfg.seed)
+    val_windows = data.ValidationWindows(data.TokenStream.open(cfg.data_dir, "val"), block_size, cfg.eval_tokens)
+
+    # An earlier run in out_dir
+    last, saved, changed = out_dir / "last.pt", None, []
+    if cfg.resume or (cfg.auto_resume and last.exists()):
+        if not last.exists():
+            raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
+        saved = checkpoint.load(last)
+        changed = check_resumable(saved, cfg, meta, last)
+        if saved["iter"] >= cfg.max_iters:
+            machine.print(f"The run in {out_dir} is finished ({saved['iter']:,} iterations). --max-iters extends it.")
+            return
+    elif last.exists() and not (cfg.overwrite or cfg.check):
+        raise UserError(
+            f"--out-dir {out_dir} holds a run (last.pt); go on with it by --resume, delete it by --overwrite, or give "
+            "another --out-dir"
+        )
+
+    # Model and optimizer
+    torch.manual_seed(cfg.seed)  # the same weights in every process
+    model = GPT(cfg.model).to(machine.device)
+    optimizer = make_optimizer(model, cfg, machine.device)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    state = TrainState(model, optimizer, scaler)
+    forward, compiling = make_forward(model, cfg, machine)
+    torch.manual_seed(cfg.seed + machine.rank)  # dropout of its own in every process
+    resumed_at = None
+    if saved is not None:
+        restore(state, saved, machine)
+        resumed_at = state.iter
+        del saved
+    machine.print(report.startup(cfg, meta, model, machine, compiling, train_windows, val_windows, resumed_at, changed))
+    if cfg.check:
+        return preflight(cfg, state, forward, train_windows, val_windows, machine)
+
+    # Files: nothing of an earlier run stays where a new one begins
+    if machine.is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if resumed_at is None:
+            for name in ("last.pt", "best.pt", "metrics.jsonl", "loss.png"):
+                (out_dir / name).unlink(missing_ok=True)
+        (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
+    log = report.RunLog(cfg, state.iter, machine.is_main)
+
+    # The loop
+    stop, stopping = catch_signals(), False
+    batch_size = cfg.batch_size  # the one in force: smaller where memory runs out
+    while True:
+        finished = state.iter == cfg.max_iters
+        if state.iter != resumed_at:  # there, all this was done before the run was stopped
+            evaluating = state.iter % cfg.eval_interval == 0 or finished
+            best = False
+            if evaluating:
+                state.val_loss, batch_size = fit(
+                    lambda n: evaluate(model, val_windows, n, machine), batch_size, model, machine
+                )
+                best = state.val_loss < state.best_val_loss
+                state.best_val_loss = min(state.val_loss, state.best_val_loss)
+            if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
+                log.row(state.iter, validation_row(state.val_loss, meta) if evaluating else None, best)
+            if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
+                save(state, cfg, meta, machine, best)
+        if finished or stopping:
+            break
+
+        begin = time.perf_counter()
+        learning_rate = get_lr(state.iter, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        def gradients(batch_size: int) -> Tensor:
+            numbers = micro_steps(state.iter, cfg, batch_size, machine)
+            return forward_backward(forward, scaler, train_windows, numbers, machine)
+
+        losses, batch_size = fit(gradients, batch_size, model, machine)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+
+        # The one moment of an iteration when the program waits for the device, and the processes for each other
+        told = torch.cat([losses, torch.stack([norm, torch.full_like(norm, stop.is_set())])])
+        *losses, norms, stops = machine.gather(told).T.tolist()  # (micro-steps + 2, processes)
+        losses, grad_norm, stopping = [loss for row in losses for loss in row], norms[0], any(stops)
+        train_loss = sum(losses) / len(losses)
+        skipped = scaler.is_enabled() and scaler.get_scale() > 1  # float16: an overflow is the scaler's to deal with
+        if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or skipped):
+            raise non_finite(losses, grad_norm, state.iter, cfg, batch_size, train_windows)
+
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        state.iter += 1
+        log.iteration(train_loss, learning_rate, grad_norm, time.perf_counter() - begin)
+
+    log.close()
+    if finished:
+        machine.print(f"Done. Best validation loss {state.best_val_loss:.4f}: {out_dir / 'best.pt'}")
+    else:
+        machine.print(f"Stopped after iteration {state.iter:,}, as asked. --resume goes on from there.")
+
+
+def main() -> None:
+    cfg = config.parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+    try:
+        train(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    config.run(main)
