@@ -423,10 +423,15 @@ def main(config: GenerateConfig) -> None:
             num_samples=config.num_samples, stop=config.stop, ignore_eot=config.ignore_eot,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator,
         )  # fmt: skip
-        if config.json:
-            print_json(prompt, seed, steps)
-        else:
-            print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
+        try:
+            if config.json:
+                print_json(prompt, seed, steps)
+            else:
+                print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # a GPU's, and a CPU's
+                raise UserError(f"--num-samples {config.num_samples}: too many for the memory; take fewer") from error
+            raise
 
     if config.interactive:
         interact(answer)

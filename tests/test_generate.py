@@ -135,6 +135,8 @@ def test_past_the_context_the_newest_half_goes_on(block_size, prompt):
     idx = torch.randint(TINY.vocab_size, (2, prompt))
     expected = plain_loop(model, idx, 5 * block_size + 3)
     assert tokens_of(model, idx, 5 * block_size + 3, temperature=0) == expected
+    twice = tokens_of(model, idx, 5 * block_size + 3, temperature=0, num_samples=2)
+    assert twice == [row for row in expected for _ in range(2)]
 
 
 def test_past_the_context_the_work_per_token_does_not_grow():
@@ -599,6 +601,22 @@ def test_a_wrong_checkpoint_is_one_clear_message(tmp_path, best, monkeypatch):
         lambda name: tiktoken.Encoding(name, pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}),
     )
     assert "257 tokens" in load_error(best)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_one_clear_message(best, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+        yield
+
+    monkeypatch.setattr(generate, "generate", fail)
+    with pytest.raises(UserError, match="--num-samples 8"):
+        generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug stays a bug
+        generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
 
 
 def save_without(path, best, key: str):
