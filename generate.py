@@ -319,8 +319,10 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
         dtype, why = fastest_dtype(model, device)
     else:
         dtype, why = checkpoint.resolve_dtype(config.dtype, device)
-    size = model.num_parameters()["total"] / 1e6
-    say(f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device}, {why}")
+    size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
+    say(
+        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({why})"
+    )
     return model.to(device, dtype), tokenizer
 
 
@@ -331,8 +333,7 @@ def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
     of large matrices that training is made of. So on a CPU the largest such product of the model is timed.
     """
     if device.type != "cpu":
-        dtype, why = checkpoint.resolve_dtype("auto", device)
-        return dtype, f"{str(dtype).removeprefix('torch.')}: {why}"
+        return checkpoint.resolve_dtype("auto", device)
 
     def seconds(head: Tensor) -> float:
         row, times = head[:1], []
@@ -346,8 +347,8 @@ def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
     head = model.transformer.wte.weight.detach()
     speedup = seconds(head) / seconds(head.bfloat16())
     if speedup > 1.2:
-        return torch.bfloat16, f"bfloat16: {speedup:.1f} times as fast as float32 here"
-    return torch.float32, "float32: bfloat16 is not faster on this CPU"
+        return torch.bfloat16, f"reads weights {speedup:.1f} times as fast as float32 on this CPU"
+    return torch.float32, "bfloat16 is not faster on this CPU"
 
 
 def say(message: str) -> None:
@@ -409,10 +410,11 @@ def main(config: GenerateConfig) -> None:
         stream.reconfigure(encoding="utf-8")  # Windows' pipes have another one
     prompt = read_prompt(config)
     model, tokenizer = load_model(config)
+    weight = model.transformer.wte.weight
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     if config.seed is None:
-        say(f"--seed {seed} makes the same text again")
-    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+        say(f"--seed {seed} --dtype {str(weight.dtype).removeprefix('torch.')} makes the same text again")
+    generator = torch.Generator(weight.device).manual_seed(seed)
 
     def answer(prompt: str) -> None:
         ids = encode(tokenizer, prompt)
@@ -443,6 +445,7 @@ def interact(answer: Callable[[str], None]) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # Windows' Python has none; its terminal keeps a history by itself
         import readline  # noqa: F401  (imported, it gives input() a history and line editing)
+    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D leaves.")

@@ -68,9 +68,9 @@ def without_cache(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading memory, from a sum over 256 MiB (more than any cache holds)."""
+    """Bytes per second of reading memory, from sums over 256 MiB (more than any cache holds)."""
     numbers = torch.ones(1 << 26, device=device)
-    return numbers.nbytes / min(seconds(lambda: numbers.sum().item()) for _ in range(20))
+    return numbers.nbytes / statistics.median(seconds(lambda: numbers.sum().item()) for _ in range(20))
 
 
 def first_character(*command: str) -> float:
@@ -156,7 +156,7 @@ def main() -> None:
 
     print(f"\n{'new tokens, one stream':44s} {'ms/token':>9s}")
     lengths: dict[int, list[float]] = {100: [], 1000: [], 5000: []}
-    for _ in range(3):
+    for _ in range(2):
         for new, taken in lengths.items():
             taken.append(seconds(lambda new=new: ours(model, 1, new)) / new)
     for new, taken in lengths.items():

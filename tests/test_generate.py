@@ -458,7 +458,7 @@ def test_json_lines(best):
         assert list(row) == ["prompt", "text", "tokens", "seed", "seconds", "tokens_per_second"]
         assert row["prompt"] == "abc" and row["tokens"] == 20
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
-        assert f"--seed {row['seed']} " in run.stderr  # the seed used is told when none was given
+        assert f"--seed {row['seed']} --dtype " in run.stderr  # the seed used is told when none was given
     assert len({row["text"] for row in rows}) == 3
 
 
@@ -472,7 +472,7 @@ def test_a_megabyte_on_stdin(best):
 
 def test_interactive_answers_line_by_line(best):
     run = command(
-        best, "--interactive", "--temperature", 0, "--max-new-tokens", 4, input="one\ntwo\n", errors="replace"
+        best, "--interactive", "--temperature", 0, "--max-new-tokens", 4, input="one \udcff\ntwo\n", errors="replace"
     )
     assert run.returncode == 0, run.stderr
     single = command(best, "--prompt", "two", "--temperature", 0, "--max-new-tokens", 4, errors="replace")
