@@ -445,7 +445,7 @@ def interact(answer: Callable[[str], None]) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # Windows' Python has none; its terminal keeps a history by itself
         import readline  # noqa: F401  (imported, it gives input() a history and line editing)
-    sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 becomes U+FFFD
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is no UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D leaves.")

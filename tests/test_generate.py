@@ -471,12 +471,12 @@ def test_a_megabyte_on_stdin(best):
 
 
 def test_interactive_answers_line_by_line(best):
-    run = command(
-        best, "--interactive", "--temperature", 0, "--max-new-tokens", 4, input="one \udcff\ntwo\n", errors="replace"
-    )
+    greedy = ["--temperature", 0, "--max-new-tokens", 4]
+    bad = "one \udcff\ntwo\n"  # a byte that is no UTF-8 is no reason to leave
+    run = command(best, "--interactive", *greedy, input=bad, encoding="utf-8", errors="surrogateescape")
     assert run.returncode == 0, run.stderr
-    single = command(best, "--prompt", "two", "--temperature", 0, "--max-new-tokens", 4, errors="replace")
-    assert run.stdout.startswith("one") and run.stdout.endswith(single.stdout)
+    single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
+    assert run.stdout.startswith("one \ufffd") and run.stdout.endswith(single.stdout)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
