@@ -52,6 +52,11 @@ class Compute(Preset):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the arithmetic; auto: the fastest safe one
 
 
+@dataclass(frozen=True)
+class CheckpointFile(Preset):
+    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -196,8 +201,7 @@ class TrainConfig(Compute, DataDir):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Compute):
-    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+class GenerateConfig(Compute, CheckpointFile):
     prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
     interactive: bool = False  # ask for prompts, one after another
     max_new_tokens: int = 200  # tokens to generate, at most
@@ -226,6 +230,19 @@ class GenerateConfig(Compute):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# python export.py
+
+
+@dataclass(frozen=True)
+class ExportConfig(CheckpointFile):
+    out_dir: str = tyro.MISSING  # the folder to make; must be new, or empty
+    format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
+
+    def __post_init__(self):
+        require(self.out_dir != "", "--out-dir: is empty; name the folder to make")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Presets: each a set of other defaults for the fields above; a command takes those that it has
 
 
@@ -250,8 +267,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields."""
-    values = {f.name: PRESETS[preset][f.name] for f in dataclasses.fields(cls) if f.name in PRESETS[preset]}
+    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields.
+    A field that has no default is the user's alone to give: no preset sets it."""
+    values = {
+        f.name: PRESETS[preset][f.name]
+        for f in dataclasses.fields(cls)
+        if f.name in PRESETS[preset] and f.default is not tyro.MISSING
+    }
     for f in dataclasses.fields(cls):
         if f.name == "model":
             values["model"] = with_preset(ModelConfig, preset)
