@@ -223,7 +223,7 @@ class GenerateConfig(Compute, CheckpointFile):
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: int = 1  # continuations of the prompt
     seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
-    ignore_eot: bool = False  # go on behind the end of the article
+    ignore_eot: bool = False  # go on behind the end of the article (<|endoftext|>)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
     json: bool = False  # print JSON lines, one a sample, not text
