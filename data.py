@@ -137,20 +137,25 @@ class ShardWriter:
         while len(tokens):
             index, filled = divmod(self.tokens, self.shard_tokens)
             if self._file is None:
-                self._file = open(self._partial(shard_path(self.data_dir, self.split, index)), "ab")  # noqa: SIM115, it stays open
+                path = self._partial(shard_path(self.data_dir, self.split, index))
+                self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (it stays open)
                 if filled == 0:
-                    self._file.write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
+                    self._write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
             part = tokens[: self.shard_tokens - filled]
-            self._file.write(part.astype("<u2", copy=False).data)
+            self._write(part.astype("<u2", copy=False).tobytes())
             self.tokens += len(part)
             tokens = tokens[len(part) :]
             if filled + len(part) == self.shard_tokens:
                 self.close()
 
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # an unbuffered file may take a part only, and say why at the next one
+            view = view[self._file.write(view) :]
+
     def sync(self) -> None:
         """Return when everything written is on the disk."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
