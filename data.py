@@ -167,12 +167,12 @@ class ShardWriter:
     def tail(self, length: int) -> np.ndarray:
         """The last `length` tokens, (length,) uint16."""
         self.close()
-        parts, first = [], max(0, self.tokens - length) // self.shard_tokens
-        for index in range(first, self.count):
-            parts.append(
-                np.fromfile(self._partial(shard_path(self.data_dir, self.split, index)), "<u2", offset=HEADER_BYTES)
-            )
-        return np.concatenate(parts)[-length:]
+        start, parts = self.tokens - length, []
+        for index in range(start // self.shard_tokens, self.count):
+            skip = max(0, start - index * self.shard_tokens)
+            path = self._partial(shard_path(self.data_dir, self.split, index))
+            parts.append(np.fromfile(path, "<u2", offset=HEADER_BYTES + 2 * skip))
+        return np.concatenate(parts)
 
     def finish(self) -> list[dict[str, Any]]:
         """Give every shard its header and its name. Returns what meta.json says of them: file, tokens, sha256."""

@@ -462,8 +462,12 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main() -> None:
-    config = parse(PrepareConfig, __doc__)
+def prepare(config: PrepareConfig) -> None:
+    """Write `config.data_dir`, or go on with it, or say that it is finished.
+
+    Raises:
+        UserError: anything foreseen went wrong. What is done so far is kept, and the same command goes on with it.
+    """
     data_dir = Path(config.data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -474,7 +478,9 @@ def main() -> None:
             f"--data-dir {data_dir}: another prepare_data.py is at work there; wait until it ends"
         ) from error
     except KeyboardInterrupt as error:
-        raise UserError("stopped; the same command goes on where it stood (--overwrite would start again)") from error
+        raise UserError(
+            "stopped; the same command goes on where it stood (with --overwrite, from the start)"
+        ) from error
     except OSError as error:
         if error.errno in DISK_FULL:
             raise UserError(
@@ -482,6 +488,10 @@ def main() -> None:
                 "goes on where it stood"
             ) from error
         raise UserError(f"{error.filename or data_dir}: {error.strerror or error}") from error
+
+
+def main() -> None:
+    prepare(parse(PrepareConfig, __doc__))
 
 
 if __name__ == "__main__":
