@@ -33,7 +33,7 @@ import tiktoken
 from tqdm import tqdm
 
 from config import PrepareConfig, UserError, parse, run
-from data import END_OF_TEXT, META_FORMAT, ShardWriter, load_tokenizer, read_meta, write_json
+from data import END_OF_TEXT, META_FORMAT, ShardWriter, TokenStream, load_tokenizer, read_meta, write_json
 from sources import DISK_FULL, Chunk, HubWikipedia, LocalFiles, articles, last_cut, read_chunks
 
 SPLITS = ("train", "val")
@@ -121,11 +121,13 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
 
     A long text is cut: tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
     """
-    parts = []
-    while text:
-        cut = last_cut(text[:PIECE]) if len(text) > PIECE else len(text)
-        parts.append(encoding.encode_to_numpy(text[:cut], disallowed_special=()).astype(np.uint16))
-        text = text[cut:]
+    parts, start = [], 0
+    while start < len(text):
+        piece = text[start : start + PIECE]
+        if start + PIECE < len(text):
+            piece = piece[: last_cut(piece)]
+        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16))
+        start += len(piece)
     return parts
 
 
@@ -182,6 +184,8 @@ class Preparation:
             self.remove(self.meta, self.note, *(p for split in SPLITS for p in self.data_dir.glob(f"{split}_*.bin*")))
         if self.meta.exists():
             self.check_same(read_meta(self.data_dir), "is finished, and was prepared")
+            for split in SPLITS:
+                TokenStream.open(self.data_dir, split)  # raises where a shard is no longer what it was
             self.clean_up()
             print(f"{self.data_dir} is finished: nothing to do (--overwrite starts again)")
             return
@@ -221,12 +225,7 @@ class Preparation:
         self.open_shards()
         self.commit()
         self.source_bytes = [file.bytes for file in self.source.files]
-        if isinstance(self.source, HubWikipedia) and not self.state["end"]:
-            print(
-                f"{self.source.identity['repository']} {self.source.config} at commit {self.source.commit[:12]}: "
-                f"{sum(self.source_bytes) / 1e9:,.2f} GB in {len(self.source_bytes)} files, "
-                f"{sum(self.source_bytes[self.state['file'] :]) / 1e9:,.2f} GB to go"
-            )
+        print(self.source.summary())
 
     def check_same(self, there: dict[str, Any], state: str) -> None:
         """Raise UserError where the folder was begun by a command that makes other shards."""
@@ -264,18 +263,19 @@ class Preparation:
         context = multiprocessing.get_context("spawn")  # the same on every system, and nothing is inherited
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
         bar = tqdm(initial=self.tokens, unit=" tokens", unit_scale=True, desc="tokenizing", disable=None)
-        measured, committed = None, time.monotonic()
+        measuring_since, said = None, False
+        committed = time.monotonic()
         try:
             for place, position, future in self.in_order(pool, job, in_flight=3 * workers):
                 full = self.append(future.result())
                 self.state.update(place)
                 if full:
                     break
-                if measured is None:
-                    measured = time.monotonic(), position, self.tokens
-                elif measured and time.monotonic() - measured[0] > MEASURE_SECONDS:
-                    self.say_needs(*measured, position)
-                    measured = ()
+                if measuring_since is None:  # when the workers are under way
+                    measuring_since, tokens_then = time.monotonic(), self.tokens
+                elif not said and (seconds := time.monotonic() - measuring_since) > MEASURE_SECONDS:
+                    self.say_needs((self.tokens - tokens_then) / seconds, position)
+                    said = True
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self.commit()
                     committed = time.monotonic()
@@ -352,12 +352,11 @@ class Preparation:
         tokens = self.tokens * sum(self.source_bytes) // max(1, position)
         return min(tokens, self.config.max_tokens or tokens)
 
-    def say_needs(self, began: float, position_then: int, tokens_then: int, position: int) -> None:
-        """Say what the run will need, measured since it began. Raises UserError where the disk cannot hold it."""
+    def say_needs(self, tokens_per_second: float, position: int) -> None:
+        """Say what the run will need, by what the first seconds showed. Raises UserError where the disk is too small."""
         total = self.estimate(position)
         left = total - self.tokens
-        seconds = left * (time.monotonic() - began) / max(1, self.tokens - tokens_then)
-        disk = 2 * left
+        seconds, disk = left / max(1.0, tokens_per_second), 2 * left
         text = f"needs about {2 * total / 1e9:,.2f} GB on disk for {total / 1e6:,.0f} million tokens"
         if isinstance(self.source, HubWikipedia):
             download = left * position // max(1, self.tokens)
@@ -368,10 +367,10 @@ class Preparation:
         free = shutil.disk_usage(self.data_dir).free
         tqdm.write(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free")
         if disk > free:
+            fits = int(self.tokens + 0.8 * free / 2)
             raise UserError(
                 f"--data-dir {self.data_dir}: {disk / 1e9:,.2f} GB more are needed there, and {free / 1e9:,.2f} GB are "
-                "free; make space and give the same command, or start again with --overwrite and --max-tokens "
-                f"{int(self.tokens + free / 2 * 0.8):,}".replace(",", "_")
+                f"free; make space and give the same command, or start again with --overwrite --max-tokens {fits}"
             )
 
     # The end

@@ -250,8 +250,9 @@ class LocalFiles:
     """
 
     def __init__(self, source: str):
-        self.root, paths = (SAMPLE.parent, [SAMPLE]) if source == "sample" else self._find(source)
-        self.files = []
+        is_sample = source == "sample"
+        self.root, paths, self.left_out = (SAMPLE.parent, [SAMPLE], 0) if is_sample else self._find(source)
+        self.source, self.files = source, []
         total = sum(path.stat().st_size for path in paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc="looking", disable=None, leave=False, delay=1) as bar:
             for path in paths:
@@ -260,17 +261,22 @@ class LocalFiles:
                 bar.update(size)
         listing = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
         self.identity = {
-            "kind": "sample" if source == "sample" else "files",
+            "kind": "sample" if is_sample else "files",
             "files": len(paths),
             "bytes": total,
             "sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),  # of `sha256sum FILE...`
         }
 
     @staticmethod
-    def _find(source: str) -> tuple[Path, list[Path]]:
+    def _find(source: str) -> tuple[Path, list[Path], int]:
+        """(their folder, the files, how many there are of other types)"""
+
+        def is_hidden(path: Path, root: Path) -> bool:
+            return any(part.startswith(".") for part in path.relative_to(root).parts)
+
         path = Path(source).expanduser()
         if path.is_dir():
-            root, found = path, sorted(p for p in path.rglob("*") if p.is_file())
+            root, found = path, sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
         elif path.is_file():
             root, found = path.parent, [path]
         else:
@@ -284,9 +290,13 @@ class LocalFiles:
         taken = [p for p in found if file_type(p.name)]
         if not taken:
             raise UserError(f"--source {source}: holds no file that ends in {', '.join(FILE_TYPES)}")
-        if len(taken) < len(found):
-            print(f"{source}: left out {len(found) - len(taken)} files that end in none of {', '.join(FILE_TYPES)}")
-        return root, taken
+        return root, taken, len(found) - len(taken)
+
+    def summary(self) -> str:
+        text = f"{self.source}: {count(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
+        if self.left_out:
+            text += f" (left out {count(self.left_out, 'file')} that end in none of {', '.join(FILE_TYPES)})"
+        return text
 
     def provenance(self) -> dict[str, Any]:
         return self.identity
@@ -364,6 +374,10 @@ class HubWikipedia:
         builder = datasets.load_dataset_builder(REPOSITORY, self.config, revision=commit)
         prefix = f"hf://datasets/{REPOSITORY}@{commit}/"
         return [str(name).removeprefix(prefix) for name in builder.config.data_files["train"]]
+
+    def summary(self) -> str:
+        size = sum(file.bytes for file in self.files) / 1e9
+        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {count(len(self.files), 'file')} of {size:,.2f} GB"
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -458,6 +472,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _is_whole(path: Path, file: SourceFile) -> bool:
     return path.stat().st_size == file.bytes and (file.sha256 is None or sha256(path) == file.sha256)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _first_line(error: BaseException) -> str:

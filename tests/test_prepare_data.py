@@ -188,7 +188,7 @@ def test_a_folder_of_txt_is_a_document_a_file(tmp_path):
     (tmp_path / "in" / "picture.png").write_bytes(b"x")
     result = run_script(*command(tmp_path / "out", tmp_path / "in"))
     assert result.returncode == 0, result.stderr
-    assert "left out 1 files" in result.stdout
+    assert "left out 1 file " in result.stdout
     assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(want)
 
 
