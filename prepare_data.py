@@ -87,7 +87,7 @@ def tokenize(chunk: Chunk, job: Job) -> Tokens:
         UserError: a row of the chunk is not what it should be.
     """
     encoding = load_tokenizer(job.tokenizer)
-    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], np.uint16)
+    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], np.uint32)
     tokens, lengths, text_bytes, val, empty, repaired = [], [], [], [], 0, 0
     for key, title, text in articles(chunk, job.text_column):
         is_whole = chunk.kind != "txt" or (chunk.first == 0 and chunk.ends)
@@ -100,13 +100,15 @@ def tokenize(chunk: Chunk, job: Job) -> Tokens:
         except UnicodeEncodeError:  # lone surrogates, which are no characters
             text, repaired = re.sub("[\ud800-\udfff]", "\ufffd", text), repaired + 1
             data = text.encode()
-        parts = encode(encoding, text) + [end_of_text] * chunk.ends
+        parts = encode(encoding, text)
+        if chunk.ends:
+            parts.append(end_of_text)
         tokens += parts
         lengths.append(sum(map(len, parts)))
         text_bytes.append(len(data))
         val.append(is_held_out(data if key is None else key, job.val_fraction))
     return Tokens(
-        np.concatenate(tokens) if tokens else np.zeros(0, np.uint16),
+        np.concatenate([np.zeros(0, np.uint32), *tokens]).astype(np.uint16),
         np.array(lengths, np.int64),
         np.array(text_bytes, np.int64),
         np.array(val, bool),
@@ -117,7 +119,7 @@ def tokenize(chunk: Chunk, job: Job) -> Tokens:
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """The tokens of `text`, parts of (n,) uint16. What looks like a special token in it is text, too.
+    """The tokens of `text`, parts of (n,) uint32. What looks like a special token in it is text, too.
 
     A long text is cut: tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
     """
@@ -126,7 +128,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
         piece = text[start : start + PIECE]
         if start + PIECE < len(text):
             piece = piece[: last_cut(piece)]
-        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16))
+        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))
         start += len(piece)
     return parts
 

@@ -497,6 +497,14 @@ def test_help_names_everything_and_needs_neither_torch_nor_datasets():
 # Going on after a stop
 
 
+def test_a_finished_folder_that_was_damaged_is_not_called_finished(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(50))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    os.truncate(tmp_path / "out" / "val_000000.bin", 2000)
+    with pytest.raises(UserError, match=r"val_000000\.bin"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+
+
 def test_another_command_is_refused_half_way(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [*make_articles(5000), {"no": "text"}])
     with pytest.raises(UserError, match="line 5001"):
