@@ -11,11 +11,13 @@ the defaults. Nothing is ever changed after it was made (the dataclasses are fro
 computed by a property or a method.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -25,6 +27,17 @@ C = TypeVar("C")
 
 class UserError(Exception):
     """A foreseen problem (a mistake, a disk, a network, damaged data): its text says in one line what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Where the disk is full or refuses, a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error.strerror or error}); what was saved before is kept"
+        ) from error
 
 
 def require(condition: bool, message: str) -> None:

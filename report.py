@@ -1,18 +1,19 @@
 """What a run tells: the start-up text, metrics.jsonl, loss.png, and the preflight's verdict."""
 
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from config import TrainConfig
+from config import TrainConfig, writing
 
 if TYPE_CHECKING:
     from data import TrainingWindows, ValidationWindows
-    from model import GPT
-    from train import Machine
+    from train import Machine, TrainState
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
 # MFU is shown for these GPUs and no other.
@@ -61,7 +62,7 @@ def size(count: float) -> str:
 def startup(
     cfg: TrainConfig,
     meta: dict[str, Any],
-    model: "GPT",
+    state: "TrainState",
     machine: "Machine",
     compiling: str,
     train_windows: "TrainingWindows",
@@ -70,9 +71,9 @@ def startup(
     changed: list[str],
 ) -> str:
     """What a person should know before the run takes their evening."""
-    c, count, train = cfg.model, model.num_parameters(), meta["splits"]["train"]
+    c, count, train = cfg.model, state.model.num_parameters(), meta["splits"]["train"]
     steps = cfg.accumulation_steps(machine.processes)
-    tokens = cfg.max_iters * cfg.tokens_per_iter
+    tokens = state.tokens + (cfg.max_iters - state.iter) * cfg.tokens_per_iter
     warmup = f"{cfg.warmup:,} iterations"
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
@@ -130,62 +131,75 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: "Machin
 
 
 class RunLog:
-    """The progress bar, metrics.jsonl and loss.png of a run.
+    """The progress bar, config.json, metrics.jsonl and loss.png of a run.
 
     metrics.jsonl has a row for each log and each evaluation, on the disk before the checkpoint that follows it. It is
-    cut back to iteration `iter`, where the run begins or goes on. Does nothing where `is_main` is false.
+    cut back to the iteration where the run begins or goes on. Does nothing but in process 0.
+
+    Raises:
+        UserError: a file cannot be written.
     """
 
-    def __init__(self, cfg: TrainConfig, iter: int, is_main: bool):
-        self.cfg, self.is_main, self.out_dir = cfg, is_main, Path(cfg.out_dir)
-        self.bar = tqdm(total=cfg.max_iters, initial=iter, unit="it", disable=None if is_main else True)
+    def __init__(self, cfg: TrainConfig, state: "TrainState", machine: "Machine"):
+        self.cfg, self.machine, self.out_dir = cfg, machine, Path(cfg.out_dir)
+        self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
-        self.rows: list[dict[str, Any]] = []
-        if is_main:
+        self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
+        if machine.is_main:
+            write_text(self.out_dir / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
             path = self.out_dir / "metrics.jsonl"
-            self.rows = [row for row in read_metrics(path) if row["iter"] <= iter]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-            os.replace(temporary, path)
-        # The clock runs in iterations only: evaluating and saving stop it.
-        self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.row_seconds, self.row_iters = 0.0, 0  # since the last row
+            self.rows = [row for row in read_metrics(path) if row["iter"] <= state.iter]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        quiet = None if machine.is_main else True  # None: where there is no terminal
+        self.bar = tqdm(total=cfg.max_iters, initial=state.iter, unit="it", disable=quiet)
 
     def iteration(self, train_loss: float, learning_rate: float, grad_norm: float, seconds: float) -> None:
         """An iteration is done, and took so long."""
-        self.last = {"train_loss": train_loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-        self.seconds += seconds
+        norm = grad_norm if math.isfinite(grad_norm) else None  # float16's skipped steps; JSON knows no infinity
+        self.last = {"train_loss": train_loss, "learning_rate": learning_rate, "grad_norm": norm}
         self.row_seconds += seconds
-        self.row_iters += 1
-        rate = f"{self.cfg.tokens_per_iter / seconds:,.0f}"
-        self.bar.set_postfix({"loss": f"{train_loss:.3f}", "lr": f"{learning_rate:.1e}", "tok/s": rate}, refresh=False)
+        self.row_tokens += self.cfg.tokens_per_iter
+        rate = self.cfg.tokens_per_iter / seconds
+        shown = f"{rate:,.0f}" + utilisation(rate, self.flops_per_token, self.machine)
+        self.bar.set_postfix({"loss": f"{train_loss:.3f}", "lr": f"{learning_rate:.1e}", "tok/s": shown}, refresh=False)
         self.bar.update()
 
-    def row(self, iter: int, validation: dict[str, float] | None, best: bool) -> None:
+    def row(self, state: "TrainState", validation: dict[str, float] | None, best: bool) -> None:
         """Write a row, and after an evaluation draw the curves and print a line."""
-        if not self.is_main:
+        if not self.machine.is_main:
             return
-        tokens = self.row_iters * self.cfg.tokens_per_iter
         row = {
-            "iter": iter,
-            "tokens": iter * self.cfg.tokens_per_iter,
-            "seconds": round(self.seconds, 3),
+            "iter": state.iter,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
             **self.last,
-            "tokens_per_second": round(tokens / self.row_seconds) if tokens else None,
+            "tokens_per_second": round(self.row_tokens / self.row_seconds) if self.row_tokens else None,
             **(validation or {}),
         }
-        self.row_seconds, self.row_iters = 0.0, 0
+        self.row_seconds, self.row_tokens = 0.0, 0
         self.rows.append(row)
-        with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.out_dir / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if validation:
             plot(self.rows, self.out_dir / "loss.png")
-            tqdm.write(evaluation(iter, validation, self.last["train_loss"], best))
+            tqdm.write(evaluation(state.iter, validation, self.last["train_loss"], best))
 
     def close(self) -> None:
         self.bar.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: the file has all of the old text or all of the new. Raises UserError where the disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -236,6 +250,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)

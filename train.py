@@ -13,20 +13,22 @@ another; and `train`, the loop that puts them together.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,9 +40,12 @@ import config
 import data
 import report
 from config import TrainConfig, UserError
+from generate import generate_text
 from model import GPT
 
 T = TypeVar("T")
+
+SAMPLE_TOKENS = 64  # of text at an evaluation
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The processes, and what each computes with
@@ -62,6 +67,16 @@ class Machine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
+
+    def describe(self) -> dict[str, Any]:
+        """What the rounding of a run depends on beside its configuration: kept in `last.pt`, compared on resuming."""
+        return {
+            "device": self.device.type if self.device.type != "cuda" else self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "processes": self.processes,
+            "torch": str(torch.__version__),
+        }
 
     @property
     def is_main(self) -> bool:
@@ -96,15 +111,32 @@ class Machine:
 
 
 def make_machine(cfg: TrainConfig) -> Machine:
-    """What this process computes with. Under torchrun, joins the other processes too."""
+    """What this process computes with. Under torchrun, joins the other processes too.
+
+    Raises:
+        UserError: there is no such device, or fewer GPUs than processes.
+    """
     device = checkpoint.resolve_device(cfg.device)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
+        if device.type == "mps":
+            raise UserError("--device mps: several processes need cuda or cpu")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local_rank = int(os.environ["LOCAL_RANK"])
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun --nproc-per-node: process {local_rank + 1} of this machine finds no GPU of its own, there "
+                    f"are {torch.cuda.device_count()}"
+                )
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype, why = checkpoint.resolve_dtype(cfg.dtype, device)
+    if processes > 1:
+        dtypes = [dtype] * processes
+        dist.all_gather_object(dtypes, dtype)
+        if len(set(dtypes)) > 1:
+            dtype, why = torch.float32, "the processes' devices differ in their fastest one"
     torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are such
     return Machine(device, dtype, why, rank, processes)
 
@@ -140,12 +172,14 @@ def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.
 
 @dataclass
 class TrainState:
-    """All that a run changes, and so all that resuming needs. The place in the data follows from `iter`."""
+    """All that a run changes, and so all that resuming needs. The place in the data follows from `tokens`."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps float16 gradients from vanishing; does nothing in other precisions
     iter: int = 0  # iterations done
+    tokens: int = 0  # seen in them
+    seconds: float = 0.0  # spent in them: evaluating and saving stop this clock
     val_loss: float = math.inf  # at the last evaluation
     best_val_loss: float = math.inf
 
@@ -165,6 +199,15 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     if device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+
+
+def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
+    """On a CPU `--dtype auto` is decided by a small timing, which may fall out otherwise another time: a resumed run
+    keeps what it began with."""
+    began = saved.get("machine", {})
+    if cfg.dtype == "auto" and machine.device.type == "cpu" and began.get("device") == "cpu":
+        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), why="as the run began")
+    return machine
 
 
 def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
@@ -193,12 +236,14 @@ def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Mac
         "config": dataclasses.asdict(cfg),
         "tokenizer": meta["tokenizer"],
         "iter": state.iter,
-        "tokens": state.iter * cfg.tokens_per_iter,
+        "tokens": state.tokens,
         "val_loss": state.val_loss,
         "data": describe_data(meta),
     }
     resuming = {
         "best_val_loss": state.best_val_loss,
+        "seconds": state.seconds,
+        "machine": machine.describe(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "rng": rng,
@@ -212,20 +257,26 @@ def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Mac
 def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
     """Put a run back to where `last.pt` has it."""
     state.model.load_state_dict(saved["model"])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    state.iter, state.val_loss, state.best_val_loss = saved["iter"], saved["val_loss"], saved["best_val_loss"]
+    # The moments are the saved run's; weight decay and betas are the command's, which may have changed them.
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    if saved["scaler"]:  # a run in another precision than float16 has none
+        state.scaler.load_state_dict(saved["scaler"])
+    state.iter, state.tokens, state.seconds = saved["iter"], saved["tokens"], saved["seconds"]
+    state.val_loss, state.best_val_loss = saved["val_loss"], saved["best_val_loss"]
     if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh one
         set_random_state(saved["rng"][machine.rank], machine.device)
 
 
-def check_resumable(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], path: Path) -> list[str]:
-    """What differs between the saved run's training fields and the command's, in words.
+def check_resumable(
+    saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], machine: Machine, path: Path
+) -> list[str]:
+    """What differs between the saved run and the command, in words: training fields, device, precision, threads.
 
     Raises:
         UserError: the model, the tokenizer or the data is not that of the saved run.
     """
-    if missing := {"best_val_loss", "optimizer", "scaler", "rng"} - saved.keys():
+    if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
         raise UserError(f"{path}: cannot be resumed from (without {', '.join(sorted(missing))})")
     if saved["tokenizer"] != meta["tokenizer"]:
         raise UserError(
@@ -237,12 +288,16 @@ def check_resumable(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any
             f"--resume: {path} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or "
             "another --out-dir"
         )
-    then, now = saved["config"], dataclasses.asdict(cfg)
+    then, now = saved["config"] | saved["machine"], dataclasses.asdict(cfg) | machine.describe()
     if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
         values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
         raise UserError(f"--resume: the model of {path} has other sizes ({values}); give those, or another --out-dir")
     elsewhere = ("model", "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
-    return [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and then.get(f) != now[f]]
+    words = [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and f in then and then[f] != now[f]]
+    if then["max_iters"] != now["max_iters"]:
+        before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
+        words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
+    return words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,28 +332,34 @@ def forward_backward(
     return torch.stack(losses)
 
 
-def micro_steps(it: int, cfg: TrainConfig, batch_size: int, machine: Machine) -> list[range]:
-    """Which windows are this process's in iteration `it`: their sequence numbers, a range for each micro-step."""
-    sequences = cfg.tokens_per_iter // cfg.model.block_size
-    first, stride = it * sequences + machine.rank * batch_size, machine.processes * batch_size
-    return [range(first + n, first + n + batch_size) for n in range(0, sequences, stride)]
+def micro_steps(tokens: int, cfg: TrainConfig, batch_size: int, machine: Machine) -> list[range]:
+    """Which windows are this process's in the iteration that begins when the run has seen so many tokens: their
+    sequence numbers, a range for each micro-step."""
+    first = tokens // cfg.model.block_size
+    end, stride = first + cfg.tokens_per_iter // cfg.model.block_size, machine.processes * batch_size
+    return [range(n, n + batch_size) for n in range(first + machine.rank * batch_size, end, stride)]
 
 
 def non_finite(
-    losses: list[float], norm: float, it: int, cfg: TrainConfig, batch_size: int, windows: data.TrainingWindows
+    losses: list[float],
+    norm: float,
+    state: TrainState,
+    cfg: TrainConfig,
+    batch_size: int,
+    windows: data.TrainingWindows,
 ) -> UserError:
     """The report on a loss or a gradient that is no number: where, when, and on which text."""
     bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
-    first = it * (cfg.tokens_per_iter // cfg.model.block_size)
+    first = state.tokens // cfg.model.block_size
     groups = [range(first + n * batch_size, first + (n + 1) * batch_size) for n in (bad or range(len(losses)))]
     starts = [str(windows.start(number)) for group in groups for number in group]
     shown = ", ".join(starts[:8]) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
     what = f"the loss of micro-step {bad[0] + 1} of {len(losses)}" if bad else "the gradient"
     return UserError(
-        f"{what} is not finite in iteration {it} (learning rate {get_lr(it, cfg):.3g}, gradient norm {norm:.3g}). The "
-        f"weights were not changed. The batch: windows of {cfg.model.block_size} tokens of the training split that begin "
-        f"at token {shown}. Go on from the last good checkpoint, {cfg.out_dir}/last.pt, with --resume and a lower "
-        "--learning-rate, or --dtype float32"
+        f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, cfg):.3g}, gradient norm "
+        f"{norm:.3g}). The weights were not changed. The batch: windows of {cfg.model.block_size} tokens of the training "
+        f"split that begin at token {shown}. Go on from the last good checkpoint, {cfg.out_dir}/last.pt, with --resume "
+        "and a lower --learning-rate, or --dtype float32"
     )
 
 
@@ -331,19 +392,50 @@ def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def sampler(meta: dict[str, Any], machine: Machine) -> tiktoken.Encoding | None:
+    """The data's tokenizer, for samples of text. Training does without it, and goes on where it cannot be had."""
+    if not machine.is_main:
+        return None
+    try:
+        return data.load_tokenizer(meta["tokenizer"])
+    except UserError as error:
+        machine.print(f"Evaluations show no text: {error}")
+        return None
+
+
+def sample_text(state: TrainState, cfg: TrainConfig, tokenizer: tiktoken.Encoding, machine: Machine) -> str:
+    """How the model continues `sample_prompt`. The random numbers are its own: a run is the same with and without."""
+    generator = torch.Generator(machine.device).manual_seed(cfg.seed + state.iter)
+    options = {"temperature": 0.8, "top_k": 200, "generator": generator}
+    text = cfg.sample_prompt + generate_text(state.model, tokenizer, cfg.sample_prompt, SAMPLE_TOKENS, **options)[0]
+    # An untrained model of bytes writes control characters too, which a terminal would obey.
+    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return textwrap.indent(text.strip(), "    ")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What may fail on one machine and not on another: compiling, and memory
 
 
 def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
-    """The model as the iterations call it, shared among the processes and compiled, and a word on compiling. A compiler
-    that fails costs its speed-up, not the run. `model` itself stays as it is: evaluation and saving use that."""
+    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling. `model`
+    itself stays as it is: evaluation and saving use that."""
     forward: Any = model
+    compiling = "off"
+    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
+        forward, compiling = try_compile(model, cfg, machine)
     if machine.processes > 1:
-        forward = DistributedDataParallel(model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
-    if cfg.compile == "off" or (cfg.compile == "auto" and machine.device.type != "cuda"):
-        return forward, "off"
-    compiled: Any = torch.compile(forward, dynamic=False)
+        forward = DistributedDataParallel(
+            forward, device_ids=[machine.device] if machine.device.type == "cuda" else None
+        )
+    return forward, compiling
+
+
+def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
+    """The compiled model, tried in a forward and a backward pass. A compiler that fails, in whichever of the processes,
+    costs its speed-up, not the run: then it is the model as it was, and why."""
+    compiled: Any = torch.compile(model, dynamic=False)
+    reason = ""
     try:
         idx = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)
         with machine.autocast():
@@ -351,21 +443,22 @@ def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callab
         loss.backward()
     except Exception as error:  # whatever a compiler's many parts may raise
         if not is_out_of_memory(error):  # that one is met again, and dealt with, by the iterations
-            return forward, f"off, since it failed here ({type(error).__name__})"
-    finally:
-        model.zero_grad()
-    return compiled, "on"
+            reason = type(error).__name__
+    model.zero_grad()
+    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
+    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """CUDA has an exception of its own for it; the CPU and MPS have a RuntimeError that says so."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machine) -> tuple[T, int]:
     """`compute(batch_size)`, and where memory runs out, the same with smaller micro-batches: half the size each time,
-    where that is a whole number. Twice the micro-steps make up for it, so the iteration, and the run, stay the same.
+    where that is a whole number. Twice the micro-steps make up for it, so the iteration, and the run, stay the same. A
+    failed attempt leaves no trace in gradients and random numbers.
 
     Returns:
         The result, and the batch size that it was had with.
@@ -373,6 +466,7 @@ def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machi
     Raises:
         UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
     """
+    random = random_state(machine.device)
     while True:
         try:
             return compute(batch_size), batch_size
@@ -389,22 +483,80 @@ def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machi
         )
         batch_size = smaller
         model.zero_grad()
+        set_random_state(random, machine.device)
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def catch_signals() -> threading.Event:
-    """Set when SIGINT (Ctrl-C) or SIGTERM came: the run then saves and ends after the iteration. A second signal ends
-    it at once."""
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of the run, and the signals to it
+
+
+def check_unused(out_dir: Path) -> None:
+    """Raises UserError where a new run would delete what an earlier one made."""
+    if (out_dir / "last.pt").exists():
+        raise UserError(
+            f"--out-dir {out_dir} holds a run (last.pt); go on with it by --resume, delete it by --overwrite, or give "
+            "another --out-dir"
+        )
+    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
+    best = out_dir / "best.pt"
+    if best.exists() and checkpoint.load(best)["iter"] > 0:
+        raise UserError(
+            f"--out-dir {out_dir} holds a model (best.pt); delete it by --overwrite, or give another --out-dir"
+        )
+
+
+@contextlib.contextmanager
+def claim(out_dir: Path, machine: Machine, fresh: bool) -> Iterator[None]:
+    """Make `out_dir` this run's own: keep other trainings out of it, and of an earlier run delete what was left half
+    done, or where a fresh run begins, everything. The system lifts the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another training is at work there, or the folder cannot be written to.
+    """
+    if not machine.is_main:
+        yield
+        return
+    lock = filelock.FileLock(out_dir / ".lock")
+    with config.writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"--out-dir {out_dir}: another training is at work there; give another --out-dir"
+            ) from error
+    try:
+        with config.writing(out_dir):
+            names = ["last.pt.tmp", "best.pt.tmp"]
+            if fresh:
+                names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+            for name in names:
+                (out_dir / name).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def catch_signals(machine: Machine) -> Iterator[threading.Event]:
+    """An event that is set when SIGINT (Ctrl-C) or SIGTERM comes: the run then saves and ends after the iteration. The
+    same signal a second time ends it at once."""
     stop = threading.Event()
 
     def handler(number: int, frame: Any) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
+        if machine.is_main:  # by os.write, since a signal may come amid a print
+            os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return stop
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,7 +580,7 @@ def preflight(
         data.verify(cfg.data_dir)
 
     def attempt(batch_size: int) -> tuple[float, float]:
-        numbers = micro_steps(0, cfg, batch_size, machine)
+        numbers = micro_steps(state.tokens, cfg, batch_size, machine)
         begin = time.perf_counter()
         piece = data.ValidationWindows(val_windows.stream, cfg.model.block_size, batch_size * cfg.model.block_size)
         evaluate(state.model, piece, batch_size, machine)
@@ -443,7 +595,7 @@ def preflight(
         return time.perf_counter() - begin, evaluation_seconds
 
     (iteration_seconds, evaluation_seconds), batch_size = fit(attempt, cfg.batch_size, state.model, machine)
-    evaluations = cfg.max_iters // cfg.eval_interval + 1
+    evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
     total = cfg.max_iters * iteration_seconds + evaluations * evaluation_seconds
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
     disk = 7 * weights  # best.pt 1, last.pt 3 (AdamW's two moments), and a new last.pt beside the old one
@@ -453,8 +605,10 @@ def preflight(
             cfg, batch_size, iteration_seconds, evaluation_seconds, total, peak_memory(machine), disk, flops, machine
         )
     )
-    folder = next(p for p in (Path(cfg.out_dir).absolute(), *Path(cfg.out_dir).absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(folder).free) < disk:
+    out_dir = Path(cfg.out_dir).absolute()
+    free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free
+    free += sum(path.stat().st_size for path in out_dir.glob("*.pt"))  # an earlier run's, which this one replaces
+    if free < disk:
         raise UserError(
             f"--out-dir {cfg.out_dir}: checkpoints need {report.size(disk)}, but only {report.size(free)} are free there"
         )
@@ -525,15 +679,19 @@ def train(cfg: TrainConfig) -> None:
         if not last.exists():
             raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
         saved = checkpoint.load(last)
-        changed = check_resumable(saved, cfg, meta, last)
-        if saved["iter"] >= cfg.max_iters:
-            machine.print(f"The run in {out_dir} is finished ({saved['iter']:,} iterations). --max-iters extends it.")
-            return
-    elif last.exists() and not (cfg.overwrite or cfg.check):
+        machine = keep_dtype(machine, cfg, saved)
+        changed = check_resumable(saved, cfg, meta, machine, last)
+    elif not (cfg.overwrite or cfg.check):
+        check_unused(out_dir)
+    resumed_at = saved["iter"] if saved else None
+    seen = torch.tensor([-1 if resumed_at is None else resumed_at], device=machine.device)
+    if len(machine.gather(seen).unique()) > 1:
         raise UserError(
-            f"--out-dir {out_dir} holds a run (last.pt); go on with it by --resume, delete it by --overwrite, or give "
-            "another --out-dir"
+            f"--out-dir {out_dir}: the processes see different files there; it must be shared by all machines"
         )
+    if resumed_at is not None and resumed_at >= cfg.max_iters:
+        machine.print(f"The run in {out_dir} is finished ({resumed_at:,} iterations). --max-iters extends it.")
+        return
 
     # Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
@@ -543,87 +701,121 @@ def train(cfg: TrainConfig) -> None:
     state = TrainState(model, optimizer, scaler)
     forward, compiling = make_forward(model, cfg, machine)
     torch.manual_seed(cfg.seed + machine.rank)  # dropout of its own in every process
-    resumed_at = None
     if saved is not None:
         restore(state, saved, machine)
-        resumed_at = state.iter
         del saved
-    machine.print(report.startup(cfg, meta, model, machine, compiling, train_windows, val_windows, resumed_at, changed))
+    machine.print(report.startup(cfg, meta, state, machine, compiling, train_windows, val_windows, resumed_at, changed))
     if cfg.check:
         return preflight(cfg, state, forward, train_windows, val_windows, machine)
 
-    # Files: nothing of an earlier run stays where a new one begins
-    if machine.is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if resumed_at is None:
-            for name in ("last.pt", "best.pt", "metrics.jsonl", "loss.png"):
-                (out_dir / name).unlink(missing_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n", encoding="utf-8")
-    log = report.RunLog(cfg, state.iter, machine.is_main)
-
     # The loop
-    stop, stopping = catch_signals(), False
-    batch_size = cfg.batch_size  # the one in force: smaller where memory runs out
-    while True:
-        finished = state.iter == cfg.max_iters
-        if state.iter != resumed_at:  # there, all this was done before the run was stopped
-            evaluating = state.iter % cfg.eval_interval == 0 or finished
-            best = False
-            if evaluating:
-                state.val_loss, batch_size = fit(
-                    lambda n: evaluate(model, val_windows, n, machine), batch_size, model, machine
-                )
-                best = state.val_loss < state.best_val_loss
-                state.best_val_loss = min(state.val_loss, state.best_val_loss)
-            if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
-                log.row(state.iter, validation_row(state.val_loss, meta) if evaluating else None, best)
-            if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
-                save(state, cfg, meta, machine, best)
-        if finished or stopping:
-            break
+    tokenizer = sampler(meta, machine)
+    with (
+        claim(out_dir, machine, fresh=resumed_at is None),
+        catch_signals(machine) as stop,
+        contextlib.closing(report.RunLog(cfg, state, machine)) as log,
+    ):
+        stopping = False
+        batch_size = cfg.batch_size  # the one in force: smaller where memory runs out
+        while True:
+            finished = state.iter == cfg.max_iters
+            if state.iter != resumed_at:  # there, all this was done before the run was stopped
+                evaluating = state.iter % cfg.eval_interval == 0 or finished
+                best = False
+                if evaluating:
+                    state.val_loss, batch_size = fit(
+                        lambda n: evaluate(model, val_windows, n, machine), batch_size, model, machine
+                    )
+                    if not math.isfinite(state.val_loss):
+                        raise UserError(
+                            f"the validation loss at iteration {state.iter} is {state.val_loss}; {last} holds the run as it "
+                            "stood before. Go on from there with --resume and a lower --learning-rate, or --dtype float32"
+                        )
+                    best = state.val_loss < state.best_val_loss
+                    state.best_val_loss = min(state.val_loss, state.best_val_loss)
+                if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
+                    log.row(state, validation_row(state.val_loss, meta) if evaluating else None, best)
+                if evaluating and tokenizer:
+                    machine.print(sample_text(state, cfg, tokenizer, machine))
+                if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
+                    save(state, cfg, meta, machine, best)
+            if finished or stopping:
+                break
 
-        begin = time.perf_counter()
-        learning_rate = get_lr(state.iter, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            begin = time.perf_counter()
+            learning_rate = get_lr(state.iter, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        def gradients(batch_size: int) -> Tensor:
-            numbers = micro_steps(state.iter, cfg, batch_size, machine)
-            return forward_backward(forward, scaler, train_windows, numbers, machine)
+            def gradients(batch_size: int) -> Tensor:
+                numbers = micro_steps(state.tokens, cfg, batch_size, machine)
+                return forward_backward(forward, scaler, train_windows, numbers, machine)
 
-        losses, batch_size = fit(gradients, batch_size, model, machine)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            losses, batch_size = fit(gradients, batch_size, model, machine)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
-        # The one moment of an iteration when the program waits for the device, and the processes for each other
-        told = torch.cat([losses, torch.stack([norm, torch.full_like(norm, stop.is_set())])])
-        *losses, norms, stops = machine.gather(told).T.tolist()  # (micro-steps + 2, processes)
-        losses, grad_norm, stopping = [loss for row in losses for loss in row], norms[0], any(stops)
-        train_loss = sum(losses) / len(losses)
-        skipped = scaler.is_enabled() and scaler.get_scale() > 1  # float16: an overflow is the scaler's to deal with
-        if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or skipped):
-            raise non_finite(losses, grad_norm, state.iter, cfg, batch_size, train_windows)
+            # The one moment of an iteration when the program waits for the device, and the processes for each other
+            told = torch.cat([losses, torch.stack([norm, torch.full_like(norm, stop.is_set())])])
+            *losses, norms, stops = machine.gather(told).T.tolist()  # (micro-steps + 2, processes)
+            losses, grad_norm, stopping = [loss for row in losses for loss in row], norms[0], any(stops)
+            train_loss = sum(losses) / len(losses)
+            # In float16 an overflow is the scaler's: it skips the step and halves the scale, until that is 1
+            if not math.isfinite(train_loss) or not (
+                math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1)
+            ):
+                raise non_finite(losses, grad_norm, state, cfg, batch_size, train_windows)
 
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        state.iter += 1
-        log.iteration(train_loss, learning_rate, grad_norm, time.perf_counter() - begin)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - begin
+            state.iter, state.tokens = state.iter + 1, state.tokens + cfg.tokens_per_iter
+            state.seconds += seconds
+            log.iteration(train_loss, learning_rate, grad_norm, seconds)
 
-    log.close()
     if finished:
         machine.print(f"Done. Best validation loss {state.best_val_loss:.4f}: {out_dir / 'best.pt'}")
     else:
         machine.print(f"Stopped after iteration {state.iter:,}, as asked. --resume goes on from there.")
 
 
+def let_first_speak() -> None:
+    """Where all processes of a machine fail alike, the first one's message is enough: the launcher then ends the others,
+    which wait for that here. Where it does not, the failure was this process's alone, and this one speaks."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(3)
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """NCCL and the store have exceptions of their own for it; gloo has a RuntimeError that names its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def main() -> None:
     cfg = config.parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         train(cfg)
-    finally:
-        if dist.is_initialized():
+        if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
             dist.destroy_process_group()
+    except KeyboardInterrupt:  # not in the loop: there it saves first
+        print("Stopped. Nothing was written.", file=sys.stderr)
+        sys.exit(130)  # as shells have it for a program that Ctrl-C stopped
+    except UserError:
+        let_first_speak()
+        raise
+    except RuntimeError as error:
+        let_first_speak()
+        if is_out_of_memory(error):
+            raise UserError("out of memory; take a smaller --batch-size, --block-size or model") from error
+        if is_lost_process(error):
+            raise UserError(
+                "another process of this run ended, which ends it; --resume goes on from last.pt"
+            ) from error
+        raise
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import data
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,30 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     assert 0 < len(result.stderr.strip().splitlines()) <= 12, result.stderr
     for word in words:
         assert word in unboxed(result.stderr), f"{word!r} is not in:\n{result.stderr}"
+
+
+def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000, val_tokens: int = 500) -> Path:
+    """A finished data folder of random tokens with a pattern to learn, made without prepare_data.py."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", train_tokens), ("val", val_tokens)):
+        tokens = (np.cumsum(rng.integers(0, 3, count)) % 64 + 32).astype(np.uint16)
+        writer = data.ShardWriter(folder, split, shard_tokens=700)
+        writer.write(tokens)
+        splits[split] = {"tokens": count, "bytes": count, "articles": 10, "shards": writer.finish()}
+    meta = {
+        "format": data.META_FORMAT,
+        "tokenizer": tokenizer,
+        "vocab_size": 257,
+        "source": {"name": "test"},
+        "splits": splits,
+    }
+    data.write_json(folder / "meta.json", meta)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """61 windows of 16 tokens to train on in an epoch, 31 to evaluate on."""
+    return write_data(tmp_path_factory.mktemp("data") / "tiny")

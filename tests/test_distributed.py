@@ -1,0 +1,164 @@
+"""Training on several processes, as torchrun starts them (gloo, on the CPU): the same run, and it ends together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO
+from test_train import assert_same_end, metrics, tiny
+
+import checkpoint
+import train
+
+FLAGS = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
+    "dtype": "float32", "max_iters": 20, "batch_size": 2, "tokens_per_iter": 128, "learning_rate": 1e-2, "min_lr": 1e-3,
+    "log_interval": 1, "eval_interval": 8, "eval_tokens": 256, "checkpoint_interval": 5,
+}  # fmt: skip
+
+
+def flags(data_dir, out_dir, /, **changes) -> list[str]:
+    values = {**FLAGS, "data_dir": data_dir, "out_dir": out_dir, **changes}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def torchrun(*args, script: str | Path = "train.py") -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *args]
+
+
+def with_fault(tmp_path: Path, fault: str) -> Path:
+    """train.py, with a few lines that make something go wrong in it."""
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, config, train\n"
+        f"from model import GPT\nRANK = int(os.environ['RANK'])\nget_lr, forward = train.get_lr, GPT.forward\n{fault}\n"
+        "config.run(train.main)\n"
+    )
+    return script
+
+
+def run(command: list[str], timeout: float = 120) -> tuple[subprocess.CompletedProcess, float]:
+    """The ended command, and the seconds that it took."""
+    begin = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
+    return result, time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of a run of two processes."""
+    out_dir = tmp_path_factory.mktemp("two")
+    result, _ = run(torchrun(*flags(data_dir, out_dir)))
+    assert result.returncode == 0, result.stderr
+    return out_dir, result.stdout + result.stderr
+
+
+def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two):
+    out_dir, output = two
+    assert "2 sequences x 16 tokens x 2 micro-steps x 2 processes" in output
+    assert output.count("parameters:") == output.count("iteration 8: validation loss") == output.count("Done.") == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.train(tiny(data_dir, tmp_path, dropout=0.0, batch_size=2))
+    torch.set_num_threads(threads)
+    assert len(metrics(out_dir)) == 21
+    for one, both in zip(metrics(tmp_path), metrics(out_dir), strict=True):
+        assert one.keys() == both.keys() and (one["iter"], one["tokens"]) == (both["iter"], both["tokens"])
+        for name in ("train_loss", "val_loss"):
+            if one.get(name) is not None:
+                assert both[name] == pytest.approx(one[name], abs=1e-5)
+    losses = [row["train_loss"] for row in metrics(tmp_path)[1:]]
+    assert losses[0] - losses[-1] > 1  # a learning rate that really moves
+    assert len(checkpoint.load(out_dir / "last.pt")["rng"]) == 2
+
+
+def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):
+    cfg = tiny(data_dir, tmp_path, tokens_per_iter=512)  # 32 windows
+
+    def seen(rank: int, processes: int, batch_size: int) -> list[int]:
+        machine = train.Machine(torch.device("cpu"), torch.float32, "", rank, processes)
+        return [n for batch in train.micro_steps(3 * 512, cfg, batch_size, machine) for n in batch]
+
+    alone = seen(0, 1, batch_size=4)
+    assert alone == list(range(96, 128))
+    for processes, batch_size in ((2, 4), (2, 16), (8, 1), (4, 8)):
+        shares = [seen(rank, processes, batch_size) for rank in range(processes)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(n for share in shares for n in share) == alone  # none twice, none left out
+
+
+def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, two):
+    """SIGTERM to the launcher, with dropout, whose random state is each process's own."""
+    slow = with_fault(tmp_path, "train.get_lr = lambda it, cfg: (time.sleep(0.1), get_lr(it, cfg))[1]")
+    out_dir, straight = tmp_path / "stopped", tmp_path / "straight"
+    command = torchrun(*flags(data_dir, out_dir, dropout=0.1), script=slow)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 100
+        while not (out_dir / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGTERM)
+        output = launcher.communicate(timeout=60)[0].decode()
+    finally:
+        launcher.kill()
+    assert output.count("Stopped after iteration") == output.count("Stopping:") == 1, output
+    assert 0 < checkpoint.load(out_dir / "last.pt")["iter"] < 20
+    result, _ = run(torchrun(*flags(data_dir, out_dir, dropout=0.1), "--resume"))
+    assert result.returncode == 0, result.stderr
+    result, _ = run(torchrun(*flags(data_dir, straight, dropout=0.1)))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(out_dir, straight)
+
+
+FAULTS = {
+    "killed": "train.get_lr = lambda it, cfg: os.kill(os.getpid(), 9) if (RANK, it) == (1, 3) else get_lr(it, cfg)",
+    "memory": """
+def limited(self, idx, targets=None, **rest):
+    if RANK == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, idx, targets, **rest)
+GPT.forward = limited""",
+    "nan": """
+calls = iter(range(1000))
+def poisoned(self, idx, targets=None, **rest):
+    loss = forward(self, idx, targets, **rest)
+    return loss * float("nan") if self.training and next(calls) == 6 and RANK == 1 else loss
+GPT.forward = poisoned""",
+}
+SAYS = {
+    "killed": ["error: another process of this run ended"],
+    "memory": [
+        "error: out of memory at --batch-size 2; take a smaller --batch-size",
+        "error: another process of this run",
+    ],
+    "nan": ["error: the loss of micro-step 2 of 4 is not finite in iteration 4"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
+    result, seconds = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, FAULTS[fault])))
+    assert result.returncode != 0
+    ours, _, launchers = result.stderr.partition("closing signal SIGTERM")
+    assert launchers and "Traceback" not in ours, result.stderr
+    messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    # That another one ended is said where there is time for it, and after why.
+    assert len(messages) <= len(SAYS[fault]) and len(messages) >= (fault in ("memory", "nan")), result.stderr
+    assert all(message.startswith(words) for message, words in zip(messages, SAYS[fault], strict=False)), result.stderr
+    assert "error: " not in launchers, result.stderr
+    assert seconds < 60  # and not the minutes that collectives wait: this is no timing of speed
+    if fault != "memory":
+        assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
+
+
+def test_a_mistake_is_said_once(tmp_path):
+    result, _ = run(torchrun(*flags(tmp_path / "nowhere", tmp_path)))
+    assert result.returncode != 0
+    assert result.stderr.count("there is no such folder") == 1

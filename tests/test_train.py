@@ -1,0 +1,647 @@
+"""The training loop: stopped anywhere it goes on exactly, a fault costs nothing that was saved, every figure is true.
+
+More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_train.py -k kill
+"""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_user_error, run_script, write_data
+
+import checkpoint
+import config
+import data
+import report
+import train
+from config import ModelConfig, TrainConfig, UserError
+from model import GPT
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def tiny(data_dir, out_dir, **changes) -> TrainConfig:
+    """A run of 20 iterations of 2 micro-steps, with dropout, over two and a half epochs, in a few milliseconds each."""
+    model = {f.name: changes.pop(f.name) for f in dataclasses.fields(ModelConfig) if f.name in changes}
+    defaults = dict(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=16, vocab_size=257, dropout=0.1)
+    settings = dict(
+        data_dir=str(data_dir), out_dir=str(out_dir), device="cpu", dtype="float32", max_iters=20, batch_size=4,
+        tokens_per_iter=128, learning_rate=1e-2, min_lr=1e-3, log_interval=1, eval_interval=8, eval_tokens=256,
+        checkpoint_interval=5,
+    )  # fmt: skip
+    return TrainConfig(**{**settings, **changes}, model=ModelConfig(**{**defaults, **model}))
+
+
+def metrics(out_dir) -> list[dict]:
+    """The rows of metrics.jsonl, without what a clock has measured."""
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def difference(a, b, where: str = "") -> str:
+    """Where two checkpoints first differ in a bit; empty where they do not."""
+    if isinstance(a, torch.Tensor):
+        return "" if a.dtype == b.dtype and torch.equal(a, b) else where
+    if isinstance(a, dict):
+        return next(
+            filter(None, (difference(a[k], b.get(k), f"{where}.{k}") for k in a)), "" if len(a) == len(b) else where
+        )
+    if isinstance(a, list | tuple):
+        pairs = enumerate(zip(a, b, strict=True))
+        return next(filter(None, (difference(x, y, f"{where}[{n}]") for n, (x, y) in pairs)), "")
+    return "" if a == b else where
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Two runs ended alike, bit for bit: weights, optimizer, random state, metrics."""
+    for name in ("last.pt", "best.pt"):
+        one, other = checkpoint.load(a / name), checkpoint.load(b / name)
+        for saved in (one, other):
+            saved.pop("seconds", None)  # by the clock
+            saved.pop("config")  # --resume, --out-dir
+        assert difference(one, other) == ""
+    assert metrics(a) == metrics(b)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread for models this small, and no curves: drawing them takes longer than these runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(report, "plot", lambda rows, path: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir, tmp_path_factory) -> Path:
+    """The folder of the run that nothing happened to."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda rows, path: None)
+        train.train(tiny(data_dir, out_dir))
+    return out_dir
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopped anywhere
+
+
+def run_in_child(cfg: TrainConfig, iteration_seconds: float) -> None:
+    """Train in a process that may be killed, no quicker than a killer can follow."""
+    report.plot = lambda rows, path: None
+    get_lr = train.get_lr
+    train.get_lr = lambda it, cfg: (time.sleep(iteration_seconds), get_lr(it, cfg))[1]
+    train.train(cfg)
+
+
+def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, monkeypatch, capfd):
+    """kill -9 at random moments: in an iteration, in an evaluation, in a save, before the first checkpoint."""
+    kills = int(os.environ.get("KILLS", 4))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "matplotlib.figure"])
+    long = dict(max_iters=3 * kills + 20, checkpoint_interval=1, eval_interval=4)
+    cfg = tiny(data_dir, tmp_path / "killed", auto_resume=True, **long)
+    rng = random.Random(0)
+    amid_a_save = 0
+    for kill in range(kills):
+        child = context.Process(target=run_in_child, args=(cfg, 0.002))
+        child.start()
+        last = tmp_path / "killed" / "last.pt"
+        if kill > 0:  # the first kill may come before there is a checkpoint; then there is progress between two kills
+            written = last.stat().st_mtime_ns if last.exists() else 0
+            while child.is_alive() and not (last.exists() and last.stat().st_mtime_ns > written):
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.03)
+        else:
+            time.sleep(rng.random() * 0.5)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        amid_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
+    child = context.Process(target=run_in_child, args=(cfg, 0))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    train.train(tiny(data_dir, tmp_path / "straight", **long))
+    assert_same_end(tmp_path / "killed", tmp_path / "straight")
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+    with capfd.disabled():
+        print(f" [{kills} kills, {amid_a_save} of them amid a save]", end="")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("it", [0, 7, 8, 13, 19])
+def test_a_signal_saves_and_resuming_equals_uninterrupted(
+    data_dir, tmp_path, monkeypatch, straight, capsys, it, number
+):
+    with monkeypatch.context() as patch:
+        get_lr = train.get_lr
+        patch.setattr(train, "get_lr", lambda i, c: (os.kill(os.getpid(), number) if i == it else 0, get_lr(i, c))[1])
+        train.train(tiny(data_dir, tmp_path))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == it + 1
+    if it < 19:
+        assert f"Stopped after iteration {it + 1}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_signal_during_evaluation_saves_after_the_next_iteration(data_dir, tmp_path, monkeypatch, straight):
+    with monkeypatch.context() as patch:
+        evaluate = train.evaluate
+        patch.setattr(train, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args))[1])
+        train.train(tiny(data_dir, tmp_path))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == 1
+    train.train(tiny(data_dir, tmp_path, auto_resume=True))
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_second_interrupt_quits_at_once_and_one_before_the_run_leaves_no_traceback(data_dir, tmp_path):
+    source = f"""
+import os, signal, train, config
+if {{twice}}:
+    train.get_lr = lambda it, cfg: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+else:
+    train.make_optimizer = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+import sys
+sys.argv = ["train.py", "--data-dir", {str(data_dir)!r}, "--out-dir", {str(tmp_path / "run")!r}, "--block-size", "16",
+            "--n-layer", "1", "--batch-size", "4", "--tokens-per-iter", "64", "--dtype", "float32", "--n-embd", "12"]
+config.run(train.main)
+"""
+    before = run_script("-c", source.format(twice=False))
+    assert before.returncode == 130 and "Traceback" not in before.stderr and "Stopped" in before.stderr, before.stderr
+    assert not (tmp_path / "run").exists()
+    twice = run_script("-c", source.format(twice=True))
+    assert twice.returncode == -signal.SIGINT and "Once more to stop at once" in twice.stderr, twice.stderr
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
+
+
+def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path, capsys):
+    train.train(tiny(data_dir, tmp_path, max_iters=6))
+    before = (tmp_path / "last.pt").read_bytes()
+    capsys.readouterr()
+    for again in ({"resume": True}, {"auto_resume": True}):
+        train.train(tiny(data_dir, tmp_path, max_iters=6, **again))
+        assert "is finished (6 iterations)" in capsys.readouterr().out
+        assert (tmp_path / "last.pt").read_bytes() == before
+    train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True))
+    out = capsys.readouterr().out
+    assert "max_iters 6 -> 12" in out and "learning rate" in out and "the cosine ends at 12" in out
+    assert [row["iter"] for row in metrics(tmp_path)] == list(range(13))
+
+
+def test_resuming_names_what_changed_and_takes_it(data_dir, tmp_path, capsys, monkeypatch):
+    train.train(tiny(data_dir, tmp_path, max_iters=5))
+    groups = []
+    make_optimizer = train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda *args: (groups.append(make_optimizer(*args)), groups[-1])[1])
+    changes = dict(max_iters=10, weight_decay=0.3, tokens_per_iter=256)
+    torch.set_num_threads(2)
+    train.train(tiny(data_dir, tmp_path, resume=True, **changes))
+    out = capsys.readouterr().out
+    for words in ("weight_decay 0.1 -> 0.3", "tokens_per_iter 128 -> 256", "threads 1 -> 2"):
+        assert words in out
+    assert groups[0].param_groups[0]["weight_decay"] == 0.3  # and not only said
+    assert metrics(tmp_path)[-1]["tokens"] == 5 * 128 + 5 * 256
+
+
+def test_a_resumed_run_keeps_its_dtype(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: 2.0)
+    train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=2))
+    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: 1.0)
+    train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=3, resume=True))
+    assert "bfloat16 (as the run began)" in capsys.readouterr().out
+    train.train(tiny(data_dir, tmp_path, dtype="float32", max_iters=4, resume=True))
+    assert "dtype bfloat16 -> float32" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What must not be resumed, or trained over
+
+
+def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
+    with pytest.raises(UserError, match="there is no run in"):
+        train.train(tiny(data_dir, tmp_path / "none", resume=True))
+    assert not (tmp_path / "none").exists()
+    train.train(tiny(data_dir, tmp_path, max_iters=1))
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"holds a run \(last.pt\).*--resume.*--overwrite"):
+        train.train(tiny(data_dir, tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    (tmp_path / "last.pt").unlink()  # to save room, say
+    with pytest.raises(UserError, match=r"holds a model \(best.pt\)"):
+        train.train(tiny(data_dir, tmp_path))
+    train.train(tiny(data_dir, tmp_path, overwrite=True))
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(data_dir, tmp_path, monkeypatch, straight):
+    class Killed(BaseException):
+        pass
+
+    def stop(*args):
+        raise Killed
+
+    for name in ("evaluate", "save"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, name, stop)
+            train.train(tiny(data_dir, tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # between best.pt and last.pt of iteration 0
+        save = checkpoint.save
+        patch.setattr(checkpoint, "save", lambda path, saved: stop() if path.name == "last.pt" else save(path, saved))
+        train.train(tiny(data_dir, tmp_path))
+    assert (tmp_path / "best.pt").exists() and not (tmp_path / "last.pt").exists()
+    train.train(tiny(data_dir, tmp_path))
+    assert_same_end(tmp_path, straight)
+
+
+def test_two_trainings_do_not_share_a_folder(data_dir, tmp_path, monkeypatch):
+    def another_begins(*args):
+        monkeypatch.setattr(train, "evaluate", evaluate)
+        with pytest.raises(UserError, match="another training is at work there"):
+            train.train(tiny(data_dir, tmp_path))
+        return evaluate(*args)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", another_begins)
+    train.train(tiny(data_dir, tmp_path, max_iters=1))
+    train.train(tiny(data_dir, tmp_path, max_iters=2, resume=True))  # the lock went with the run
+
+
+def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, straight):
+    before = (straight / "last.pt").read_bytes()
+    with pytest.raises(UserError, match=r"other sizes \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
+        train.train(tiny(data_dir, straight, resume=True, n_layer=3, dropout=0.2))
+    other = write_data(tmp_path / "tokenizer", tokenizer="gpt2")
+    with pytest.raises(UserError, match="was trained with the tokenizer bytes"):
+        train.train(tiny(other, straight, resume=True))
+    other = write_data(tmp_path / "text", train_tokens=1_200)
+    with pytest.raises(UserError, match="was trained on other data"):
+        train.train(tiny(other, straight, resume=True))
+    assert (straight / "last.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
+    train.train(tiny(data_dir, tmp_path, max_iters=1))
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    for again in ({"resume": True}, {"auto_resume": True}):
+        with pytest.raises(UserError, match=r"last.pt: is damaged"):
+            train.train(tiny(data_dir, tmp_path, **again))
+    (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
+    with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(without best_val_loss"):
+        train.train(tiny(data_dir, tmp_path, resume=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def full_disk(path: Path) -> None:
+    """From here on, what is written to `path` meets a full disk."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["last.pt.tmp", "best.pt.tmp", "metrics.jsonl"])
+def test_a_full_disk_keeps_what_was_saved(data_dir, tmp_path, monkeypatch, straight, name):
+    before = []
+
+    def evaluate_then_full(*args):
+        if (tmp_path / "last.pt").exists():
+            before.append((tmp_path / "last.pt").read_bytes())
+            full_disk(tmp_path / name)
+        return evaluate(*args)
+
+    evaluate = train.evaluate
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=f"{name.removesuffix('.tmp')}: .*No space left"),
+    ):
+        patch.setattr(train, "evaluate", evaluate_then_full)
+        train.train(tiny(data_dir, tmp_path))
+    assert before == [(tmp_path / "last.pt").read_bytes()]
+    assert checkpoint.load(tmp_path / "best.pt")["iter"] == (8 if name == "last.pt.tmp" else 0)
+    if name == "metrics.jsonl":  # what stood in it went with the simulation
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text("".join((straight / name).read_text().splitlines(keepends=True)[:7]))
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_full_from_the_start(data_dir, tmp_path):
+    full_disk(tmp_path / "config.json.tmp")
+    with pytest.raises(UserError, match=r"config.json: could not be written \(No space left"):
+        train.train(tiny(data_dir, tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: could not be written"):
+        train.train(tiny(data_dir, tmp_path / "file"))
+
+
+def poison(monkeypatch, where: str, call: int) -> None:
+    """Make the loss, or a gradient, of the so many-th micro-step not a number."""
+    forward, calls = GPT.forward, iter(range(10**6))
+
+    def poisoned(self, idx, targets=None, **rest):
+        loss = forward(self, idx, targets, **rest)
+        if self.training and next(calls) == call:
+            if where == "loss":
+                return loss * math.nan
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp_path, monkeypatch, straight, where):
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        poison(patch, where, call=2 * 6 + 1)  # the second micro-step of the seventh iteration
+        train.train(tiny(data_dir, tmp_path))
+    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, seed=1337)
+    numbers = range(6 * 8 + 4, 6 * 8 + 8) if where == "loss" else range(6 * 8, 6 * 8 + 8)
+    text = str(caught.value)
+    assert "begin at token " + ", ".join(str(windows.start(n)) for n in numbers) + ". Go on" in text
+    rate = f"{train.get_lr(6, tiny(data_dir, tmp_path)):.3g}"
+    for words in ("iteration 7 ", f"learning rate {rate}", "gradient norm nan", f"{tmp_path}/last.pt", "--resume"):
+        assert words in text
+    assert ("the loss of micro-step 2 of 2" if where == "loss" else "the gradient is not finite") in text
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert saved["iter"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, monkeypatch):
+    evaluations = iter([5.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(evaluations))
+    with pytest.raises(UserError, match="validation loss at iteration 8 is nan"):
+        train.train(tiny(data_dir, tmp_path))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == 5
+
+
+def little_memory(monkeypatch, sequences: int) -> None:
+    """A device whose memory holds so many sequences in a micro-step."""
+    forward = GPT.forward
+
+    def limited(self, idx, targets=None, **rest):
+        if len(idx) > sequences:
+            torch.rand(1)  # an attempt that fails has used random numbers
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(self, idx, targets, **rest)
+
+    monkeypatch.setattr(GPT, "forward", limited)
+
+
+def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(data_dir, tmp_path, monkeypatch, capsys):
+    run = dict(dropout=0.0, batch_size=8)
+    train.train(tiny(data_dir, tmp_path / "enough", **run))
+    little_memory(monkeypatch, 2)
+    capsys.readouterr()
+    train.train(tiny(data_dir, tmp_path / "little", **run))
+    out = capsys.readouterr().out
+    assert out.count("Out of memory") == 2 and "micro-steps of 2 sequences from here on, not 4" in out
+    enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
+    # The biases of keys cancel in the softmax: their gradient is rounding alone, which Adam blows up to 1e-5 or so.
+    torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
+    for a, b in zip(metrics(tmp_path / "enough"), metrics(tmp_path / "little"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+
+
+def test_out_of_memory_in_a_resumed_run_changes_nothing(data_dir, tmp_path, monkeypatch):
+    little_memory(monkeypatch, 2)
+    train.train(tiny(data_dir, tmp_path / "straight"))
+    get_lr = train.get_lr
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_lr", lambda i, c: (i == 9 and os.kill(os.getpid(), 15), get_lr(i, c))[1])
+        train.train(tiny(data_dir, tmp_path / "stopped"))
+    train.train(tiny(data_dir, tmp_path / "stopped", resume=True))
+    assert_same_end(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_out_of_memory_at_one_sequence_or_on_several_devices_gives_up_with_advice(data_dir, tmp_path, monkeypatch):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="at --batch-size 1; take a smaller --block-size"),
+    ):
+        little_memory(patch, 0)
+        train.train(tiny(data_dir, tmp_path))
+    machine = train.Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=2)
+    little_memory(monkeypatch, 2)
+    model = GPT(tiny(data_dir, tmp_path).model)
+    with pytest.raises(UserError, match="at --batch-size 8; take a smaller --batch-size"):
+        train.fit(lambda n: model(torch.zeros(n, 4, dtype=torch.int64)), 8, model, machine)
+
+
+def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):
+    def broken(*args, **kwargs):
+        torch.rand(1)
+        raise RuntimeError("no compiler\nof many lines")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
+    train.train(tiny(data_dir, tmp_path, compile="on"))
+    assert "compile off, since it failed here (RuntimeError)\n" in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("prompt", ["", "The history of\x1b"])
+def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straight, capsys, prompt):
+    train.train(tiny(data_dir, tmp_path / "with", sample_prompt=prompt))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    samples = [line for line in out.splitlines() if line.startswith("    ")]
+    assert len(samples) >= 4 and all(
+        line.startswith("    " + prompt.replace("\x1b", "\ufffd")) for line in samples if prompt
+    )
+    assert_same_end(tmp_path / "with", straight)
+
+    def unavailable(name):
+        raise UserError("the gpt2 tokenizer's vocabulary could not be fetched")
+
+    monkeypatch.setattr(data, "load_tokenizer", unavailable)
+    train.train(tiny(data_dir, tmp_path / "without", sample_prompt=prompt))
+    assert "Evaluations show no text: the gpt2 tokenizer's" in capsys.readouterr().out
+    assert_same_end(tmp_path / "without", straight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside a run
+
+
+def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, straight, capsys):
+    files = {path: path.read_bytes() for path in straight.iterdir()}
+    train.train(tiny(data_dir, straight, check=True))
+    out = capsys.readouterr().out
+    for words in ("device", "float32", "compile off", "parameters", "2 micro-steps", "epochs", "at the peak", "tokens/s",
+                  "for 20 iterations", "for checkpoints", "All of this fits."):  # fmt: skip
+        assert words in out
+    train.train(tiny(data_dir, straight, eval_only=True))
+    best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
+    assert capsys.readouterr().out.rstrip("\n") == report.evaluation(best["iter"], best)
+    assert {path: path.read_bytes() for path in straight.iterdir()} == files
+
+    train.train(tiny(data_dir, tmp_path / "new", check=True))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
+        train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
+
+
+def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        little_memory(patch, 2)
+        train.train(tiny(data_dir, tmp_path, check=True))
+        assert "--batch-size 4 does not fit, 2 does" in capsys.readouterr().out
+        little_memory(patch, 0)
+        with pytest.raises(UserError, match="out of memory"):
+            train.train(tiny(data_dir, tmp_path, check=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 1000})
+        )
+        with pytest.raises(UserError, match=r"--out-dir .*: checkpoints need .* but only 1000 B"):
+            train.train(tiny(data_dir, tmp_path, check=True))
+    damaged = write_data(tmp_path / "damaged")
+    shard = damaged / "train_000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # of the right size
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train_000001.bin: is damaged"):
+        train.train(tiny(damaged, tmp_path, check=True))
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(data_dir, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"format": 1, "model": Code()}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best.pt: is damaged, or no checkpoint"):
+        train.train(tiny(data_dir, tmp_path, eval_only=True))
+    assert not (tmp_path / "executed").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# True numbers
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    cfg = TrainConfig(max_iters=1_000, warmup_iters=100, learning_rate=1.0, min_lr=0.1)
+    assert train.get_lr(0, cfg) == pytest.approx(1 / 101)
+    assert train.get_lr(100, cfg) == 1.0 == max(train.get_lr(it, cfg) for it in range(1_000))
+    assert train.get_lr(550, cfg) == pytest.approx((1.0 + 0.1) / 2)
+    assert train.get_lr(1_000, cfg) == pytest.approx(0.1)
+    short = dataclasses.replace(cfg, max_iters=200)  # warm-up takes at most a tenth
+    assert train.get_lr(20, short) == 1.0 and train.get_lr(19, short) == pytest.approx(20 / 21)
+
+
+def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
+    cfg = tiny(data_dir, tmp_path, dropout=0.0)
+    machine, scaler = train.make_machine(cfg), torch.amp.GradScaler("cpu", enabled=False)
+    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, seed=1)
+    model = GPT(cfg.model)
+    gradients, means = [], []
+    for batch_size in (8, 2):
+        numbers = train.micro_steps(3 * 128, cfg, batch_size, machine)
+        assert [n for batch in numbers for n in batch] == list(range(24, 32))
+        means.append(train.forward_backward(model, scaler, windows, numbers, machine).mean())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    inputs = torch.from_numpy(windows.batch(range(24, 32)))
+    expected = model(inputs[:, :-1], inputs[:, 1:])  # a plain step
+    expected.backward()
+    for got in gradients:
+        torch.testing.assert_close(got, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack(means), expected.detach().expand(2), rtol=0, atol=1e-6)
+
+
+def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
+    """The whole of a short run, against a loop of its own that shares the model and the windows alone."""
+    cfg = tiny(data_dir, tmp_path, dropout=0.0, max_iters=10, grad_clip=0.5, eval_tokens=10**6)
+    train.train(cfg)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg.model)
+    decayed = [p for name, p in model.named_parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}], betas=(0.9, 0.95)
+    )
+    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, cfg.seed)
+    rows = metrics(tmp_path)[1:]
+    for it in range(10):
+        rate = 1e-3 + 9e-3 * (1 + math.cos(math.pi * (it - 1) / 9)) / 2 if it else 1e-2 / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = torch.from_numpy(windows.batch(range(8 * it, 8 * it + 8)))
+        loss = model(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1, 0.5 / norm.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert rows[it]["train_loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert rows[it]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert rows[it]["learning_rate"] == pytest.approx(rate)
+        assert (rows[it]["iter"], rows[it]["tokens"]) == (it + 1, 128 * (it + 1))
+    val = torch.from_numpy(data.TokenStream.open(data_dir, "val").read(0, 500).astype("int64"))
+    with torch.no_grad():
+        losses = [model(val[i : i + 16][None], val[i + 1 : i + 17][None]).item() for i in range(0, 496, 16)]
+    mean = sum(losses) / len(losses)
+    assert rows[-1]["val_loss"] == pytest.approx(mean, abs=1e-5)
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert rows[-1]["bits_per_byte"] == pytest.approx(mean / math.log(2), abs=1e-4)  # a byte a token, here
+
+
+def test_validation_does_not_depend_on_the_batch_size(data_dir, tmp_path):
+    cfg = tiny(data_dir, tmp_path)
+    machine, model = train.make_machine(cfg), GPT(cfg.model)
+    windows = data.ValidationWindows(data.TokenStream.open(data_dir, "val"), 16, eval_tokens=400)
+    losses = [train.evaluate(model, windows, n, machine) for n in (1, 4, 7, 25, 100)]
+    assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
+    assert model.training
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_mistakes_end_in_a_short_message(data_dir, tmp_path):
+    given = ["train.py", "--data-dir", data_dir, "--out-dir", tmp_path / "run", "--block-size", 16]
+    assert_user_error(run_script("train.py", "--data-dir", tmp_path / "no"), "--data-dir", "prepare_data.py")
+    assert_user_error(run_script(*given, "--tokens-per-iter", 1000, "--batch-size", 4), "multiple of 64")
+    assert_user_error(run_script(*given, "--resume", "--overwrite"), "--resume and --overwrite: give one of them")
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_every_field():
+    result = run_script("train.py", "--help")
+    assert result.returncode == 0
+    text = " ".join(result.stdout.replace("│", " ").split())
+    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig)):
+        if field.name not in ("model", "vocab_size"):
+            assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_every_field_is_read():
+    """No option that nothing reads."""
+    sources = [(Path(config.__file__).parent / name).read_text() for name in ("train.py", "report.py", "model.py")]
+    code = (
+        "\n".join(sources)
+        + Path(config.__file__).read_text().split("# python train.py")[1].split("__post_init__", 1)[1]
+    )
+    for field in dataclasses.fields(TrainConfig):
+        if field.name != "preset":
+            assert f"cfg.{field.name}" in code or f"self.{field.name}" in code or f'"{field.name}"' in code, field.name
