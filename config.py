@@ -149,7 +149,9 @@ class TrainConfig(Compute, DataDir):
     max_iters: int = 16_000  # iterations (optimizer steps) in the run
     batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
     tokens_per_iter: int = 65_536  # for all devices and micro-steps; accumulation steps follow from it
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: float = 1e-3  # the peak, reached when warm-up ends
+    muon_learning_rate: float = 4e-3  # the same for the matrices that Muon moves; its schedule is that of the others
     min_lr: float = 1e-4  # the end of the cosine, reached at max_iters
     warmup_iters: int = 500  # iterations of linear warm-up; a tenth of the run where that is less
     weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorm
@@ -174,7 +176,15 @@ class TrainConfig(Compute, DataDir):
             "max_iters", "batch_size", "tokens_per_iter", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed"):
+        for name in (
+            "learning_rate",
+            "muon_learning_rate",
+            "min_lr",
+            "warmup_iters",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+        ):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more, and finite")
         for name in ("beta1", "beta2"):

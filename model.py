@@ -2,6 +2,7 @@
 
     MLP, CausalSelfAttention     the two halves of a block
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
+    LinearCrossEntropy           the output head and its loss in one, a piece of the logits at a time
     GPT                          embeddings, blocks, final norm, output head
     KeyValueCache                what attention remembers of earlier tokens while text is generated
 
@@ -13,12 +14,17 @@ Shapes in the comments: B sequences, T tokens, C = n_embd, H = n_head, D = C / H
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import ModelConfig
+
+# How many logits the loss makes at a time, by kind of device. Fewer save memory but add to the output head's gradient
+# more often. The CPU's is measured (benchmarks/LOG.md), the GPUs' is reckoned.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
 
 
 class KeyValueCache:
@@ -107,6 +113,68 @@ class Block(nn.Module):
         return x
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Output head and cross-entropy in one, a chunk of rows at a time, gradients included.
+
+    With 50,257 tokens the logits are by far the largest tensor of training, and the plain way holds four of them (as the
+    matrix product made them, in float32, and the gradients of both). Here a chunk's logits become its loss and, the
+    gradient of softmax and cross-entropy being softmax minus one-hot, its share of the gradients of `x` and `weight`,
+    all in the forward pass, and are forgotten. The backward pass only scales. The method is Liger Kernel's (Hsu et al.,
+    2024; in the spirit of Cut Cross-Entropy, Wijmans et al., 2024), here in plain PyTorch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradient: bool
+    ) -> Tensor:
+        chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE[x.device.type])
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x: list[Tensor] = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)  # (padded V, C)
+            for x_chunk, target in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
+                logits = x_chunk @ w.T  # (rows, padded V)
+                logits[:, vocab_size:] = -math.inf  # probability 0, gradient 0
+                probabilities = logits.softmax(dim=1, dtype=torch.float32)
+                # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
+                log_normaliser = (
+                    logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
+                )
+                loss += (log_normaliser - logits.gather(1, target).float()).sum()
+                if grad_weight is not None:
+                    # Of the sum, not the mean: float16 would lose it otherwise
+                    grad_logits = probabilities.to(dtype)
+                    grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+                    grad_x.append((grad_logits @ w).to(x.dtype))
+                    grad_weight += grad_logits.T @ x_chunk
+        if grad_weight is not None:
+            ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad_loss / len(grad_x)
+        return grad_x * scale, grad_weight * scale, None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The mean cross-entropy of the logits `x @ weight.T`, which never exist as a whole.
+
+    Args:
+        x: (N, C) what the output head reads, in float32 or autocast's dtype.
+        weight: (padded V, C), float32; its rows from `vocab_size` on get probability 0 and gradient 0.
+        targets: (N,) token ids.
+
+    Returns:
+        Nats per token, a float32 scalar.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, torch.is_grad_enabled())
+
+
 class GPT(nn.Module):
     """Tokens in, logits of the next token out.
 
@@ -126,11 +194,6 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
             }
         )
-        # A bias of -inf gives the padded rows probability 0 in the loss, and so no gradient, at no cost.
-        padding = torch.zeros(config.padded_vocab_size)
-        padding[config.vocab_size :] = -math.inf
-        self.register_buffer("padding_bias", padding, persistent=False)
-
         self.apply(self._init_weights)
         # GPT-2: what adds to the residual stream starts smaller, by the root of how many such additions there are.
         for name, parameter in self.named_parameters():
@@ -171,8 +234,9 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
-        logits = F.linear(x, self.transformer.wte.weight, self.padding_bias)  # (B, T, padded V)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), self.config.vocab_size
+        )
 
     def num_parameters(self) -> dict[str, int]:
         """How many trained numbers there are, without the padded rows: in the blocks (with the final norm), in the
