@@ -65,6 +65,11 @@ class Compute(Preset):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the arithmetic; auto: the fastest safe one
 
 
+@dataclass(frozen=True)
+class CheckpointFile(Preset):
+    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -144,7 +149,9 @@ class TrainConfig(Compute, DataDir):
     max_iters: int = 16_000  # iterations (optimizer steps) in the run
     batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
     tokens_per_iter: int = 65_536  # for all devices and micro-steps; accumulation steps follow from it
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: float = 1e-3  # the peak, reached when warm-up ends
+    muon_learning_rate: float = 4e-3  # the same for the matrices that Muon moves; its schedule is that of the others
     min_lr: float = 1e-4  # the end of the cosine, reached at max_iters
     warmup_iters: int = 500  # iterations of linear warm-up; a tenth of the run where that is less
     weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorm
@@ -169,7 +176,15 @@ class TrainConfig(Compute, DataDir):
             "max_iters", "batch_size", "tokens_per_iter", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "seed"):
+        for name in (
+            "learning_rate",
+            "muon_learning_rate",
+            "min_lr",
+            "warmup_iters",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+        ):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more, and finite")
         for name in ("beta1", "beta2"):
@@ -209,8 +224,7 @@ class TrainConfig(Compute, DataDir):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Compute):
-    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+class GenerateConfig(Compute, CheckpointFile):
     prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
     interactive: bool = False  # ask for prompts, one after another
     max_new_tokens: int = 200  # tokens to generate, at most
@@ -219,7 +233,7 @@ class GenerateConfig(Compute):
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: int = 1  # continuations of the prompt
     seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
-    ignore_eot: bool = False  # go on behind the end of the article
+    ignore_eot: bool = False  # go on behind the end of the article (<|endoftext|>)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
     json: bool = False  # print JSON lines, one a sample, not text
@@ -236,6 +250,19 @@ class GenerateConfig(Compute):
         require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more, and below 2^63")
         require("" not in self.stop, "--stop: is empty; give the text to end before")
         require(not (self.interactive and self.prompt), "--interactive and --prompt: give one of them")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python export.py
+
+
+@dataclass(frozen=True)
+class ExportConfig(CheckpointFile):
+    out_dir: str = tyro.MISSING  # the folder to make; must be new, or empty
+    format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
+
+    def __post_init__(self):
+        require(self.out_dir != "", "--out-dir: is empty; name the folder to make")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,8 +290,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields."""
-    values = {f.name: PRESETS[preset][f.name] for f in dataclasses.fields(cls) if f.name in PRESETS[preset]}
+    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields.
+    A field that has no default is the user's alone to give: no preset sets it."""
+    values = {
+        f.name: PRESETS[preset][f.name]
+        for f in dataclasses.fields(cls)
+        if f.name in PRESETS[preset] and f.default is not tyro.MISSING
+    }
     for f in dataclasses.fields(cls):
         if f.name == "model":
             values["model"] = with_preset(ModelConfig, preset)

@@ -2,6 +2,7 @@
 
     MLP, CausalSelfAttention     the two halves of a block
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
+    LinearCrossEntropy           the output head and its loss in one, a piece of the logits at a time
     GPT                          embeddings, blocks, final norm, output head
     KeyValueCache                what attention remembers of earlier tokens while text is generated
 
@@ -13,6 +14,7 @@ Shapes in the comments: B sequences, T tokens, C = n_embd, H = n_head, D = C / H
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,17 @@ from torch.nn import functional as F
 
 from config import ModelConfig
 
+# How many logits the loss makes at a time, by kind of device. Fewer save memory but add to the output head's gradient
+# more often. The CPU's is measured (benchmarks/LOG.md), the GPUs' is reckoned.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
+
 
 class KeyValueCache:
     """The keys and values of the tokens that a model has seen, so that generating computes each token's only once.
 
-    Allocated once for the whole context, by the first tokens that arrive: on their device, in the dtype in which they
-    are computed. Each layer writes behind what is there (`append`), and `GPT.forward` moves `length` on when all have.
+    Allocated once for the whole context, by the first tokens that arrive: on their device and in their dtype, but on a
+    CPU in float32, where attention of one query is four times faster than in bfloat16. Each layer writes behind what is
+    there (`append`), and `GPT.forward` moves `length` on when all have.
     """
 
     def __init__(self, config: ModelConfig):
@@ -36,7 +43,8 @@ class KeyValueCache:
     def append(self, layer: int, kv: Tensor) -> Tensor:
         """Keys and values (2, B, H, T, D) of T new tokens in; those of all tokens so far (2, B, H, length + T, D) out."""
         if self.layers[layer] is None:
-            self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1])
+            dtype = torch.float32 if kv.device.type == "cpu" else kv.dtype
+            self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1], dtype=dtype)
         end = self.length + kv.shape[3]
         self.layers[layer][:, :, :, self.length : end] = kv
         return self.layers[layer][:, :, :, :end]
@@ -63,6 +71,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(layer, qkv[1:])  # (B, H, S, D) each: S - T earlier tokens, then these T
+            q = q.to(k.dtype)
         S = k.size(2)
         # is_causal would align the first query with the first key, which is right only where nothing came before. One
         # query, the newest, sees every key; several behind earlier tokens need their mask spelt out.
@@ -70,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -104,6 +113,68 @@ class Block(nn.Module):
         return x
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Output head and cross-entropy in one, a chunk of rows at a time, gradients included.
+
+    With 50,257 tokens the logits are by far the largest tensor of training, and the plain way holds four of them (as the
+    matrix product made them, in float32, and the gradients of both). Here a chunk's logits become its loss and, the
+    gradient of softmax and cross-entropy being softmax minus one-hot, its share of the gradients of `x` and `weight`,
+    all in the forward pass, and are forgotten. The backward pass only scales. The method is Liger Kernel's (Hsu et al.,
+    2024; in the spirit of Cut Cross-Entropy, Wijmans et al., 2024), here in plain PyTorch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradient: bool
+    ) -> Tensor:
+        chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE[x.device.type])
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x: list[Tensor] = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)  # (padded V, C)
+            for x_chunk, target in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
+                logits = x_chunk @ w.T  # (rows, padded V)
+                logits[:, vocab_size:] = -math.inf  # probability 0, gradient 0
+                probabilities = logits.softmax(dim=1, dtype=torch.float32)
+                # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
+                log_normaliser = (
+                    logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
+                )
+                loss += (log_normaliser - logits.gather(1, target).float()).sum()
+                if grad_weight is not None:
+                    # Of the sum, not the mean: float16 would lose it otherwise
+                    grad_logits = probabilities.to(dtype)
+                    grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+                    grad_x.append((grad_logits @ w).to(x.dtype))
+                    grad_weight += grad_logits.T @ x_chunk
+        if grad_weight is not None:
+            ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad_loss / len(grad_x)
+        return grad_x * scale, grad_weight * scale, None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The mean cross-entropy of the logits `x @ weight.T`, which never exist as a whole.
+
+    Args:
+        x: (N, C) what the output head reads, in float32 or autocast's dtype.
+        weight: (padded V, C), float32; its rows from `vocab_size` on get probability 0 and gradient 0.
+        targets: (N,) token ids.
+
+    Returns:
+        Nats per token, a float32 scalar.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, torch.is_grad_enabled())
+
+
 class GPT(nn.Module):
     """Tokens in, logits of the next token out.
 
@@ -123,11 +194,6 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
             }
         )
-        # A bias of -inf gives the padded rows probability 0 in the loss, and so no gradient, at no cost.
-        padding = torch.zeros(config.padded_vocab_size)
-        padding[config.vocab_size :] = -math.inf
-        self.register_buffer("padding_bias", padding, persistent=False)
-
         self.apply(self._init_weights)
         # GPT-2: what adds to the residual stream starts smaller, by the root of how many such additions there are.
         for name, parameter in self.named_parameters():
@@ -168,8 +234,9 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
-        logits = F.linear(x, self.transformer.wte.weight, self.padding_bias)  # (B, T, padded V)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1))
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), self.config.vocab_size
+        )
 
     def num_parameters(self) -> dict[str, int]:
         """How many trained numbers there are, without the padded rows: in the blocks (with the final norm), in the

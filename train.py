@@ -154,16 +154,47 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
+class OneOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each of parameters of its own, as one: their groups and states side by side."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let each optimizer work on this one's groups and state, which loading replaces."""
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: None = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only: biases and norms have no size to limit."""
-    parameters = list(model.parameters())
+    """Muon (Jordan et al., 2024) for the matrices in the blocks, its steps scaled to the size of AdamW's (Liu et al.,
+    2025), and AdamW (Loshchilov and Hutter, 2019) for the rest, or for all. Weight decay is on matrices only: biases and
+    norms have no size to limit. A group's `lr_scale` is its peak learning rate's ratio to `cfg.learning_rate`."""
+    muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
+    others = [p for p in model.parameters() if all(p is not q for q in muon)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")
     )
+    if not muon:
+        return adamw
+    group = {"params": muon, "lr_scale": cfg.muon_learning_rate / cfg.learning_rate}
+    return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,6 +328,11 @@ def check_resumable(
     if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
         values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
         raise UserError(f"--resume: {path} has another model ({values}); give its values, or another --out-dir")
+    if then["optimizer"] != now["optimizer"]:
+        raise UserError(
+            f"--resume: {path} was trained with --optimizer {then['optimizer']}, whose state is of no use to "
+            f"{now['optimizer']}; give that, or another --out-dir"
+        )
     elsewhere = ("model", "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
     words = [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and f in then and then[f] != now[f]]
     if then["max_iters"] != now["max_iters"]:
@@ -765,7 +801,7 @@ def train(cfg: TrainConfig) -> None:
             begin = time.perf_counter()
             learning_rate = get_lr(state.iter, cfg)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["lr_scale"]
 
             def gradients(batch_size: int) -> Tensor:
                 numbers = micro_steps(state.tokens, cfg, batch_size, machine)

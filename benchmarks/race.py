@@ -1,0 +1,208 @@
+"""A race: train.py's own parts, in several settings, and nanoGPT's, on the same text, taking turns on one machine.
+
+    python benchmarks/race.py --data-dir DIR --vocab-size 4096 --nanogpt DIR \\
+        --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
+        --run="" --run="--max-iters 200" --run="--optimizer adamw"
+
+Each `--run` is a string of train.py's flags, after those of `--shape`. nanoGPT (a checkout of it, not part of this
+project) trains with its own model, optimizer, schedule and sampling of batches, as its train.py has them, once for each of
+`--nanogpt-learning-rates`. Printed are validation loss against tokens and against seconds (evaluation not counted).
+`--vocab-size` keeps the text's most frequent tokens and makes all others one, which lets a CPU race in minutes.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+import data
+import train
+from config import TrainConfig
+from model import GPT
+
+VAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Race:
+    data_dir: str = "data/wikipedia"  # token shards, from prepare_data.py
+    vocab_size: int | None = None  # keep so many tokens, the last one for all that are rarer; None: all
+    shape: str = ""  # flags of train.py for the model and the run, for all
+    run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py of one of our runs; repeat for others
+    seeds: tuple[int, ...] = (1337,)  # each run once with each
+    nanogpt: str | None = None  # folder of a checkout of nanoGPT
+    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # its GPT-2 recipe's; others to be fair to small models
+    evaluations: int = 8  # in a run, at equal distances
+    out: str | None = None  # file for the curves, as JSON
+
+
+class Ours:
+    """train.py's loop without what it tells and saves."""
+
+    def __init__(self, name: str, cfg: TrainConfig, train_stream: data.TokenStream, val_stream: data.TokenStream):
+        self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
+        self.machine = train.make_machine(cfg)
+        self.windows = data.TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
+        self.val_windows = data.ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
+        torch.manual_seed(cfg.seed)
+        self.model = GPT(cfg.model).to(self.machine.device)
+        self.optimizer = train.make_optimizer(self.model, cfg, self.machine.device)
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == torch.float16)
+        self.forward, _ = train.make_forward(self.model, cfg, self.machine)
+        self.tokens_per_iter = cfg.tokens_per_iter
+
+    def step(self, it: int) -> None:
+        cfg = self.cfg
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.get_lr(it, cfg) * group["lr_scale"]
+        numbers = train.micro_steps(it * cfg.tokens_per_iter, cfg, cfg.batch_size, self.machine)
+        losses = train.forward_backward(self.forward, self.scaler, self.windows, numbers, self.machine)
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        losses.tolist()  # waits, as train.py does
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> float:
+        return train.evaluate(self.model, self.val_windows, VAL_BATCH, self.machine)
+
+
+class NanoGPT:
+    """nanoGPT's model and recipe, bf16 and compiled on a GPU, float32 and eager on a CPU, as it runs there."""
+
+    def __init__(self, folder: str, rate: float, cfg: TrainConfig, train_stream: Any, val_stream: Any):
+        self.name, self.rate, self.cfg, self.max_iters = f"nanoGPT {rate:g}", rate, cfg, cfg.max_iters
+        self.tokens_per_iter = cfg.tokens_per_iter
+        self.machine = train.make_machine(cfg)
+        self.cuda = self.machine.device.type == "cuda"
+        module = load_nanogpt(folder)
+        c = cfg.model
+        torch.manual_seed(cfg.seed)
+        shape = module.GPTConfig(
+            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
+            vocab_size=c.padded_vocab_size, dropout=0.0,
+        )  # fmt: skip
+        self.model = module.GPT(shape).to(self.machine.device)
+        self.optimizer = self.model.configure_optimizers(0.1, rate, (0.9, 0.95), self.machine.device.type)
+        self.forward = torch.compile(self.model) if self.cuda else self.model
+        if self.cuda:
+            self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
+        self.tokens = np.concatenate(train_stream.shards)
+        self.rng = np.random.default_rng(cfg.seed)
+        self.val_windows = data.ValidationWindows(val_stream, c.block_size, cfg.eval_tokens)
+
+    def loss(self, array: np.ndarray) -> torch.Tensor:
+        inputs, targets = self.machine.windows(array)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.cuda):
+            return self.forward(inputs, targets.contiguous())[1]
+
+    def step(self, it: int) -> None:
+        cfg, block = self.cfg, self.cfg.model.block_size
+        schedule = dataclasses.replace(cfg, learning_rate=self.rate, min_lr=self.rate / 10)
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.get_lr(it, schedule)
+        steps = cfg.accumulation_steps(processes=1)
+        for _ in range(steps):
+            starts = self.rng.integers(len(self.tokens) - block - 1, size=cfg.batch_size)
+            batch = np.stack([self.tokens[s : s + block + 1] for s in starts]).astype(np.int64)
+            (self.loss(batch) / steps).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        self.model.eval()
+        total, count = 0.0, len(self.val_windows)
+        for first in range(0, count, VAL_BATCH):
+            last = min(first + VAL_BATCH, count)
+            total += self.loss(self.val_windows.batch(first, last)).item() * (last - first)
+        self.model.train()
+        return total / count
+
+
+def load_nanogpt(folder: str) -> Any:
+    """nanoGPT's model.py, under another name than ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def streams(args: Race) -> tuple[data.TokenStream, data.TokenStream, int]:
+    """Training and validation tokens, and how many different ones there are."""
+    train_stream, val_stream = (data.TokenStream.open(args.data_dir, split) for split in ("train", "val"))
+    vocab_size = data.read_meta(args.data_dir)["vocab_size"]
+    if args.vocab_size is None:
+        return train_stream, val_stream, vocab_size
+    counts = sum(np.bincount(shard, minlength=vocab_size) for shard in train_stream.shards)
+    new = np.full(vocab_size, args.vocab_size - 1, dtype=np.uint16)
+    new[np.argsort(-counts)[: args.vocab_size - 1]] = np.arange(args.vocab_size - 1)
+    kept = counts[np.argsort(-counts)[: args.vocab_size - 1]].sum() / counts.sum()
+    print(f"{args.vocab_size:,} tokens kept: {kept:.1%} of the text")
+    train_stream, val_stream = (data.TokenStream([new[s] for s in t.shards]) for t in (train_stream, val_stream))
+    return train_stream, val_stream, args.vocab_size
+
+
+def compete(runners: list[Any], evaluations: int) -> dict[str, list[tuple[int, float, float]]]:
+    """Train all, taking turns; for each its (tokens, seconds, validation loss) at every evaluation."""
+    curves: dict[str, list[tuple[int, float, float]]] = {runner.name: [] for runner in runners}
+    seconds = dict.fromkeys(curves, 0.0)
+    for part in range(evaluations):
+        for runner in runners:
+            begin = time.perf_counter()
+            first, last = (runner.max_iters * n // evaluations for n in (part, part + 1))
+            for it in range(first, last):
+                runner.step(it)
+            seconds[runner.name] += time.perf_counter() - begin
+            row = (last * runner.tokens_per_iter, seconds[runner.name], runner.evaluate())
+            curves[runner.name].append(row)
+            print(f"{runner.name:60} {row[0]:>12,} tokens {row[1]:8.1f} s   {row[2]:.4f}", flush=True)
+    return curves
+
+
+def main() -> None:
+    args = tyro.cli(Race, description=__doc__)
+    train_stream, val_stream, vocab_size = streams(args)
+
+    def flags(text: str, seed: int) -> TrainConfig:
+        cfg = config.parse(TrainConfig, "", [*shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)])
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+    runners: list[Any] = []
+    for seed in args.seeds:
+        if args.nanogpt:
+            for rate in args.nanogpt_learning_rates:
+                runners.append(NanoGPT(args.nanogpt, rate, flags("", seed), train_stream, val_stream))
+                runners[-1].name += f" seed {seed}"
+        runners += [Ours(f"{text} seed {seed}", flags(text, seed), train_stream, val_stream) for text in args.run]
+    curves = compete(runners, args.evaluations)
+
+    print("\nAt the end:")
+    for name in dict.fromkeys(name.rsplit(" seed ")[0] for name in curves):
+        ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
+        losses = ", ".join(f"{end[2]:.4f}" for end in ends)
+        mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
+        print(f"{name or '(as it is)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
+    if args.out:
+        Path(args.out).write_text(json.dumps(curves, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    config.run(main)

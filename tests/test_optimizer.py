@@ -1,0 +1,105 @@
+"""The optimizer: which parameters are whose, and one object for two optimizers."""
+
+import copy
+
+import pytest
+import torch
+
+import train
+from config import ModelConfig, TrainConfig
+from model import GPT
+
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
+CPU = torch.device("cpu")
+
+
+def make(optimizer: str = "muon", **fields) -> tuple[GPT, TrainConfig, torch.optim.Optimizer]:
+    cfg = TrainConfig(optimizer=optimizer, model=TINY, batch_size=2, tokens_per_iter=16, **fields)
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    return model, cfg, train.make_optimizer(model, cfg, CPU)
+
+
+def step(model: GPT, optimizer: torch.optim.Optimizer, it: int) -> None:
+    idx = torch.randint(101, (2, 8), generator=torch.Generator().manual_seed(it))
+    model(idx, idx.roll(-1, 1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(name):
+    model, _, optimizer = make(name, weight_decay=0.3)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert {group["weight_decay"]} == {0.3 if p.dim() == 2 else 0.0 for p in group["params"]}
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_no_other():
+    model, _, optimizer = make(learning_rate=1e-3, muon_learning_rate=5e-3)
+    (group,) = [group for group in optimizer.param_groups if "ns_steps" in group]
+    names = {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.{layer}.{matrix}.weight" for layer in (0, 1) for matrix in matrices}
+    assert group["lr_scale"] == pytest.approx(5)
+    assert all(other["lr_scale"] == 1 for other in optimizer.param_groups if other is not group)
+
+
+def test_two_in_one_do_what_the_two_do():
+    model, _, optimizer = make(learning_rate=1e-3, muon_learning_rate=1e-3)
+    twin = copy.deepcopy(model)
+    hidden = [p for p in twin.transformer.h.parameters() if p.dim() == 2]
+    matrices = [twin.transformer.wte.weight, twin.transformer.wpe.weight]
+    vectors = [p for p in twin.parameters() if p.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    muon = torch.optim.Muon(hidden, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for it in range(5):
+        for group in [*optimizer.param_groups, *adamw.param_groups, *muon.param_groups]:
+            group["lr"] = 1e-3 / (it + 1)
+        step(model, optimizer, it)
+        idx = torch.randint(101, (2, 8), generator=torch.Generator().manual_seed(it))
+        twin(idx, idx.roll(-1, 1)).backward()
+        for other in (adamw, muon):
+            other.step()
+            other.zero_grad()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_saved_and_loaded_it_goes_on_exactly(name, tmp_path):
+    straight, _, optimizer = make(name)
+    for it in range(6):
+        step(straight, optimizer, it)
+    first, _, optimizer = make(name)
+    for it in range(3):
+        step(first, optimizer, it)
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    second, _, optimizer = make(name)
+    second.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for it in range(3, 6):
+        step(second, optimizer, it)
+    for a, b in zip(straight.parameters(), second.parameters(), strict=True):
+        assert (a == b).all()
+
+
+def test_the_gradient_scaler_skips_an_overflow_of_all_parts():
+    model, _, optimizer = make()
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    idx = torch.zeros(2, 8, dtype=torch.int64)
+    scaler.scale(model(idx, idx)).backward()
+    model.transformer.ln_f.bias.grad[0] = torch.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert all((before[name] == value).all() for name, value in model.state_dict().items())
