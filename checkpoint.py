@@ -37,10 +37,13 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        cause: BaseException | None = error  # torch's zip writer raises a RuntimeError over the system's own
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         kept = "; the one saved before is kept" if path.exists() else ""
         raise UserError(
             f"{path}: the checkpoint could not be written ({reason}){kept}. Make room and --resume"
