@@ -125,7 +125,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
                 time.sleep(0.001)
             if kill % 2:  # every other one in a save, or just behind it
                 while child.is_alive() and not (tmp_path / "killed" / "last.pt.tmp").exists():
-                    pass
+                    time.sleep(0.0002)
             else:
                 time.sleep(rng.random() * 0.03)
         else:
