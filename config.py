@@ -144,7 +144,8 @@ class TrainConfig(Compute, DataDir):
     auto_resume: bool = False  # go on if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
     check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
-    eval_only: bool = False  # evaluate out_dir/best.pt on the validation split, write nothing
+    eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
+    init_from: str = ""  # start from this GPT-2 in Hugging Face format (a folder or a hub id); it decides the sizes
 
     max_iters: int = 16_000  # iterations (optimizer steps) in the run
     batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds

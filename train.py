@@ -40,6 +40,7 @@ import config
 import data
 import report
 from config import TrainConfig, UserError
+from export import import_gpt2
 from generate import generate_text
 from model import GPT
 
@@ -195,6 +196,13 @@ def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.
         return adamw
     group = {"params": muon, "lr_scale": cfg.muon_learning_rate / cfg.learning_rate}
     return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+
+def initial_model(cfg: TrainConfig, meta: dict[str, Any]) -> GPT:
+    """The model that a run starts from: random weights, or those of `--init-from`, which then decides the sizes."""
+    if cfg.init_from:
+        return import_gpt2(cfg.init_from, meta["tokenizer"], cfg.model)
+    return GPT(cfg.model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -680,27 +688,31 @@ def peak_memory(machine: Machine) -> tuple[int | None, int | None]:
 
 
 def eval_only(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
-    """Evaluate OUT_DIR/best.pt on the validation split of the data.
+    """Evaluate OUT_DIR/best.pt, or the model of --init-from, on the validation split of the data.
 
     Raises:
-        UserError: there is no such checkpoint, or it has another tokenizer than the data.
+        UserError: there is no such model, or it has another tokenizer than the data.
     """
-    path = Path(cfg.out_dir) / "best.pt"
-    saved = checkpoint.load(path)
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise UserError(
-            f"--eval-only: {path} uses the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
-            f"{meta['tokenizer']}; give the --data-dir of that run"
-        )
-    model = checkpoint.build_model(saved).to(machine.device)
+    if cfg.init_from:
+        name, iteration, model = cfg.init_from, 0, initial_model(cfg, meta)
+    else:
+        name = f"{cfg.out_dir}/best.pt"
+        saved = checkpoint.load(name)
+        if saved["tokenizer"] != meta["tokenizer"]:
+            raise UserError(
+                f"--eval-only: {name} uses the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
+                f"{meta['tokenizer']}; give the --data-dir of that run"
+            )
+        iteration, model = saved["iter"], checkpoint.build_model(saved)
+    model.to(machine.device)
     stream = data.TokenStream.open(cfg.data_dir, "val")
     windows = data.ValidationWindows(stream, model.config.block_size, cfg.eval_tokens)
     val_loss, _ = fit(lambda n: evaluate(model, windows, n, machine), cfg.batch_size, model, machine)
     machine.print(
-        f"{path} on {len(windows) * model.config.block_size:,} tokens of the validation split of {cfg.data_dir}, on "
+        f"{name} on {len(windows) * model.config.block_size:,} tokens of the validation split of {cfg.data_dir}, on "
         f"{machine.name} in {machine.describe()['dtype']}"
     )
-    machine.print(report.evaluation(saved["iter"], validation_row(val_loss, meta)))
+    machine.print(report.evaluation(iteration, validation_row(val_loss, meta)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -735,6 +747,9 @@ def train(cfg: TrainConfig) -> None:
         if not last.exists():
             raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
         saved = checkpoint.load(last)
+        if cfg.init_from:  # which decided the sizes when the run began
+            sizes = {f: saved["config"]["model"][f] for f in ("n_layer", "n_head", "n_embd", "n_inner")}
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **sizes))
         machine = keep_dtype(machine, cfg, saved)
         changed = check_resumable(saved, cfg, meta, machine, last)
     elif not (cfg.overwrite or cfg.check):
@@ -751,7 +766,9 @@ def train(cfg: TrainConfig) -> None:
 
     # Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
-    model = GPT(cfg.model).to(machine.device)
+    model = GPT(cfg.model) if saved else initial_model(cfg, meta)
+    cfg = dataclasses.replace(cfg, model=model.config)
+    model.to(machine.device)
     optimizer = make_optimizer(model, cfg, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)

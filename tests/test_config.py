@@ -11,9 +11,14 @@ import pytest
 from conftest import REPO, run_script, unboxed
 
 import config
-from config import PRESETS, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, with_preset
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, with_preset
 
-COMMANDS = {"prepare_data.py": PrepareConfig, "train.py": TrainConfig, "generate.py": GenerateConfig}
+COMMANDS = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
+}
 
 
 def flags(cls) -> dict[str, str]:
@@ -41,7 +46,9 @@ def test_help_shows_every_field_with_its_comment_and_default(script):
         flag = name.replace("_", "-")
         assert re.search(rf"--(no-)?{flag}\b", text), f"--{flag} is not in {script} --help"
         assert " ".join(comment.split()) in text, f"the comment of {name} is not in {script} --help"
-    assert text.count("(default:") + text.count("(repeatable)") >= len(flags(COMMANDS[script]))
+    assert text.count("(default:") + text.count("(repeatable)") + text.count("(required)") >= len(
+        flags(COMMANDS[script])
+    )
 
 
 def test_help_of_preparing_needs_no_torch_and_training_no_datasets():

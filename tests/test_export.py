@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import export
 from config import ExportConfig, ModelConfig, TrainConfig, UserError, parse
-from data import load_tokenizer
+from data import TokenStream, ValidationWindows, load_tokenizer
 from model import GPT
 
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}
@@ -510,3 +510,33 @@ def test_import_by_hub_id(foreign, tmp_path):
     assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept
     for name in ("somebody/else", "./no/such/folder"):
         assert_user_error(run_script("-c", FROM_THE_HUB, name, env=environment), name, "there is no such folder")
+
+
+def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
+    """Its first evaluation, and `--eval-only`, give transformers' own loss on the same windows; the run can be resumed."""
+    foreign.save_pretrained(tmp_path / "gpt2")
+    prepared = run_script("prepare_data.py", "--preset", "demo", "--data-dir", tmp_path / "data")
+    assert prepared.returncode == 0, prepared.stderr
+    windows = ValidationWindows(TokenStream.open(tmp_path / "data", "val"), 64, 4096)
+    tokens = torch.from_numpy(windows.batch(0, len(windows)))
+    with torch.no_grad():
+        logits = foreign(tokens[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    common = ["train.py", "--init-from", tmp_path / "gpt2", "--data-dir", tmp_path / "data", "--dtype", "float32"]
+    common += ["--out-dir", tmp_path / "run", "--block-size", "64", "--eval-tokens", "4096"]
+    evaluated = run_script(*common, "--eval-only")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"validation loss {expected:.4f}" in evaluated.stdout
+    assert not (tmp_path / "run").exists()
+
+    common += ["--batch-size", "8", "--tokens-per-iter", "512", "--max-iters"]
+    first = run_script(*common, "2")
+    assert first.returncode == 0, first.stderr
+    on = run_script(*common, "4", "--resume")
+    assert on.returncode == 0, on.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["val_loss"] == pytest.approx(expected, abs=1e-4)
+    assert rows[-1]["iter"] == 4 and rows[-1]["val_loss"] < expected
+    best = checkpoint.build_model(checkpoint.load(tmp_path / "run" / "best.pt"))
+    assert (best.config.n_layer, best.config.n_embd, best.config.block_size) == (2, 48, 64)

@@ -8,10 +8,15 @@ import pytest
 from conftest import REPO, run_script
 
 import config
-from config import GenerateConfig, PrepareConfig, TrainConfig
+from config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"prepare_data.py": PrepareConfig, "train.py": TrainConfig, "generate.py": GenerateConfig}
+SCRIPTS = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
+}
 
 
 def commands() -> list[str]:
