@@ -30,7 +30,7 @@ import train
 from config import TrainConfig
 from model import GPT
 
-ROUNDS = 5
+ROUNDS = 9
 
 
 def random_data(folder: Path, vocab_size: int, tokens: int) -> None:

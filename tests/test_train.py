@@ -123,7 +123,11 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
             written = last.stat().st_mtime_ns if last.exists() else 0
             while child.is_alive() and not (last.exists() and last.stat().st_mtime_ns > written):
                 time.sleep(0.001)
-            time.sleep(rng.random() * 0.03)
+            if kill % 2:  # every other one in a save, or just behind it
+                while child.is_alive() and not (tmp_path / "killed" / "last.pt.tmp").exists():
+                    time.sleep(0.0002)
+            else:
+                time.sleep(rng.random() * 0.03)
         else:
             time.sleep(rng.random() * 0.5)
         child.kill()
@@ -476,10 +480,11 @@ def little_memory(monkeypatch, sequences: int, training_only: bool = False) -> N
 def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     data_dir, tmp_path, monkeypatch, capsys, training_only
 ):
-    train.train(tiny(data_dir, tmp_path / "enough", dropout=0.0))
+    run = dict(dropout=0.0, optimizer="adamw")  # Muon's bfloat16 makes more of a rounding
+    train.train(tiny(data_dir, tmp_path / "enough", **run))
     little_memory(monkeypatch, 1, training_only)
     capsys.readouterr()
-    train.train(tiny(data_dir, tmp_path / "little", dropout=0.0))
+    train.train(tiny(data_dir, tmp_path / "little", **run))
     out = capsys.readouterr().out
     assert out.count("Out of memory") == 2 and "micro-steps of 1 sequences from here on, not 2" in out
     enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
@@ -650,7 +655,7 @@ def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
 
 def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
     """The whole of a short run, against a loop of its own that shares the model and the windows alone."""
-    cfg = tiny(data_dir, tmp_path, dropout=0.0, max_iters=10, grad_clip=0.5, eval_tokens=10**6)
+    cfg = tiny(data_dir, tmp_path, dropout=0.0, optimizer="adamw", max_iters=10, grad_clip=0.5, eval_tokens=10**6)
     train.train(cfg)
     torch.manual_seed(cfg.seed)
     model = GPT(cfg.model)
