@@ -407,7 +407,7 @@ def little_memory(monkeypatch, sequences: int) -> None:
 
 
 def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(data_dir, tmp_path, monkeypatch, capsys):
-    run = dict(dropout=0.0, batch_size=8)
+    run = dict(dropout=0.0, batch_size=8, optimizer="adamw")  # Muon makes more of rounding: it computes in bfloat16
     train.train(tiny(data_dir, tmp_path / "enough", **run))
     little_memory(monkeypatch, 2)
     capsys.readouterr()
@@ -569,7 +569,7 @@ def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
 
 def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
     """The whole of a short run, against a loop of its own that shares the model and the windows alone."""
-    cfg = tiny(data_dir, tmp_path, dropout=0.0, max_iters=10, grad_clip=0.5, eval_tokens=10**6)
+    cfg = tiny(data_dir, tmp_path, dropout=0.0, max_iters=10, grad_clip=0.5, eval_tokens=10**6, optimizer="adamw")
     train.train(cfg)
     torch.manual_seed(cfg.seed)
     model = GPT(cfg.model)
