@@ -1,10 +1,11 @@
 """The checkpoint format: save atomically, load safely, rebuild a model.
 
-`best.pt` holds what generating needs: format, model, config, tokenizer, iter, tokens, val_loss. `last.pt` holds that
-and what resuming needs besides: best_val_loss, optimizer, scaler, rng. Tensors and plain values only, so that loading
-runs no code.
+`best.pt` holds what generating needs: format, model, config, tokenizer, iter, tokens, val_loss, and data, a description
+of what it was trained on. `last.pt` holds that and what resuming needs besides: best_val_loss, seconds, machine,
+optimizer, scaler, rng (one random state for each process). Tensors and plain values only, so that loading runs no code.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -36,9 +37,13 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause: BaseException | None = error  # torch's zip writer raises a RuntimeError over the system's own
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         kept = "; the one saved before is kept" if path.exists() else ""
         raise UserError(
             f"{path}: the checkpoint could not be written ({reason}){kept}. Make room and --resume"

@@ -65,6 +65,11 @@ class Compute(Preset):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the arithmetic; auto: the fastest safe one
 
 
+@dataclass(frozen=True)
+class CheckpointFile(Preset):
+    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
@@ -139,7 +144,8 @@ class TrainConfig(Compute, DataDir):
     auto_resume: bool = False  # go on if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
     check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
-    eval_only: bool = False  # evaluate out_dir/best.pt on the validation split, write nothing
+    eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
+    init_from: str = ""  # start from this GPT-2 in Hugging Face format (a folder or a hub id); it decides the sizes
 
     max_iters: int = 16_000  # iterations (optimizer steps) in the run
     batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
@@ -219,8 +225,7 @@ class TrainConfig(Compute, DataDir):
 
 
 @dataclass(frozen=True)
-class GenerateConfig(Compute):
-    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+class GenerateConfig(Compute, CheckpointFile):
     prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
     interactive: bool = False  # ask for prompts, one after another
     max_new_tokens: int = 200  # tokens to generate, at most
@@ -229,7 +234,7 @@ class GenerateConfig(Compute):
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: int = 1  # continuations of the prompt
     seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
-    ignore_eot: bool = False  # go on behind the end of the article
+    ignore_eot: bool = False  # go on behind the end of the article (<|endoftext|>)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
     json: bool = False  # print JSON lines, one a sample, not text
@@ -246,6 +251,19 @@ class GenerateConfig(Compute):
         require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more, and below 2^63")
         require("" not in self.stop, "--stop: is empty; give the text to end before")
         require(not (self.interactive and self.prompt), "--interactive and --prompt: give one of them")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python export.py
+
+
+@dataclass(frozen=True)
+class ExportConfig(CheckpointFile):
+    out_dir: str = tyro.MISSING  # the folder to make; must be new, or empty
+    format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
+
+    def __post_init__(self):
+        require(self.out_dir != "", "--out-dir: is empty; name the folder to make")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,8 +291,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields."""
-    values = {f.name: PRESETS[preset][f.name] for f in dataclasses.fields(cls) if f.name in PRESETS[preset]}
+    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields.
+    A field that has no default is the user's alone to give: no preset sets it."""
+    values = {
+        f.name: PRESETS[preset][f.name]
+        for f in dataclasses.fields(cls)
+        if f.name in PRESETS[preset] and f.default is not tyro.MISSING
+    }
     for f in dataclasses.fields(cls):
         if f.name == "model":
             values["model"] = with_preset(ModelConfig, preset)

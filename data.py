@@ -138,20 +138,25 @@ class ShardWriter:
         while len(tokens):
             index, filled = divmod(self.tokens, self.shard_tokens)
             if self._file is None:
-                self._file = open(self._partial(shard_path(self.data_dir, self.split, index)), "ab")  # noqa: SIM115, it stays open
+                path = self._partial(shard_path(self.data_dir, self.split, index))
+                self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (it stays open)
                 if filled == 0:
-                    self._file.write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
+                    self._write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
             part = tokens[: self.shard_tokens - filled]
-            self._file.write(part.astype("<u2", copy=False).data)
+            self._write(part.astype("<u2", copy=False).tobytes())
             self.tokens += len(part)
             tokens = tokens[len(part) :]
             if filled + len(part) == self.shard_tokens:
                 self.close()
 
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # an unbuffered file may take a part only, and say why at the next one
+            view = view[self._file.write(view) :]
+
     def sync(self) -> None:
         """Return when everything written is on the disk."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -163,12 +168,12 @@ class ShardWriter:
     def tail(self, length: int) -> np.ndarray:
         """The last `length` tokens, (length,) uint16."""
         self.close()
-        parts, first = [], max(0, self.tokens - length) // self.shard_tokens
-        for index in range(first, self.count):
-            parts.append(
-                np.fromfile(self._partial(shard_path(self.data_dir, self.split, index)), "<u2", offset=HEADER_BYTES)
-            )
-        return np.concatenate(parts)[-length:]
+        start, parts = self.tokens - length, []
+        for index in range(start // self.shard_tokens, self.count):
+            skip = max(0, start - index * self.shard_tokens)
+            path = self._partial(shard_path(self.data_dir, self.split, index))
+            parts.append(np.fromfile(path, "<u2", offset=HEADER_BYTES + 2 * skip))
+        return np.concatenate(parts)
 
     def finish(self) -> list[dict[str, Any]]:
         """Give every shard its header and its name. Returns what meta.json says of them: file, tokens, sha256."""

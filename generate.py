@@ -115,10 +115,11 @@ def generate(
     so text may be of any length, at a nearly constant cost per token. Of a longer prompt the last `block_size` tokens
     are read.
 
-    The model's mode (train or eval), its weights and PyTorch's global random state are left as they were.
+    The model's mode (train or eval), its weights and PyTorch's global random state are as they were when the iterator
+    ends or is closed.
 
     Args:
-        model: on any device, in any dtype. Evaluated in eval mode.
+        model: on any device, in any dtype. It is in eval mode meanwhile.
         idx: (B, T) int64 token ids on the model's device, T at least 1.
         max_new_tokens: how many tokens each row gets at most.
         num_samples: how often each row of `idx` is continued. There are R = B * num_samples rows: first all samples of
@@ -131,6 +132,9 @@ def generate(
     Yields:
         For each step a list of R token ids, below the vocabulary's size; None for a row that has ended. The iterator
         ends when all rows have ended or have got `max_new_tokens`.
+
+    Raises:
+        UserError: the logits are infinite or NaN.
     """
     if idx.dim() != 2 or idx.size(1) < 1:
         raise ValueError(f"idx has shape {tuple(idx.shape)}: must be (B, T), with at least one token")
@@ -147,6 +151,10 @@ def generate(
             # Not model(...): after model.compile() that would compile once more for every length of the cache.
             with few_rows(new.numel(), weight):
                 logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
+            if step == 0 and not logits.isfinite().all():
+                raise UserError(
+                    "the model computes no finite numbers: its training failed, or --dtype is too narrow (try float32)"
+                )
             if step == 0 and num_samples > 1:  # the prompt is computed once for all of its samples
                 fork = torch.arange(idx.size(0), device=idx.device).repeat_interleave(num_samples)
                 cache.select(fork)
@@ -301,13 +309,20 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
     saved = checkpoint.load(config.checkpoint)
     tokenizer = load_tokenizer(saved["tokenizer"])
     model = checkpoint.build_model(saved)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{config.checkpoint}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
+            f"({saved['tokenizer']}) {tokenizer.n_vocab:,}"
+        )
     device = checkpoint.resolve_device(config.device)
     if config.dtype == "auto":
         dtype, why = fastest_dtype(model, device)
     else:
         dtype, why = checkpoint.resolve_dtype(config.dtype, device)
-    size = model.num_parameters()["total"] / 1e6
-    say(f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device}, {why}")
+    size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
+    say(
+        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({why})"
+    )
     return model.to(device, dtype), tokenizer
 
 
@@ -318,8 +333,7 @@ def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
     of large matrices that training is made of. So on a CPU the largest such product of the model is timed.
     """
     if device.type != "cpu":
-        dtype, why = checkpoint.resolve_dtype("auto", device)
-        return dtype, f"{str(dtype).removeprefix('torch.')}: {why}"
+        return checkpoint.resolve_dtype("auto", device)
 
     def seconds(head: Tensor) -> float:
         row, times = head[:1], []
@@ -333,8 +347,8 @@ def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
     head = model.transformer.wte.weight.detach()
     speedup = seconds(head) / seconds(head.bfloat16())
     if speedup > 1.2:
-        return torch.bfloat16, f"bfloat16: {speedup:.1f} times as fast as float32 here"
-    return torch.float32, "float32: bfloat16 is not faster on this CPU"
+        return torch.bfloat16, f"reads weights {speedup:.1f} times as fast as float32 on this CPU"
+    return torch.float32, "bfloat16 is not faster on this CPU"
 
 
 def say(message: str) -> None:
@@ -396,10 +410,11 @@ def main(config: GenerateConfig) -> None:
         stream.reconfigure(encoding="utf-8")  # Windows' pipes have another one
     prompt = read_prompt(config)
     model, tokenizer = load_model(config)
+    weight = model.transformer.wte.weight
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     if config.seed is None:
-        say(f"--seed {seed} makes the same text again")
-    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+        say(f"--seed {seed} --dtype {str(weight.dtype).removeprefix('torch.')} makes the same text again")
+    generator = torch.Generator(weight.device).manual_seed(seed)
 
     def answer(prompt: str) -> None:
         ids = encode(tokenizer, prompt)
@@ -410,10 +425,15 @@ def main(config: GenerateConfig) -> None:
             num_samples=config.num_samples, stop=config.stop, ignore_eot=config.ignore_eot,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator,
         )  # fmt: skip
-        if config.json:
-            print_json(prompt, seed, steps)
-        else:
-            print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
+        try:
+            if config.json:
+                print_json(prompt, seed, steps)
+            else:
+                print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # a GPU's, and a CPU's
+                raise UserError(f"--num-samples {config.num_samples}: too many for the memory; take fewer") from error
+            raise
 
     if config.interactive:
         interact(answer)
@@ -425,6 +445,7 @@ def interact(answer: Callable[[str], None]) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # Windows' Python has none; its terminal keeps a history by itself
         import readline  # noqa: F401  (imported, it gives input() a history and line editing)
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is no UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D leaves.")

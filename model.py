@@ -30,8 +30,9 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
 class KeyValueCache:
     """The keys and values of the tokens that a model has seen, so that generating computes each token's only once.
 
-    Allocated once for the whole context, by the first tokens that arrive: on their device, in the dtype in which they
-    are computed. Each layer writes behind what is there (`append`), and `GPT.forward` moves `length` on when all have.
+    Allocated once for the whole context, by the first tokens that arrive: on their device and in their dtype, but on a
+    CPU in float32, where attention of one query is four times faster than in bfloat16. Each layer writes behind what is
+    there (`append`), and `GPT.forward` moves `length` on when all have.
     """
 
     def __init__(self, config: ModelConfig):
@@ -42,7 +43,8 @@ class KeyValueCache:
     def append(self, layer: int, kv: Tensor) -> Tensor:
         """Keys and values (2, B, H, T, D) of T new tokens in; those of all tokens so far (2, B, H, length + T, D) out."""
         if self.layers[layer] is None:
-            self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1])
+            dtype = torch.float32 if kv.device.type == "cpu" else kv.dtype
+            self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1], dtype=dtype)
         end = self.length + kv.shape[3]
         self.layers[layer][:, :, :, self.length : end] = kv
         return self.layers[layer][:, :, :, :end]
@@ -69,6 +71,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(layer, qkv[1:])  # (B, H, S, D) each: S - T earlier tokens, then these T
+            q = q.to(k.dtype)
         S = k.size(2)
         # is_causal would align the first query with the first key, which is right only where nothing came before. One
         # query, the newest, sees every key; several behind earlier tokens need their mask spelt out.
@@ -76,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -100,17 +100,18 @@ def preflight(
     iteration_seconds: float,
     evaluation_seconds: float,
     total_seconds: float,
-    memory: int | None,
+    memory: tuple[int | None, int | None],
     disk: int,
     flops_per_token: int,
     machine: "Machine",
 ) -> str:
     """What `--check` measured, and what the run will take by that."""
     rate = cfg.tokens_per_iter / iteration_seconds
+    used, there = memory
     rows = {
         "speed": f"{rate:,.0f} tokens/s, {iteration_seconds:.2f} s an iteration, an evaluation {evaluation_seconds:.1f} s"
         + utilisation(rate, flops_per_token, machine),
-        "memory": f"{size(memory)} at the peak" if memory is not None else "not measured on this device",
+        "memory": f"{size(used)} at the peak, of {size(there)}" if used and there else "not measured on this device",
         "time": f"{duration(total_seconds)} for {cfg.max_iters:,} iterations and their evaluations",
         "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
     }

@@ -40,6 +40,7 @@ import config
 import data
 import report
 from config import TrainConfig, UserError
+from export import import_gpt2
 from generate import generate_text
 from model import GPT
 
@@ -197,6 +198,13 @@ def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.
     return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 
+def initial_model(cfg: TrainConfig, meta: dict[str, Any]) -> GPT:
+    """The model that a run starts from: random weights, or those of `--init-from`, which then decides the sizes."""
+    if cfg.init_from:
+        return import_gpt2(cfg.init_from, meta["tokenizer"], cfg.model)
+    return GPT(cfg.model)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The state of a run
 
@@ -286,13 +294,18 @@ def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Mac
 
 
 def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
-    """Put a run back to where `last.pt` has it."""
-    state.model.load_state_dict(saved["model"])
+    """Put a run back to where `last.pt` has it. Raises UserError where that is damaged."""
     # The moments are the saved run's; weight decay and betas are the command's, which may have changed them.
     groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-    if saved["scaler"]:  # a run in another precision than float16 has none
-        state.scaler.load_state_dict(saved["scaler"])
+    try:
+        state.model.load_state_dict(saved["model"])
+        state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        if saved["scaler"]:  # a run in another precision than float16 has none
+            state.scaler.load_state_dict(saved["scaler"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"last.pt is damaged: its state does not fit its model ({str(error).splitlines()[0]})"
+        ) from error
     state.iter, state.tokens, state.seconds = saved["iter"], saved["tokens"], saved["seconds"]
     state.val_loss, state.best_val_loss = saved["val_loss"], saved["best_val_loss"]
     if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh one
@@ -322,7 +335,7 @@ def check_resumable(
     then, now = saved["config"] | saved["machine"], dataclasses.asdict(cfg) | machine.describe()
     if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
         values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
-        raise UserError(f"--resume: the model of {path} has other sizes ({values}); give those, or another --out-dir")
+        raise UserError(f"--resume: {path} has another model ({values}); give its values, or another --out-dir")
     if then["optimizer"] != now["optimizer"]:
         raise UserError(
             f"--resume: {path} was trained with --optimizer {then['optimizer']}, whose state is of no use to "
@@ -473,9 +486,10 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
     compiled: Any = torch.compile(model, dynamic=False)
     reason = ""
     try:
-        idx = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)
+        # In the layout of a real batch: another one would be compiled once more
+        inputs, targets = machine.windows(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
         with machine.autocast():
-            loss = compiled(idx, idx)
+            loss = compiled(inputs, targets)
         loss.backward()
     except Exception as error:  # whatever a compiler's many parts may raise
         if not is_out_of_memory(error):  # that one is met again, and dealt with, by the iterations
@@ -558,7 +572,8 @@ def claim(out_dir: Path, machine: Machine, fresh: bool) -> Iterator[None]:
     with config.writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(blocking=False)
+            with contextlib.suppress(NotImplementedError):  # a file system without locks
+                lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise UserError(
                 f"--out-dir {out_dir}: another training is at work there; give another --out-dir"
@@ -615,20 +630,26 @@ def preflight(
     if machine.is_main:
         data.verify(cfg.data_dir)
 
+    def iterate(numbers: list[range]) -> None:
+        losses = forward_backward(forward, state.scaler, train_windows, numbers, machine)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        losses.tolist()  # waits for the device
+
     def attempt(batch_size: int) -> tuple[float, float]:
         numbers = micro_steps(state.tokens, cfg, batch_size, machine)
-        begin = time.perf_counter()
-        piece = data.ValidationWindows(val_windows.stream, cfg.model.block_size, batch_size * cfg.model.block_size)
+        tokens = batch_size * cfg.model.block_size * machine.processes
+        piece = data.ValidationWindows(val_windows.stream, cfg.model.block_size, tokens)
+        # The first of each takes longer: kernels are loaded, buffers and the optimizer's moments made
+        iterate(numbers[:1])
         evaluate(state.model, piece, batch_size, machine)
-        evaluation_seconds = (time.perf_counter() - begin) * len(val_windows) / len(piece)
-        for steps in (numbers[:1], numbers):  # the first one makes buffers and the optimizer's moments
-            begin = time.perf_counter()
-            losses = forward_backward(forward, state.scaler, train_windows, steps, machine)
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad()
-            losses.tolist()  # waits for the device
-        return time.perf_counter() - begin, evaluation_seconds
+        times = [time.perf_counter()]
+        iterate(numbers)
+        times.append(time.perf_counter())
+        evaluate(state.model, piece, batch_size, machine)
+        times.append(time.perf_counter())
+        return times[1] - times[0], (times[2] - times[1]) * len(val_windows) / len(piece)
 
     (iteration_seconds, evaluation_seconds), batch_size = fit(attempt, cfg.batch_size, state.model, machine)
     evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
@@ -651,36 +672,47 @@ def preflight(
     machine.print("All of this fits.")
 
 
-def peak_memory(machine: Machine) -> int | None:
-    """Bytes: of the GPU by PyTorch's allocator, on a CPU of the whole process; None where neither can be told."""
+def peak_memory(machine: Machine) -> tuple[int | None, int | None]:
+    """Bytes in use at the peak, and bytes that there are: of the GPU by PyTorch's allocator, on a CPU of this process and
+    of the machine. None where it cannot be told."""
     if machine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(machine.device)
+        total = torch.cuda.get_device_properties(machine.device).total_memory
+        return torch.cuda.max_memory_reserved(machine.device), total
     try:
         import resource  # not on Windows
     except ImportError:
-        return None
+        return None, None
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+    return used, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def eval_only(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
-    """Evaluate OUT_DIR/best.pt on the validation split of the data.
+    """Evaluate OUT_DIR/best.pt, or the model of --init-from, on the validation split of the data.
 
     Raises:
-        UserError: there is no such checkpoint, or it has another tokenizer than the data.
+        UserError: there is no such model, or it has another tokenizer than the data.
     """
-    path = Path(cfg.out_dir) / "best.pt"
-    saved = checkpoint.load(path)
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise UserError(
-            f"--eval-only: {path} uses the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
-            f"{meta['tokenizer']}; give the --data-dir of that run"
-        )
-    model = checkpoint.build_model(saved).to(machine.device)
+    if cfg.init_from:
+        name, iteration, model = cfg.init_from, 0, initial_model(cfg, meta)
+    else:
+        name = f"{cfg.out_dir}/best.pt"
+        saved = checkpoint.load(name)
+        if saved["tokenizer"] != meta["tokenizer"]:
+            raise UserError(
+                f"--eval-only: {name} uses the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
+                f"{meta['tokenizer']}; give the --data-dir of that run"
+            )
+        iteration, model = saved["iter"], checkpoint.build_model(saved)
+    model.to(machine.device)
     stream = data.TokenStream.open(cfg.data_dir, "val")
     windows = data.ValidationWindows(stream, model.config.block_size, cfg.eval_tokens)
     val_loss, _ = fit(lambda n: evaluate(model, windows, n, machine), cfg.batch_size, model, machine)
-    machine.print(report.evaluation(saved["iter"], validation_row(val_loss, meta)))
+    machine.print(
+        f"{name} on {len(windows) * model.config.block_size:,} tokens of the validation split of {cfg.data_dir}, on "
+        f"{machine.name} in {machine.describe()['dtype']}"
+    )
+    machine.print(report.evaluation(iteration, validation_row(val_loss, meta)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -715,6 +747,9 @@ def train(cfg: TrainConfig) -> None:
         if not last.exists():
             raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
         saved = checkpoint.load(last)
+        if cfg.init_from:  # which decided the sizes when the run began
+            sizes = {f: saved["config"]["model"][f] for f in ("n_layer", "n_head", "n_embd", "n_inner")}
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **sizes))
         machine = keep_dtype(machine, cfg, saved)
         changed = check_resumable(saved, cfg, meta, machine, last)
     elif not (cfg.overwrite or cfg.check):
@@ -731,7 +766,9 @@ def train(cfg: TrainConfig) -> None:
 
     # Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
-    model = GPT(cfg.model).to(machine.device)
+    model = GPT(cfg.model) if saved else initial_model(cfg, meta)
+    cfg = dataclasses.replace(cfg, model=model.config)
+    model.to(machine.device)
     optimizer = make_optimizer(model, cfg, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)
@@ -747,8 +784,8 @@ def train(cfg: TrainConfig) -> None:
     # The loop
     tokenizer = sampler(meta, machine)
     with (
-        claim(out_dir, machine, fresh=resumed_at is None),
         catch_signals(machine) as stop,
+        claim(out_dir, machine, fresh=resumed_at is None),
         contextlib.closing(report.RunLog(cfg, state, machine)) as log,
     ):
         stopping = False
@@ -838,7 +875,8 @@ def main() -> None:
         if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
             dist.destroy_process_group()
     except KeyboardInterrupt:  # not in the loop: there it saves first
-        print("Stopped. Nothing was written.", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("Stopped. Nothing was written.", file=sys.stderr)
         sys.exit(130)  # as shells have it for a program that Ctrl-C stopped
     except UserError:
         let_first_speak()

@@ -5,11 +5,15 @@
 The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights, 200 new
 tokens behind a prompt of 8, sampled as generate.py's defaults do. Everything runs in this one process, in turn, several
 times; the medians are printed. The limit is what reading all weights once per token would take at the bandwidth measured
-here. The second table is the time per token of longer texts, past the end of the context. Needs transformers.
+here. The second table is the time per token of longer texts, past the end of the context, the third the time from the
+command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
+import dataclasses
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +28,7 @@ from config import GenerateConfig, ModelConfig
 from generate import fastest_dtype, generate, sample
 from model import GPT
 
+REPO = Path(__file__).resolve().parent.parent
 ROUNDS, NEW, PROMPT = 5, 200, 8
 DEFAULTS = GenerateConfig()
 SAMPLING = {"temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k, "top_p": DEFAULTS.top_p}
@@ -59,12 +64,42 @@ def without_cache(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> None:
     for _ in range(max_new_tokens):
         logits = model.forward(idx)[:, -1]
         idx = torch.cat((idx, sample(logits, **SAMPLING, generator=None).unsqueeze(1)), dim=1)
+    idx.tolist()  # waits for a GPU
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading memory, from a sum over 256 MiB (more than any cache holds)."""
+    """Bytes per second of reading memory, from sums over 256 MiB (more than any cache holds)."""
     numbers = torch.ones(1 << 26, device=device)
-    return numbers.nbytes / min(seconds(lambda: numbers.sum().item()) for _ in range(20))
+    return numbers.nbytes / statistics.median(seconds(lambda: numbers.sum().item()) for _ in range(20))
+
+
+def first_character(*command: str) -> float:
+    """Seconds from the start of a Python command to the first byte on its stdout."""
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as run:
+        assert run.stdout.read(1), f"{command} wrote nothing"
+        taken = time.perf_counter() - begin
+        run.stdout.read()
+    return taken
+
+
+def start_up(model: GPT) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "best.pt")
+        contents = {"model": model.state_dict(), "config": {"model": dataclasses.asdict(model.config)}}
+        contents |= {"format": 1, "tokenizer": "gpt2", "iter": 0, "tokens": 0, "val_loss": 0.0}
+        checkpoint.save(path, contents)
+        commands = {
+            "python generate.py": ("generate.py", "--checkpoint", path, "--max-new-tokens", "5", "--ignore-eot"),
+            "python -c 'import torch'": ("-c", "import torch; print()"),
+            "python generate.py --help": ("generate.py", "--help"),
+        }
+        print(f"\n{'command':44s} {'s to the first character':>9s}")
+        times = [{name: first_character(*command) for name, command in commands.items()} for _ in range(ROUNDS)]
+        for name in commands:
+            print(f"{name:44s} {statistics.median(row[name] for row in times):9.2f}")
 
 
 def main() -> None:
@@ -90,7 +125,7 @@ def main() -> None:
         model.generate(
             idx, attention_mask=torch.ones_like(idx), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=True,
             num_return_sequences=samples, pad_token_id=0, **SAMPLING,
-        )  # fmt: skip
+        ).tolist()  # fmt: skip
 
     name = str(dtype).removeprefix("torch.")
     rows: dict[str, tuple[int, Callable[[], object]]] = {  # tokens, run
@@ -121,11 +156,12 @@ def main() -> None:
 
     print(f"\n{'new tokens, one stream':44s} {'ms/token':>9s}")
     lengths: dict[int, list[float]] = {100: [], 1000: [], 5000: []}
-    for _ in range(3):
+    for _ in range(2):
         for new, taken in lengths.items():
             taken.append(seconds(lambda new=new: ours(model, 1, new)) / new)
     for new, taken in lengths.items():
         print(f"{new:<44,d} {1e3 * statistics.median(taken):9.2f}")
+    start_up(model32)
 
 
 if __name__ == "__main__":

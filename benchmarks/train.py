@@ -4,8 +4,9 @@
     python benchmarks/train.py --device cuda --batch-size 64     on a GPU: everyone bf16 and compiled
 
 Peers are transformers' GPT-2 and, where `--nanogpt` names a checkout, nanoGPT. Each competitor lives in a process of its
-own, which gives it a peak memory of its own, and in every round each one makes one training step in turn: forward,
-backward, clipping and optimizer, on the same random tokens. Printed are medians over the rounds.
+own, which gives it a peak memory of its own, and in every round each one makes a micro-step (forward and backward, on the
+same random tokens) and a step of its optimizer, with clipping, in turn. Printed are the medians over the rounds, and the
+tokens per second that follow for an iteration of `--tokens-per-iter`: so many micro-steps and one optimizer step.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_t
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -281,7 +282,7 @@ def test_two_trainings_do_not_share_a_folder(data_dir, tmp_path, monkeypatch):
 
 def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, straight):
     before = (straight / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"other sizes \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
+    with pytest.raises(UserError, match=r"has another model \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
         train.train(tiny(data_dir, straight, resume=True, n_layer=3, dropout=0.2))
     other = write_data(tmp_path / "tokenizer", tokenizer="gpt2")
     with pytest.raises(UserError, match="was trained with the tokenizer bytes"):
@@ -385,6 +386,28 @@ def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp
     assert_same_end(tmp_path, straight)
 
 
+def test_best_is_the_best_across_a_stop(data_dir, tmp_path, monkeypatch):
+    losses = {0: 5.0, 4: 3.0, 8: 4.0, 12: 3.5, 16: 2.0, 20: 2.0}
+    get_lr, now = train.get_lr, []
+
+    def stop_once(it, cfg):
+        now[:] = [it + 1]
+        if it == 6 and not cfg.resume:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get_lr(it, cfg)
+
+    monkeypatch.setattr(train, "get_lr", stop_once)
+    monkeypatch.setattr(train, "evaluate", lambda *args: losses[now[0] if now else 0])
+    train.train(tiny(data_dir, tmp_path, eval_interval=4))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == 7
+    train.train(tiny(data_dir, tmp_path, eval_interval=4, max_iters=12, resume=True))
+    best, last = checkpoint.load(tmp_path / "best.pt"), checkpoint.load(tmp_path / "last.pt")
+    assert (best["iter"], best["val_loss"]) == (4, 3.0)
+    assert (last["iter"], last["val_loss"], last["best_val_loss"]) == (12, 3.5, 3.0)
+    train.train(tiny(data_dir, tmp_path, eval_interval=4, resume=True))
+    assert checkpoint.load(tmp_path / "best.pt")["iter"] == 16
+
+
 def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, monkeypatch):
     evaluations = iter([5.0, math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *args: next(evaluations))
@@ -393,12 +416,55 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, mo
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 5
 
 
-def little_memory(monkeypatch, sequences: int) -> None:
-    """A device whose memory holds so many sequences in a micro-step."""
+@pytest.fixture
+def float16(monkeypatch):
+    """Train in float16 as GPUs before Ampere do, with a scale so large that the first steps overflow."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(checkpoint, "resolve_dtype", lambda name, device: (torch.float16, "for a test"))
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler(device, init_scale=2.0**22, growth_interval=4, enabled=enabled),
+    )
+
+
+def test_float16_skips_overflows_and_resumes_with_its_scale(data_dir, tmp_path, monkeypatch, float16):
+    train.train(tiny(data_dir, tmp_path / "straight"))
+    skipped = [row["iter"] for row in metrics(tmp_path / "straight")[1:] if row["grad_norm"] is None]
+    assert skipped and skipped[0] == 1
+    saved = checkpoint.load(tmp_path / "straight" / "last.pt")
+    assert saved["scaler"]["scale"] != 2.0**22 and saved["machine"]["dtype"] == "float16"
+    get_lr = train.get_lr
+    for it in (0, 5, 11):  # while it overflows, and after
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "get_lr", lambda i, c, at=it: (i == at and os.kill(os.getpid(), 15), get_lr(i, c))[1])
+            train.train(tiny(data_dir, tmp_path / "stopped", auto_resume=True))
+    train.train(tiny(data_dir, tmp_path / "stopped", resume=True))
+    assert_same_end(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_float16_gradients_that_no_scale_saves_stop_the_run(data_dir, tmp_path, monkeypatch, float16):
     forward = GPT.forward
 
+    def poisoned(self, *args, **rest):
+        loss = forward(self, *args, **rest)
+        if self.training:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    with pytest.raises(UserError, match=r"the gradient is not finite in iteration 23 .*gradient norm nan"):
+        train.train(tiny(data_dir, tmp_path, max_iters=30))  # 22 halvings from 2^22 to 1
+    initial = checkpoint.load(tmp_path / "best.pt")["model"]
+    assert difference(checkpoint.load(tmp_path / "last.pt")["model"], initial) == ""
+
+
+def little_memory(monkeypatch, sequences: int, training_only: bool = False) -> None:
+    """A device whose memory holds so many sequences in a micro-step: a first larger one slips through, a second not."""
+    forward, larger = GPT.forward, itertools.count()
+
     def limited(self, idx, targets=None, **rest):
-        if len(idx) > sequences:
+        if len(idx) > sequences and (self.training or not training_only) and next(larger) % 2 == 1:
             torch.rand(1)  # an attempt that fails has used random numbers
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return forward(self, idx, targets, **rest)
@@ -406,18 +472,21 @@ def little_memory(monkeypatch, sequences: int) -> None:
     monkeypatch.setattr(GPT, "forward", limited)
 
 
-def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(data_dir, tmp_path, monkeypatch, capsys):
-    run = dict(dropout=0.0, batch_size=8, optimizer="adamw")  # Muon makes more of rounding: it computes in bfloat16
+@pytest.mark.parametrize("training_only", [True, False])
+def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
+    data_dir, tmp_path, monkeypatch, capsys, training_only
+):
+    run = dict(dropout=0.0, optimizer="adamw")  # Muon makes more of rounding: it computes in bfloat16
     train.train(tiny(data_dir, tmp_path / "enough", **run))
-    little_memory(monkeypatch, 2)
+    little_memory(monkeypatch, 1, training_only)
     capsys.readouterr()
     train.train(tiny(data_dir, tmp_path / "little", **run))
     out = capsys.readouterr().out
-    assert out.count("Out of memory") == 2 and "micro-steps of 2 sequences from here on, not 4" in out
+    assert out.count("Out of memory") == 2 and "micro-steps of 1 sequences from here on, not 2" in out
     enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
     # The biases of keys cancel in the softmax: their gradient is rounding alone, which Adam blows up to 1e-5 or so.
     torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
-    for a, b in zip(metrics(tmp_path / "enough"), metrics(tmp_path / "little"), strict=True):
+    for a, b in zip(metrics(tmp_path / "enough")[1:], metrics(tmp_path / "little")[1:], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
 
 
@@ -443,7 +512,7 @@ def test_out_of_memory_at_one_sequence_or_on_several_devices_gives_up_with_advic
     little_memory(monkeypatch, 2)
     model = GPT(tiny(data_dir, tmp_path).model)
     with pytest.raises(UserError, match="at --batch-size 8; take a smaller --batch-size"):
-        train.fit(lambda n: model(torch.zeros(n, 4, dtype=torch.int64)), 8, model, machine)
+        train.fit(lambda n: [model(torch.zeros(n, 4, dtype=torch.int64)) for _ in range(2)], 8, model, machine)
 
 
 def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):
@@ -477,6 +546,17 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
     assert_same_end(tmp_path / "without", straight)
 
 
+def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
+    data_dir, tmp_path, monkeypatch, straight, capsys
+):
+    compile = torch.compile  # by its front half alone: no compiler of machine code is needed
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
+    train.train(tiny(data_dir, tmp_path, compile="on"))
+    assert "compile on\n" in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+    assert all(name.startswith("transformer.") for name in checkpoint.load(tmp_path / "last.pt")["model"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Beside a run
 
@@ -490,7 +570,9 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
         assert words in out
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
-    assert capsys.readouterr().out.rstrip("\n") == report.evaluation(best["iter"], best)
+    what, line = capsys.readouterr().out.splitlines()
+    assert line == report.evaluation(best["iter"], best)
+    assert "best.pt on 256 tokens of the validation split" in what and "float32" in what
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))

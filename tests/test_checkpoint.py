@@ -1,0 +1,138 @@
+"""Checkpoints are written whole or not at all, and loading one never runs code or ends in a traceback."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from config import ModelConfig, UserError
+from model import GPT
+
+resource = pytest.importorskip("resource")  # Windows has none
+
+CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=257)
+
+
+def content(**changes) -> dict:
+    return {
+        "format": 1, "model": GPT(CONFIG).state_dict(), "config": {"model": vars(CONFIG)}, "tokenizer": "bytes",
+        "iter": 3, "tokens": 30, "val_loss": 5.0, **changes,
+    }  # fmt: skip
+
+
+def test_a_model_comes_back_as_it_was(tmp_path):
+    saved = content()
+    checkpoint.save(tmp_path / "new" / "best.pt", saved)
+    model = checkpoint.build_model(checkpoint.load(tmp_path / "new" / "best.pt"))
+    assert model.config == CONFIG
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved["model"].items())
+    assert os.listdir(tmp_path / "new") == ["best.pt"]
+
+
+@pytest.mark.parametrize("room", [0, 1_000, 20_000])
+def test_a_full_disk_keeps_the_one_before(tmp_path, room):
+    """The system's limit on a file's size fails a write in the middle, as a full disk does."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, content())
+    before = path.read_bytes()
+    assert len(before) > 20_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(
+            UserError,
+            match=r"last.pt: the checkpoint could not be written \(File too large\); the one saved before is kept",
+        ):
+            checkpoint.save(path, content(iter=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        checkpoint.save(tmp_path / "file" / "last.pt", content())
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / "best.pt"
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load(path)
+    checkpoint.save(path, content())
+    whole = path.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-1], b"\x80\x02."):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.load(path)
+    for value, message in (
+        ([1, 2], "is no checkpoint of this project's"),
+        ({"model": {}}, "is no checkpoint of this project's"),
+        ({"format": 2}, "has checkpoint format 2, where this version reads 1"),
+        ({"format": 1, "model": {}, "config": {}}, r"is damaged \(without iter, tokenizer, tokens, val_loss\)"),
+    ):
+        torch.save(value, path)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("protocol", ["zip", "legacy", "pickle"])
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = tmp_path / "best.pt"
+    if protocol == "pickle":
+        path.write_bytes(pickle.dumps(content(model=Code())))
+    else:
+        torch.save(content(model=Code()), path, _use_new_zipfile_serialization=protocol == "zip")
+    with pytest.raises(UserError, match="is damaged, or no checkpoint"):
+        checkpoint.load(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_do_not_fit_their_configuration():
+    for changes in (
+        {"config": {"model": vars(ModelConfig())}},
+        {"config": {"model": {"n_layer": 1, "colour": "red"}}},
+        {"config": {}},
+        {"model": {}},
+    ):
+        with pytest.raises(UserError, match="its weights do not fit its configuration"):
+            checkpoint.build_model(content(**changes))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_auto_dtype_on_a_gpu_goes_by_its_generation(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # as a T4 answers
+    assert checkpoint.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
+
+
+@pytest.mark.parametrize("speedup, dtype", [(0.01, torch.float32), (1.0, torch.float32), (1.9, torch.bfloat16)])
+def test_auto_dtype_on_a_cpu_is_the_faster_one_and_never_float16(monkeypatch, speedup, dtype):
+    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: speedup)
+    assert checkpoint.resolve_dtype("auto", torch.device("cpu"))[0] == dtype
+    with pytest.raises(UserError, match="--dtype float16: CPUs are"):
+        checkpoint.resolve_dtype("float16", torch.device("cpu"))
+    assert checkpoint.resolve_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "as asked")
+
+
+def test_the_timing_behind_it_is_a_ratio():
+    assert 0.001 < checkpoint.cpu_bfloat16_speedup() < 1_000
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert checkpoint.resolve_device("auto") == torch.device("cpu")
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: PyTorch .* finds none here"):
+            checkpoint.resolve_device(name)

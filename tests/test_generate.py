@@ -1,0 +1,642 @@
+"""Generating: the cache against no cache and against transformers, sampling against exact probabilities, the stream,
+and the command as people and pipes use it."""
+
+import dataclasses
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+import tiktoken
+import torch
+from conftest import REPO, assert_user_error, run_script
+
+import checkpoint
+import generate
+from config import GenerateConfig, ModelConfig, UserError
+from data import load_tokenizer
+from model import GPT, KeyValueCache
+
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, block_size=16, vocab_size=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models as small as these are faster so, above all where something else is running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_model(seed: int = 0, **overrides) -> GPT:
+    """A model that says different things in different contexts, which one with GPT-2's small first weights does not."""
+    torch.manual_seed(seed)
+    model = GPT(dataclasses.replace(TINY, **overrides)).eval()
+    for name, parameter in model.named_parameters():
+        gain = "ln_" in name and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(gain), std=0.3)
+    return model
+
+
+def tokens_of(*args, **kwargs) -> list[list[int]]:
+    """All of `generate`'s tokens, row by row."""
+    steps = list(generate.generate(*args, **kwargs))
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+@torch.no_grad()
+def plain_loop(model: GPT, prompts: torch.Tensor, new: int) -> list[list[int]]:
+    """Greedy and without a cache: what `generate` promises, in its simplest form."""
+    block_size = model.config.block_size
+    window, out = prompts[:, -block_size:], []
+    for _ in range(new):
+        if window.size(1) > block_size:
+            window = window[:, -max(1, block_size // 2) :]
+        out.append(model(window)[:, -1].argmax(-1))
+        window = torch.cat((window, out[-1][:, None]), dim=1)
+    return torch.stack(out, dim=1).tolist()
+
+
+def as_transformers(model: GPT):
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        n_inner=c.n_inner, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    state = {}
+    for name, value in model.state_dict().items():
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[name] = value.t() if transposed else value
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.vocab_size]
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    peer.load_state_dict(state)
+    return peer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@torch.no_grad()
+def test_cached_logits_are_the_uncached_ones_at_every_position():
+    model = random_model()
+    idx = torch.randint(TINY.vocab_size, (3, TINY.block_size))
+    expected = model(idx)
+    for prompt in range(1, TINY.block_size + 1):
+        cache = KeyValueCache(model.config)
+        logits = model(idx[:, :prompt], cache=cache)
+        torch.testing.assert_close(logits[:, 0], expected[:, prompt - 1], atol=1e-4, rtol=1e-4)
+        for position in range(prompt, TINY.block_size):
+            logits = model(idx[:, position : position + 1], cache=cache)
+            torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_several_tokens_may_be_added_to_a_cache_that_is_not_empty():
+    model = random_model()
+    idx = torch.randint(TINY.vocab_size, (2, TINY.block_size))
+    expected = model(idx)
+    for first in range(1, TINY.block_size):
+        for second in range(first + 1, TINY.block_size + 1):
+            cache = KeyValueCache(model.config)
+            model(idx[:, :first], cache=cache)
+            logits = model(idx[:, first:second], cache=cache)
+            assert cache.length == second
+            torch.testing.assert_close(logits[:, 0], expected[:, second - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_transformers_and_of_the_plain_loop():
+    model = random_model(block_size=256)
+    prompts = torch.randint(TINY.vocab_size, (3, 8))
+    ours = tokens_of(model, prompts, 200, temperature=0)
+    assert ours == plain_loop(model, prompts, 200)
+    assert len({tuple(row) for row in ours}) == 3  # no trivial agreement
+    assert all(len(set(row)) > 10 for row in ours)
+    theirs = as_transformers(model).generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=200, pad_token_id=0
+    )
+    assert ours == theirs[:, 8:].tolist()
+    # One stream, and several samples of one prompt
+    assert tokens_of(model, prompts[:1], 200, temperature=0) == ours[:1]
+    assert tokens_of(model, prompts[:2], 200, temperature=0, num_samples=2) == [ours[0], ours[0], ours[1], ours[1]]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16])
+@pytest.mark.parametrize("prompt", [1, 7, 16, 40])
+def test_past_the_context_the_newest_half_goes_on(block_size, prompt):
+    model = random_model(block_size=block_size)
+    idx = torch.randint(TINY.vocab_size, (2, prompt))
+    expected = plain_loop(model, idx, 5 * block_size + 3)
+    assert tokens_of(model, idx, 5 * block_size + 3, temperature=0) == expected
+    twice = tokens_of(model, idx, 5 * block_size + 3, temperature=0, num_samples=2)
+    assert twice == [row for row in expected for _ in range(2)]
+
+
+def test_past_the_context_the_work_per_token_does_not_grow():
+    model = random_model()
+    queries = []
+    forward = model.forward
+    model.forward = lambda idx, **kwargs: queries.append(idx.size(1)) or forward(idx, **kwargs)
+    list(generate.generate(model, torch.zeros(1, 16, dtype=torch.long), 1 + 8 * 20))
+    # The prompt, then 8 tokens again and again: the newest half at once, and 8 of one token each until it is full
+    assert queries == [16] + [8, *[1] * 8] * 17 + [8, *[1] * 6]
+
+
+def test_a_row_that_has_ended_is_computed_no_more_and_disturbs_no_other():
+    model = random_model()
+    idx = torch.randint(TINY.vocab_size, (4, 5))
+    full = tokens_of(model, idx, 40, temperature=0)
+    length = [40, 3, 17, 3]
+    seen = [0] * 4
+
+    def stop(row: int, token: int) -> bool:
+        assert token == full[row][seen[row]]
+        seen[row] += 1
+        return seen[row] == length[row]
+
+    batches = []
+    forward = model.forward
+    model.forward = lambda idx, **kwargs: batches.append(idx.size(0)) or forward(idx, **kwargs)
+    steps = list(generate.generate(model, idx, 40, temperature=0, stop=stop))
+    assert tokens_of(model, idx, 0) == []
+    for row in range(4):
+        assert [step[row] for step in steps] == full[row][: length[row]] + [None] * (40 - length[row])
+    assert batches == [4] * 3 + [2] * 14 + [1] * 23
+
+
+def test_it_ends_when_every_row_has_ended():
+    assert (
+        len(list(generate.generate(random_model(), torch.zeros(3, 2, dtype=torch.long), 50, stop=lambda *_: True))) == 1
+    )
+
+
+def test_padded_ids_are_never_drawn():
+    model = random_model(vocab_size=257)
+    with torch.no_grad():
+        model.transformer.wte.weight[257:] = 100 * torch.randn(320 - 257, TINY.n_embd)
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    for temperature in (0, 1, 1000.0):
+        for row in tokens_of(model, idx, 60, num_samples=20, temperature=temperature):
+            assert max(row) < 257
+
+
+def test_generating_leaves_model_and_global_state_alone():
+    model = random_model(dropout=0.5).to(torch.bfloat16).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    draw = torch.Generator().manual_seed(1)
+    idx = torch.zeros(1, 3, dtype=torch.long)
+    first = tokens_of(model, idx, 40, generator=draw)
+    for _ in generate.generate(model, idx, 40, generator=draw):  # left in the middle
+        break
+    assert model.training and all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.backends.mkldnn.enabled
+    assert not torch.is_inference_mode_enabled()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # Dropout was off: the same draws make the same tokens in eval mode
+    assert tokens_of(model.eval(), idx, 40, generator=torch.Generator().manual_seed(1)) == first
+    # ... and training goes on
+    model.train()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)).backward()
+
+
+def test_bfloat16_weights_give_nearly_the_same_logits_whatever_the_kernel():
+    model = random_model()
+    half = random_model().to(torch.bfloat16)
+    idx = torch.randint(TINY.vocab_size, (1, 16))
+    expected = model(idx)[0]
+    logits = []
+    cache = KeyValueCache(model.config)
+    with torch.no_grad():
+        for position in range(16):
+            with generate.few_rows(1, half.transformer.wte.weight):
+                assert not torch.backends.mkldnn.enabled
+                logits.append(half(idx[:, position : position + 1], cache=cache)[0, 0].float())
+    error = (torch.stack(logits) - expected).std() / expected.std()
+    assert error < 0.05
+
+
+def test_a_model_without_finite_numbers_is_told():
+    model = random_model()
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    with pytest.raises(UserError, match="finite"):
+        tokens_of(model, torch.zeros(1, 3, dtype=torch.long), 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+LOGITS = [2.0, 1.0, 1.0, 0.5, 0.0, -0.3, -1.0, -1.0, -2.0, 3.0, 0.2, -4.0]
+
+
+def exact(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
+    """The probabilities as they are defined, one token after the other, in float64."""
+    weights = [math.exp(x / temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
+    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    for i in order:
+        if mass >= top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def chi_square_limit(degrees: int) -> float:
+    """Passed by chance once in 100,000 times (Wilson and Hilferty, 1931)."""
+    return degrees * (1 - 2 / (9 * degrees) + 4.265 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+def draw(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[int]:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.tensor(logits).expand(50_000, -1)
+    tokens = generate.sample(rows, temperature, top_k, top_p, generator)
+    assert tokens.shape == (50_000,) and tokens.dtype == torch.int64
+    return torch.bincount(tokens, minlength=len(logits)).tolist()
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, None, 1.0), (0.5, None, 1.0), (3.0, None, 1.0), (1.0, 4, 1.0), (1.0, 1, 1.0), (0.8, 9, 1.0),
+        (1.0, 12, 1.0), (1.0, 1000, 1.0), (1.0, None, 0.9), (1.0, None, 0.5), (1.0, None, 0.01), (2.0, 6, 0.8),
+        (0.7, 1000, 0.95), (1.0, None, 0.999999),
+    ],
+)  # fmt: skip
+def test_draws_agree_with_the_exact_probabilities(temperature, top_k, top_p):
+    counts = draw(LOGITS, temperature, top_k, top_p)
+    expected = [50_000 * p for p in exact(LOGITS, temperature, top_k, top_p)]
+    assert all(count == 0 for count, e in zip(counts, expected, strict=True) if e == 0)
+    likely = [(count, e) for count, e in zip(counts, expected, strict=True) if e >= 5]
+    if len(likely) > 1:
+        assert sum((count - e) ** 2 / e for count, e in likely) < chi_square_limit(len(likely) - 1)
+
+
+def test_top_k_keeps_exactly_k_of_equals():
+    # The first two are in; one of the three equals behind them is, always the same one.
+    counts = draw([2.0, 1.0, 0.0, 0.0, 0.0, -1.0], 1.0, 3, 1.0)
+    chosen = [token for token, count in enumerate(counts) if count]
+    assert len(chosen) == 3 and chosen[:2] == [0, 1] and chosen[2] in (2, 3, 4)
+    expected = [50_000 * p for p in exact([2.0, 1.0, 0.0], 1.0, None, 1.0)]
+    assert sum((counts[c] - e) ** 2 / e for c, e in zip(chosen, expected, strict=True)) < chi_square_limit(2)
+
+
+def test_extreme_temperatures_are_no_special_case():
+    assert draw(LOGITS, 1e-300, None, 1.0)[9] == 50_000
+    assert draw(LOGITS, 1e-3, 5, 0.9)[9] == 50_000
+    counts = draw(LOGITS, 1e30, None, 1.0)
+    assert sum((count - 50_000 / 12) ** 2 / (50_000 / 12) for count in counts) < chi_square_limit(11)
+
+
+def test_temperature_0_is_greedy():
+    assert draw(LOGITS, 0, None, 1.0)[9] == 50_000
+    assert generate.sample(torch.tensor([LOGITS]), 0, 3, 0.1, None).tolist() == [9]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+BYTES = load_tokenizer("bytes")
+EOT = BYTES.eot_token
+
+
+class Forced(GPT):
+    """A model that says given tokens, one list for each row, whatever it reads."""
+
+    def __init__(self, *rows: list[int]):
+        super().__init__(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=1024, vocab_size=257))
+        self.rows, self.step = torch.tensor(rows), -1
+
+    def forward(self, idx, targets=None, cache=None):
+        super().forward(idx, cache=cache)  # the cache is used as ever
+        self.step += 1
+        if self.step == 0:
+            return self.one_hot(self.rows[:1])
+        self.rows = self.rows[-idx.size(0) :]  # in these tests earlier rows end first
+        return self.one_hot(self.rows)
+
+    def one_hot(self, rows):
+        return torch.nn.functional.one_hot(rows[:, self.step : self.step + 1], 257).float() * 100
+
+
+def forced_bytes(text: str) -> list[int]:
+    return [*text.encode(), EOT]
+
+
+HARD = "naïve 日本語 — 👩‍👩‍👧 🏳️‍🌈 中文维基百科 \u0000 ẹ́"
+
+
+def test_the_stream_never_shows_half_a_character():
+    model = Forced(forced_bytes(HARD))
+    seen = []
+    for (stream,) in generate.continue_text(model, BYTES, [1], 1000, temperature=0):
+        assert HARD.startswith(stream.text)
+        seen.append(stream.text)
+    assert stream.ended and seen[-1] == HARD
+    assert stream.tokens == len(HARD.encode()) + 1
+    assert sorted(set(seen), key=len) == [
+        HARD[:n] for n in range(len(HARD) + 1)
+    ]  # each character as soon as it is whole
+
+
+def test_a_character_cut_off_by_the_end_is_one_replacement_mark():
+    model = Forced(list("日本".encode()))
+    assert generate.generate_text(model, BYTES, "x", 5, temperature=0) == ["日\ufffd"]
+    model = Forced([*"日".encode()[:2], *b"ab", EOT])
+    assert generate.generate_text(model, BYTES, "x", 50, temperature=0) == ["\ufffdab"]
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one\ntwo", ["\n\n"], "one\ntwo"),
+        ("aaab", ["aab"], "a"),
+        ("one two three", ["three", "two"], "one "),
+        ("one two", ["o", "one"], ""),
+        ("one two thr", ["three"], "one two thr"),
+        ("日本語", ["本"], "日"),
+    ],
+)
+def test_the_text_ends_before_a_stop_text_and_never_shows_a_part_of_it(text, stop, expected):
+    seen = []
+    for (stream,) in generate.continue_text(Forced(forced_bytes(text)), BYTES, [1], 100, stop=stop, temperature=0):
+        seen.append(stream.text)
+        assert expected.startswith(stream.text)
+    assert seen[-1] == expected
+
+
+def test_end_of_text_ends_the_text_unless_told_otherwise():
+    rows = [*b"one", EOT, *b"two"]
+    assert generate.generate_text(Forced(rows), BYTES, "x", 7, temperature=0) == ["one"]
+    assert generate.generate_text(Forced(rows), BYTES, "x", 7, temperature=0, ignore_eot=True) == [
+        "one<|endoftext|>two"
+    ]
+
+
+def test_the_prompt_is_taken_literally():
+    assert generate.encode(BYTES, "<|endoftext|>") == list(b"<|endoftext|>")
+    assert generate.encode(BYTES, "") == [EOT]
+
+
+def test_samples_are_printed_one_after_the_other_with_a_blank_line_between(monkeypatch):
+    written = []
+    monkeypatch.setattr(generate, "write", written.append)
+    streams = [generate.TextStream(BYTES) for _ in range(3)]
+
+    def steps():
+        yield streams
+        for tokens in ([65, 97, 49], [66, 98, 50], [EOT, 99, EOT], [None, EOT, None]):
+            for stream, token in zip(streams, tokens, strict=True):
+                if token is not None:
+                    stream.push(token)
+            yield streams
+
+    generate.print_text("> ", steps())
+    assert "".join(written) == "> AB\n\n> abc\n\n> 12\n"
+    assert written[:3] == ["> ", "A", "B"]  # as it comes
+
+
+def test_text_is_generated_for_programs():
+    model = random_model(vocab_size=257)
+    texts = generate.generate_text(
+        model, BYTES, "abc", 10, num_samples=3, top_k=50, generator=torch.Generator().manual_seed(0)
+    )
+    assert len(texts) == 3 and len(set(texts)) == 3
+    assert generate.generate_text(model, BYTES, "abc", 0) == [""]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def save_checkpoint(path, tokenizer: str = "bytes", **changes):
+    model = random_model(vocab_size=257, block_size=32)
+    contents = {
+        "format": 1, "model": model.state_dict(), "config": {"model": dataclasses.asdict(model.config)},
+        "tokenizer": tokenizer, "iter": 10, "tokens": 1000, "val_loss": 5.5,
+    }  # fmt: skip
+    checkpoint.save(path, contents | changes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "best.pt")
+
+
+def command(best, *args, **kwargs):
+    return run_script("generate.py", "--checkpoint", best, *args, **kwargs)
+
+
+def test_text_goes_to_stdout_and_all_else_to_stderr(best):
+    first = command(best, "--prompt", "Größe", "--seed", 7, "--ignore-eot", "--max-new-tokens", 50, encoding="utf-8")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("Größe") and first.stdout.endswith("\n") and len(first.stdout) > 20
+    assert "million parameters" in first.stderr and "--seed" not in first.stderr
+    again = command(
+        best, "--prompt", "Größe", "--seed", 7, "--ignore-eot", "--max-new-tokens", 50, "--no-stream", encoding="utf-8"
+    )
+    assert again.stdout == first.stdout
+
+
+def test_json_lines(best):
+    run = command(best, "--prompt", "abc", "--num-samples", 3, "--json", "--ignore-eot", "--max-new-tokens", 20)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert list(row) == ["prompt", "text", "tokens", "seed", "seconds", "tokens_per_second"]
+        assert row["prompt"] == "abc" and row["tokens"] == 20
+        assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
+        assert f"--seed {row['seed']} --dtype " in run.stderr  # the seed used is told when none was given
+    assert len({row["text"] for row in rows}) == 3
+
+
+def test_a_megabyte_on_stdin(best):
+    text = "Ein Wörterbuch. " * 65_536
+    run = command(best, "--prompt", "-", "--max-new-tokens", 5, input=text + "\n", encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(text) and not run.stdout.startswith(text + "\n")
+    assert run.stderr.count("the model reads the last 32 of them") == 1
+
+
+def test_interactive_answers_line_by_line(best):
+    greedy = ["--temperature", 0, "--max-new-tokens", 4]
+    bad = "one \udcff\ntwo\n"  # a byte that is no UTF-8 is no reason to leave
+    run = command(best, "--interactive", *greedy, input=bad, encoding="utf-8", errors="surrogateescape")
+    assert run.returncode == 0, run.stderr
+    single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
+    assert run.stdout.startswith("one \ufffd") and run.stdout.endswith(single.stdout)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_in_a_terminal_control_c_stops_the_text_and_control_d_leaves(best):
+    import pty
+
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", "--checkpoint", str(best), "--interactive", "--ignore-eot",
+         "--max-new-tokens", "100000000"],
+        cwd=REPO, stdin=side, stdout=side, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(side)
+
+    def read_until(what: bytes, more: int = 0) -> None:
+        seen, deadline = b"", time.monotonic() + 60
+        while what not in seen or len(seen) < more:
+            assert time.monotonic() < deadline, seen[-500:]
+            if select.select([main], [], [], 1)[0]:
+                seen += os.read(main, 65536)
+
+    try:
+        read_until(b"> ")
+        os.write(main, b"hello\r")
+        read_until(b"hello", more=500)  # the text runs
+        os.write(main, b"\x03")
+        read_until(b"\n> ")
+        os.write(main, b"\x04")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0 and b"Traceback" not in stderr, stderr
+    finally:
+        process.kill()
+        os.close(main)
+
+
+def test_a_closed_pipe_ends_quietly(best):
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", "--checkpoint", str(best), "--ignore-eot", "--max-new-tokens", "100000000"],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.read(100)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    errors = process.stderr.read().decode()
+    assert len(errors.splitlines()) == 2 and "rror" not in errors, errors  # the model and the seed
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_is_told(best):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "generate.py", "--checkpoint", str(best)], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+    assert_user_error(process, "could not be written")
+
+
+def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best):
+    command = [sys.executable, "-X", "importtime", "generate.py"]
+    run = subprocess.run([*command, "--help"], cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0 and "--stop" in run.stdout
+    assert " torch\n" not in run.stderr and "tyro" in run.stderr
+    run = subprocess.run([*command, "--checkpoint", str(best)], cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0 and " torch\n" in run.stderr
+    for module in ("torch._dynamo", "torch._inductor", "sympy", "datasets", "transformers", "matplotlib"):
+        assert f" {module}\n" not in run.stderr, module
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--top-k", "0"], ["--top-k 0", "at least 1"]),
+        (["--top-p", "2"], ["--top-p 2", "at most 1"]),
+        (["--top-p", "0"], ["--top-p 0", "above 0"]),
+        (["--max-new-tokens", "-1"], ["--max-new-tokens -1", "0 or more"]),
+        (["--temperature", "-1"], ["--temperature -1", "or more"]),
+        (["--temperature", "nan"], ["--temperature nan"]),
+        (["--num-samples", "0"], ["--num-samples 0", "at least 1"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--seed", "99999999999999999999"], ["--seed 99999999999999999999", "below"]),
+        (["--stop", ""], ["--stop", "empty"]),
+        (["--interactive", "--prompt", "x"], ["--interactive", "--prompt"]),
+        (["--topk", "3"], ["--topk"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_one_clear_message(args, words):
+    assert_user_error(run_script("generate.py", *args), *words)
+
+
+def test_invalid_utf8_on_stdin_is_one_clear_message(best):
+    run = subprocess.run(
+        [sys.executable, "generate.py", "--checkpoint", str(best), "--prompt", "-"], cwd=REPO, capture_output=True, input=b"ab\xff"
+    )  # fmt: skip
+    assert run.returncode == 2 and run.stdout == b""
+    assert run.stderr.decode().splitlines() == [
+        "error: --prompt -: stdin is no UTF-8 text (at byte 2); convert it first"
+    ]
+
+
+def load_error(path) -> str:
+    with pytest.raises(UserError) as caught:
+        generate.load_model(GenerateConfig(checkpoint=str(path), device="cpu"))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_wrong_checkpoint_is_one_clear_message(tmp_path, best, monkeypatch):
+    assert "there is no checkpoint" in load_error(tmp_path / "none.pt")
+    assert "format 2" in load_error(save_checkpoint(tmp_path / "later.pt", format=2))
+    cut = tmp_path / "cut.pt"
+    for share in (0, 10, 2):
+        cut.write_bytes(best.read_bytes()[: best.stat().st_size // share if share else 0])
+        assert "damaged" in load_error(cut)
+    assert "without tokenizer" in load_error(save_without(tmp_path / "less.pt", best, "tokenizer"))
+    assert "'runes'" in load_error(save_checkpoint(tmp_path / "runes.pt", tokenizer="runes"))
+    other = {"model": dataclasses.asdict(TINY)}
+    assert "do not fit" in load_error(save_checkpoint(tmp_path / "other.pt", config=other))
+    monkeypatch.setattr(
+        generate,
+        "load_tokenizer",
+        lambda name: tiktoken.Encoding(name, pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}),
+    )
+    assert "257 tokens" in load_error(best)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_is_one_clear_message(best, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+        yield
+
+    monkeypatch.setattr(generate, "generate", fail)
+    with pytest.raises(UserError, match="--num-samples 8"):
+        generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug stays a bug
+        generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
+
+
+def save_without(path, best, key: str):
+    contents = checkpoint.load(best)
+    del contents[key]
+    torch.save(contents, path)
+    return path
+
+
+def test_a_tokenizer_that_is_not_at_hand_is_one_clear_message(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}  # nobody listens there
+    path = save_checkpoint(tmp_path / "gpt2.pt", tokenizer="gpt2")
+    assert_user_error(command(path, env=environment), "gpt2", "TIKTOKEN_CACHE_DIR")
+
+
+def test_building_a_model_draws_no_random_numbers(best):
+    state = torch.get_rng_state()
+    contents = checkpoint.load(best)
+    model = checkpoint.build_model(contents)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, contents["model"][name]) for name, value in model.state_dict().items())
+    assert model.padding_bias[256] == 0 and model.padding_bias[257] == -math.inf

@@ -1,0 +1,138 @@
+"""What a run tells is true, readable, and on the disk."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import report
+from config import ModelConfig, TrainConfig, with_preset
+from model import GPT
+from train import Machine, TrainState
+
+MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+
+
+def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, **changes) -> report.RunLog:
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=257))
+    cfg = dataclasses.replace(TrainConfig(), out_dir=str(out_dir), model=model.config, **changes)
+    return report.RunLog(cfg, TrainState(model, None, None, iter=iter), machine)
+
+
+def rows(out_dir) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(iter: int, seconds: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(iter=iter, tokens=iter * 65_536, seconds=seconds)
+
+
+def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
+    log = run_log(tmp_path)
+    validation = {"val_loss": 5.0, "perplexity": 148.4, "bits_per_byte": 7.2}
+    log.row(state(0), validation, True)
+    log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
+    log.iteration(4.4, 9e-4, 0.6, seconds=1.5)
+    log.row(state(2, 2.0), None, False)
+    log.iteration(4.3, 8e-4, float("inf"), seconds=0.25)
+    log.row(state(3, 2.25), validation, False)
+    log.close()
+    columns = ["iter", "tokens", "seconds", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"]
+    first, second, third = rows(tmp_path)
+    assert list(first) == list(third) == [*columns, "val_loss", "perplexity", "bits_per_byte"]
+    assert [second[name] for name in columns] == [2, 131_072, 2.0, 4.4, 9e-4, 0.6, 65_536]  # 2 iterations in 2 seconds
+    assert first["train_loss"] is None and first["tokens_per_second"] is None
+    assert third["tokens_per_second"] == 4 * 65_536  # this row's own iteration
+    assert third["grad_norm"] is None  # float16 skipped the step; and it is JSON to every reader
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
+    out = capsys.readouterr().out
+    assert (
+        "iteration 0: validation loss 5.0000 nats per token, perplexity 148.40, 7.2000 bits per byte (best so far)"
+        in out
+    )
+    assert "iteration 3: " in out and "training loss 4.3000" in out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["n_embd"] == 8
+
+
+def test_resuming_cuts_the_rows_back(tmp_path):
+    log = run_log(tmp_path)
+    for iter in range(5):
+        log.row(state(iter), None, False)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 5, "tok')  # killed amid a row
+    log = run_log(tmp_path, iter=3)
+    assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
+    log.row(state(4), None, False)
+    assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    log = run_log(tmp_path, machine=dataclasses.replace(MACHINE, rank=1, processes=2))
+    log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
+    log.row(state(1), {"val_loss": 5.0}, True)
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    step = {"train_loss": 4.0, "learning_rate": 1e-3}
+    table = [{"iter": 0, "tokens": 0, "train_loss": None, "val_loss": 5.5}]
+    table += [
+        {"iter": i, "tokens": i * 2_000_000, **step, **({"val_loss": 5.0} if i == 10 else {})} for i in range(1, 11)
+    ]
+    report.plot(table, tmp_path / "loss.png")
+    (figure,) = figures
+    axes, right = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["training"] == [[i, 4.0] for i in range(1, 11)]
+    assert lines["validation"] == [[0, 5.5], [10, 5.0]]
+    assert right.lines[0].get_ydata().tolist() == [1e-3] * 10
+    (above,) = axes.child_axes  # iteration 10 is 20 million tokens
+    assert above.get_xlabel() == "million tokens" and above.get_xlim()[1] == pytest.approx(2 * axes.get_xlim()[1])
+    report.plot(table[:1], tmp_path / "loss.png")  # before the first iteration
+
+
+def test_the_startup_counts_the_parameters_and_the_run():
+    for preset, words in (
+        ("wikipedia", ["30,044,544 parameters: 10,647,552 in the blocks", "65,536 tokens = 64 sequences x 256 tokens x 4 micro-steps x 1 process\n", "1,048,576,000 tokens, 10.49 epochs; warm-up 500 iterations\n"]),
+        ("wikipedia-150m", ["262,144 tokens = 8 sequences x 1024 tokens x 32 micro-steps x 1 process\n"]),
+    ):  # fmt: skip
+        cfg = with_preset(TrainConfig, preset)
+        with torch.device("meta"):
+            model = GPT(cfg.model)
+        split = {"tokens": 100_000_000, "articles": 1_000}
+        text = report.startup(
+            cfg, {"splits": {"train": split}, "tokenizer": "gpt2"}, TrainState(model, None, None), MACHINE, "off",
+            SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size), range(4_096), None, [],
+        )  # fmt: skip
+        for word in words:
+            assert word in text + "\n", text
+
+
+def test_utilisation_is_shown_for_known_gpus_only(monkeypatch):
+    known = dataclasses.replace(MACHINE, device=torch.device("cuda"), dtype=torch.bfloat16, processes=2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    assert report.utilisation(1_000_000, 165_200_000, known) == ", MFU 50%"  # of two GPUs' 165.2e12 each
+    assert report.utilisation(1_000_000, 165_200_000, dataclasses.replace(known, dtype=torch.float32)) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Tomorrow")
+    assert report.utilisation(1_000_000, 165_200_000, known) == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (61, "1 min 01 s"), (3_599.6, "1 h 00 min"), (90_061, "25 h 01 min")],
+)
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_sizes():
+    assert [report.size(n) for n in (1_000, 1_536, 30 * 2**20, 1.5 * 2**30)] == ["1000 B", "2 KiB", "30 MiB", "1.5 GiB"]
