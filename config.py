@@ -152,7 +152,7 @@ class TrainConfig(Compute, DataDir):
     tokens_per_iter: int = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: float = 1e-3  # the peak, reached when warm-up ends
-    muon_learning_rate: float = 4e-3  # the same for the matrices that Muon moves; its schedule is that of the others
+    muon_lr_scale: float = 4.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: float = 1e-4  # the end of the cosine, reached at max_iters
     warmup_iters: int = 500  # iterations of linear warm-up; a tenth of the run where that is less
     weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorm
@@ -179,7 +179,7 @@ class TrainConfig(Compute, DataDir):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         for name in (
             "learning_rate",
-            "muon_learning_rate",
+            "muon_lr_scale",
             "min_lr",
             "warmup_iters",
             "weight_decay",

@@ -182,7 +182,7 @@ class OneOptimizer(torch.optim.Optimizer):
 def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """Muon (Jordan et al., 2024) for the matrices in the blocks, its steps scaled to the size of AdamW's (Liu et al.,
     2025), and AdamW (Loshchilov and Hutter, 2019) for the rest, or for all. Weight decay is on matrices only: biases and
-    norms have no size to limit. A group's `lr_scale` is its peak learning rate's ratio to `cfg.learning_rate`."""
+    norms have no size to limit. A group's learning rate is `get_lr`'s times its `lr_scale`."""
     muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if all(p is not q for q in muon)]
     groups = [
@@ -194,7 +194,7 @@ def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.
     )
     if not muon:
         return adamw
-    group = {"params": muon, "lr_scale": cfg.muon_learning_rate / cfg.learning_rate}
+    group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
     return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 

@@ -114,7 +114,7 @@ def main() -> None:
     model, model32, peer = model.to(device, dtype), model32.to(device), as_transformers(model32).to(device, dtype)
     idx = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
     print(
-        f"{torch.__version__}, transformers {transformers.__version__}, {device}, {torch.get_num_threads()} threads, {why}"
+        f"{torch.__version__}, transformers {transformers.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}: {why}"
     )
 
     def ours(model: GPT, samples: int, new: int = NEW) -> None:

@@ -3,12 +3,13 @@
     python benchmarks/loss.py                              the default model's head on 4,096 tokens
     python benchmarks/loss.py --vocab-size 257 --n-embd 128 --repeats 50
 
-Interleaved, medians; memory is how far the process's peak rises above what it held before.
+Interleaved, medians; memory is how far the peak (a GPU's, or the process's) rises above what was held before.
 """
 
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,55 +30,75 @@ class Loss:
     vocab_size: int = 50257
     logits_at_once: tuple[int, ...] = (2**24, 2**25, 2**26, 2**27)  # chunk sizes to try
     repeats: int = 5
+    device: str = "cpu"  # cpu or cuda
+    compile: bool = False  # both ways through torch.compile
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """All logits at once, padded columns at probability 0."""
-    padding = torch.zeros(len(weight))
+    padding = torch.zeros(len(weight), device=x.device)
     padding[vocab_size:] = -torch.inf
     return F.cross_entropy(F.linear(x, weight, padding).float(), targets)
 
 
-def peak_mib(reset: bool = False) -> float:
-    """Largest resident size of this process since it was last reset (Linux)."""
+def peak_mib(device: str, reset: bool = False) -> float:
+    """The most memory in use since it was last reset: by tensors on a GPU, by the whole process on a CPU (Linux)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure(chunk: int | None, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, vocab_size: int):
-    """Seconds and MiB of one forward and backward pass; `chunk` None is the plain way."""
+def measure(
+    chunk: int | None,
+    loss_function: Callable,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    vocab: int,
+) -> tuple[float, float]:
+    """Seconds and MiB of one forward and backward pass, in chunks of so many logits."""
+    device = x.device.type
+    model.LOGITS_AT_ONCE[device] = chunk
     x.grad = weight.grad = None
-    before = peak_mib(reset=True)
+    before = peak_mib(device, reset=True)
     begin = time.perf_counter()
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        if chunk is None:
-            loss = plain(x, weight, targets, vocab_size)
-        else:
-            model.LOGITS_AT_ONCE["cpu"] = chunk
-            loss = model.linear_cross_entropy(x, weight, targets, vocab_size)
+    with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        loss = loss_function(x, weight, targets, vocab)
     loss.backward()
-    return time.perf_counter() - begin, peak_mib() - before
+    after = peak_mib(device)  # which waits for a GPU
+    return time.perf_counter() - begin, after - before
 
 
 def main() -> None:
     args = tyro.cli(Loss, description=__doc__)
     torch.manual_seed(0)
     padded = ModelConfig(vocab_size=args.vocab_size).padded_vocab_size
-    x = torch.randn(args.rows, args.n_embd).requires_grad_()
-    weight = (torch.randn(padded, args.n_embd) * 0.05).requires_grad_()
-    targets = torch.randint(args.vocab_size, (args.rows,))
-    ways = [None, *args.logits_at_once]
-    print(f"{args.rows:,} tokens, {args.n_embd} dimensions, {args.vocab_size:,} tokens in the vocabulary")
+    x = torch.randn(args.rows, args.n_embd).to(args.device).requires_grad_()
+    weight = (torch.randn(padded, args.n_embd) * 0.05).to(args.device).requires_grad_()
+    targets = torch.randint(args.vocab_size, (args.rows,)).to(args.device)
+    # A function of its own for each chunk size: a compiled one keeps the size that it met first
+    ways = [("plain", None, lambda *rest: plain(*rest))]
+    ways += [(f"{n:,}", n, lambda *rest: model.linear_cross_entropy(*rest)) for n in args.logits_at_once]
+    if args.compile:
+        ways = [(name, n, torch.compile(function)) for name, n, function in ways]
+    print(
+        f"{args.rows:,} tokens, {args.n_embd} dimensions, {args.vocab_size:,} tokens in the vocabulary, {args.device}"
+    )
     print(f"{'dtype':10}{'logits at once':>16}{'ms':>10}{'of plain':>10}{'MiB':>8}{'of plain':>10}")
     for dtype in (torch.bfloat16, torch.float32):
-        for way in ways:
-            measure(way, x, weight, targets, dtype, args.vocab_size)  # to warm up
-        runs = [[measure(way, x, weight, targets, dtype, args.vocab_size) for way in ways] for _ in range(args.repeats)]
+        arguments = (x, weight, targets, dtype, args.vocab_size)
+        for _, *way in ways:
+            measure(*way, *arguments)  # to warm up
+        runs = [[measure(*way, *arguments) for _, *way in ways] for _ in range(args.repeats)]
         figures = [[statistics.median(run[n][what] for run in runs) for what in (0, 1)] for n in range(len(ways))]
-        for way, (seconds, mib) in zip(ways, figures, strict=True):
-            name = "plain" if way is None else f"2^{way.bit_length() - 1}"
+        for (name, *_), (seconds, mib) in zip(ways, figures, strict=True):
             ratios = seconds / figures[0][0], mib / max(figures[0][1], 1)
             print(f"{str(dtype)[6:]:10}{name:>16}{seconds * 1e3:10.1f}{ratios[0]:10.2f}{mib:8.0f}{ratios[1]:10.2f}")
 

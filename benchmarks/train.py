@@ -1,141 +1,230 @@
-"""What train.py costs beside a bare loop of the same model, batch and dtype: logging, checking, reading data and saving.
+"""Training speed: tokens per second and peak memory of this project and of its peers, taking turns on one machine.
 
-    python benchmarks/train.py --max-iters 20 --tokens-per-iter 8192 --batch-size 16 --checkpoint-interval 10
+    python benchmarks/train.py --nanogpt DIR                     the default shape, 16 sequences of 256 tokens
+    python benchmarks/train.py --device cuda --batch-size 64     on a GPU: everyone bf16 and compiled
 
-takes every flag of train.py. The bare loop has its batch on the device already and does nothing but forward, backward,
-clipping and AdamW's step. train.py is run as it is, on random tokens in a temporary folder, and its seconds are those of
-the whole loop on the wall clock, saves of last.pt (every --checkpoint-interval iterations, and at the end) and rows of
-metrics.jsonl included; evaluations (with their sample and loss.png) are left out, as both would need them. The two run in
-this one process, in turn, several times; the ratio is the median of the rounds'.
+Peers are transformers' GPT-2 and, where `--nanogpt` names a checkout, nanoGPT. Each competitor lives in a process of its
+own, which gives it a peak memory of its own, and in every round each one makes a micro-step (forward and backward, on the
+same random tokens) and a step of its optimizer, with clipping, in turn. Printed are the medians over the rounds, and the
+tokens per second that follow for an iteration of `--tokens-per-iter`: so many micro-steps and one optimizer step.
 """
 
-import contextlib
 import dataclasses
-import io
+import importlib.util
+import json
+import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import numpy as np
-import torch
-
+import checkpoint
 import config
-import data
-import report
+import model
 import train
-from config import TrainConfig
-from model import GPT
-
-ROUNDS = 9
+from config import ModelConfig, TrainConfig
 
 
-def random_data(folder: Path, vocab_size: int, tokens: int) -> None:
-    """Make a data folder of random tokens."""
-    folder.mkdir()
-    rng, splits = np.random.default_rng(0), {}
-    for split, count in (("train", tokens), ("val", tokens // 10)):
-        writer = data.ShardWriter(folder, split, shard_tokens=tokens)
-        writer.write(rng.integers(0, vocab_size, count).astype(np.uint16))
-        splits[split] = {"tokens": count, "bytes": count, "articles": 1, "shards": writer.finish()}
-    tokenizer = "bytes" if vocab_size == 257 else "gpt2"
-    meta = {
-        "format": data.META_FORMAT,
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
-        "source": {},
-        "splits": splits,
+@dataclass(frozen=True)
+class Comparison:
+    nanogpt: str | None = None  # folder of a checkout of nanoGPT; None: without it
+    device: str = "cpu"  # cpu or cuda
+    batch_size: int = 16  # sequences in a micro-step
+    tokens_per_iter: int = 65_536  # tokens for one step of the optimizer
+    rounds: int = 5  # steps of each, after two to warm up
+    preset: str = "wikipedia"  # whose shape
+    n_layer: int | None = None  # another number of layers than the preset's
+    out: str | None = None  # file for the figures, as JSON
+    only: tuple[str, ...] = ()  # the competitors whose names begin so; none given: all
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Competitors: each makes two functions, a micro-step on (B, T) inputs and targets, and the optimizer's step
+
+
+def ours(
+    args: Comparison, shape: ModelConfig, dtype: str, compiled: bool, optimizer: str = "muon"
+) -> tuple[Callable, Callable]:
+    """train.py's parts: its model, loss, optimizer, precision."""
+    cfg = TrainConfig(
+        model=shape, device=args.device, dtype=dtype, compile="on" if compiled else "off", optimizer=optimizer,
+        batch_size=args.batch_size, tokens_per_iter=args.batch_size * shape.block_size,
+    )  # fmt: skip
+    machine = train.make_machine(cfg)
+    gpt = model.GPT(shape).to(machine.device)
+    optimizer = train.make_optimizer(gpt, cfg, machine.device)
+    forward, _ = train.make_forward(gpt, cfg, machine)
+
+    def micro_step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        with machine.autocast():
+            loss = forward(inputs, targets)
+        loss.backward()
+
+    return micro_step, lambda: update(gpt, optimizer)
+
+
+def update(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def peer(args: Comparison, module: torch.nn.Module, loss_of: Callable, optimizer: Any, bf16: bool, compiled: bool):
+    forward = torch.compile(module) if compiled else module
+
+    def micro_step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_of(forward, inputs, targets)
+        loss.backward()
+
+    return micro_step, lambda: update(module, optimizer)
+
+
+def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> tuple[Callable, Callable]:
+    """transformers' GPT-2, bf16 autocast, fused AdamW. It shifts the labels itself: they are the inputs."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_float32_matmul_precision("high")
+    module = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, n_inner=shape.n_inner,
+            n_positions=shape.block_size, vocab_size=shape.vocab_size,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        )
+    ).to(args.device)  # fmt: skip
+    adamw = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    return peer(args, module, lambda f, inputs, _: f(inputs, labels=inputs).loss, adamw, True, compiled)
+
+
+def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) -> tuple[Callable, Callable]:
+    """nanoGPT's model with its own optimizer; as its train.py runs it on a CPU, float32."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(args.nanogpt) / "model.py")
+    source = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = source
+    spec.loader.exec_module(source)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    module = source.GPT(
+        source.GPTConfig(
+            n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.block_size,
+            vocab_size=50304, dropout=0.0, bias=False,
+        )
+    ).to(args.device)  # fmt: skip
+    optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
+    return peer(args, module, lambda f, inputs, targets: f(inputs, targets)[1], optimizer, bf16, compiled)
+
+
+def competitors(args: Comparison) -> dict[str, tuple[Callable, dict[str, Any]]]:
+    """Name -> the function that makes it and its arguments."""
+    if args.device == "cuda":  # where everyone compiles, and bf16 is everyone's default
+        everyone = {
+            "ours": (ours, {"dtype": "bfloat16", "compiled": True}),
+            "ours, AdamW": (ours, {"dtype": "bfloat16", "compiled": True, "optimizer": "adamw"}),
+            "ours, eager": (ours, {"dtype": "bfloat16", "compiled": False}),
+            "transformers GPT-2": (transformers_gpt2, {"compiled": True}),
+            "nanoGPT": (nanogpt, {"bf16": True, "compiled": True}),
+        }
+    else:
+        everyone = {
+            "ours bf16": (ours, {"dtype": "bfloat16", "compiled": False}),
+            "ours bf16 compiled": (ours, {"dtype": "bfloat16", "compiled": True}),
+            "transformers GPT-2 bf16": (transformers_gpt2, {"compiled": False}),
+            "nanoGPT fp32 (as it runs)": (nanogpt, {"bf16": False, "compiled": False}),
+            "nanoGPT bf16": (nanogpt, {"bf16": True, "compiled": False}),
+        }
+    return {
+        name: how
+        for name, how in everyone.items()
+        if (args.nanogpt or how[0] is not nanogpt) and (not args.only or name.startswith(args.only))
     }
-    data.write_json(folder / "meta.json", meta)
 
 
-def bare_loop(cfg: TrainConfig, machine: train.Machine) -> float:
-    """Seconds of the bare loop."""
-    torch.manual_seed(cfg.seed)
-    model = GPT(cfg.model).to(machine.device)
-    optimizer = train.make_optimizer(model, cfg, machine.device)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    forward, _ = train.make_forward(model, cfg, machine)
-    steps = cfg.accumulation_steps(processes=1)
-    window = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size + 1), device=machine.device)
-    inputs, targets = window[:, :-1], window[:, 1:]
-    begin = time.perf_counter()
-    for _ in range(cfg.max_iters):
-        for _ in range(steps):
-            with machine.autocast():
-                loss = forward(inputs, targets)
-            scaler.scale(loss / steps).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    loss.item()  # waits for the device
-    return time.perf_counter() - begin
+# ----------------------------------------------------------------------------------------------------------------------
+# The comparison
 
 
-class Stopwatch:
-    """Wall-clock seconds of train.py's loop, from its first iteration on, without its evaluations."""
+def compete(connection: Connection, name: str, args: Comparison, shape: ModelConfig) -> None:
+    """In a process of its own: a micro-step and an update, and the seconds of both, for every message, until that is
+    None; then the peak memory."""
+    make, arguments = competitors(args)[name]
+    torch.manual_seed(0)
+    micro_step, optimize = make(args, shape, **arguments)
+    tokens = torch.randint(shape.vocab_size, (args.batch_size, shape.block_size + 1)).to(args.device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def __init__(self):
-        self.begin, self.outside = 0.0, 0.0
-        self.get_lr = train.get_lr
-        train.get_lr = self.start
-        for module, name in ((train, "evaluate"), (train, "sample_text"), (report, "plot")):
-            setattr(module, name, self.leave_out(getattr(module, name)))
+    def seconds(function: Callable) -> float:
+        begin = time.perf_counter()
+        function()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
 
-    def start(self, it: int, cfg: TrainConfig) -> float:
-        if it == 0:
-            self.begin, self.outside = time.perf_counter(), 0.0
-        return self.get_lr(it, cfg)
+    while connection.recv():
+        connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
+    connection.send(train.peak_memory(train.Machine(checkpoint.resolve_device(args.device), torch.float32, "", 0, 1)))
 
-    def leave_out(self, function):
-        def timed(*args):
-            begin = time.perf_counter()
-            result = function(*args)
-            self.outside += time.perf_counter() - begin
-            return result
 
-        return timed
+def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
+    """Name -> (tokens per second, peak memory in bytes, seconds of a micro-step, seconds of an update)."""
+    shape = config.with_preset(ModelConfig, args.preset)
+    shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer)
+    context = multiprocessing.get_context("spawn")
+    processes, connections = {}, {}
+    for name in competitors(args):
+        connections[name], theirs = context.Pipe()
+        processes[name] = context.Process(target=compete, args=(theirs, name, args, shape), daemon=True)
+        processes[name].start()
+        theirs.close()
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begin - self.outside
+    def turn(name: str) -> tuple[float, float]:
+        connections[name].send(True)
+        return connections[name].recv()
+
+    for name in processes:  # the first step makes buffers and compiles
+        turn(name), turn(name)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
+    for _ in range(args.rounds):
+        for name in processes:
+            seconds[name].append(turn(name))
+    results = {}
+    for name, process in processes.items():
+        connections[name].send(None)
+        micro, optimize = (statistics.median(values) for values in zip(*seconds[name], strict=True))
+        micro_steps = args.tokens_per_iter / (args.batch_size * shape.block_size)
+        speed = args.tokens_per_iter / (micro_steps * micro + optimize)
+        results[name] = (speed, connections[name].recv(), micro, optimize)
+        process.join()
+    return results
+
+
+def table(results: dict[str, tuple[float, float, float, float]]) -> str:
+    """The figures, and how the first one's compare with each."""
+    first = next(iter(results.values()))
+    rows = [
+        f"{'':28}{'tokens/s':>10}{'first is':>10}{'peak MiB':>10}{'first has':>10}{'micro-step s':>14}{'update s':>10}"
+    ]
+    for name, (speed, memory, micro, optimize) in results.items():
+        ratios = f"{first[0] / speed:9.2f}x", f"{first[1] / memory:9.2f}x"
+        rows.append(
+            f"{name:28}{speed:10,.0f}{ratios[0]}{memory / 2**20:10,.0f}{ratios[1]}{micro:14.3f}{optimize:10.3f}"
+        )
+    return "\n".join(rows)
 
 
 def main() -> None:
-    cfg = config.parse(TrainConfig, "train.py beside a bare loop; every flag of train.py")
-    machine = train.make_machine(cfg)
-    dtype = str(machine.dtype).removeprefix("torch.")
-    stopwatch = Stopwatch()
-    rounds: list[tuple[float, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_size = 257 if cfg.preset == "demo" else 50_257
-        random_data(Path(folder) / "data", vocab_size, tokens=max(1_000_000, 20 * cfg.model.block_size))
-        cfg = dataclasses.replace(
-            cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
-            eval_interval=cfg.max_iters, model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
-        )  # fmt: skip
-        short = dataclasses.replace(cfg, max_iters=2)
-        for count in range(-1, ROUNDS):  # the first one warms up
-            bare = bare_loop(cfg if count >= 0 else short, machine)
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                train.train(cfg if count >= 0 else short)
-            if "Done." not in out.getvalue():  # stopped by a signal, which train.py takes for itself
-                sys.exit(130)
-            ours = stopwatch.seconds()
-            if count >= 0:
-                rounds.append((bare, ours))
-
-    tokens = cfg.max_iters * cfg.tokens_per_iter
-    print(f"{machine.name}, {dtype}, {cfg.max_iters} iterations of {cfg.tokens_per_iter:,} tokens, {ROUNDS} rounds")
-    for name, seconds in (("bare loop", [r[0] for r in rounds]), ("train.py", [r[1] for r in rounds])):
-        print(f"{name:10} {tokens / statistics.median(seconds):12,.0f} tokens/s")
-    ratios = sorted(bare / ours for bare, ours in rounds)
-    print(f"train.py is at {statistics.median(ratios):.3f} of the bare loop ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+    args = tyro.cli(Comparison, description=__doc__)
+    results = compare(args)
+    print(table(results))
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -1,0 +1,141 @@
+"""What train.py costs beside a bare loop of the same model, batch and dtype: logging, checking, reading data and saving.
+
+    python benchmarks/overhead.py --max-iters 20 --tokens-per-iter 8192 --batch-size 16 --checkpoint-interval 10
+
+takes every flag of train.py. The bare loop has its batch on the device already and does nothing but forward, backward,
+clipping and AdamW's step. train.py is run as it is, on random tokens in a temporary folder, and its seconds are those of
+the whole loop on the wall clock, saves of last.pt (every --checkpoint-interval iterations, and at the end) and rows of
+metrics.jsonl included; evaluations (with their sample and loss.png) are left out, as both would need them. The two run in
+this one process, in turn, several times; the ratio is the median of the rounds'.
+"""
+
+import contextlib
+import dataclasses
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import config
+import data
+import report
+import train
+from config import TrainConfig
+from model import GPT
+
+ROUNDS = 9
+
+
+def random_data(folder: Path, vocab_size: int, tokens: int) -> None:
+    """Make a data folder of random tokens."""
+    folder.mkdir()
+    rng, splits = np.random.default_rng(0), {}
+    for split, count in (("train", tokens), ("val", tokens // 10)):
+        writer = data.ShardWriter(folder, split, shard_tokens=tokens)
+        writer.write(rng.integers(0, vocab_size, count).astype(np.uint16))
+        splits[split] = {"tokens": count, "bytes": count, "articles": 1, "shards": writer.finish()}
+    tokenizer = "bytes" if vocab_size == 257 else "gpt2"
+    meta = {
+        "format": data.META_FORMAT,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "source": {},
+        "splits": splits,
+    }
+    data.write_json(folder / "meta.json", meta)
+
+
+def bare_loop(cfg: TrainConfig, machine: train.Machine) -> float:
+    """Seconds of the bare loop."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg.model).to(machine.device)
+    optimizer = train.make_optimizer(model, cfg, machine.device)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    forward, _ = train.make_forward(model, cfg, machine)
+    steps = cfg.accumulation_steps(processes=1)
+    window = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size + 1), device=machine.device)
+    inputs, targets = window[:, :-1], window[:, 1:]
+    begin = time.perf_counter()
+    for _ in range(cfg.max_iters):
+        for _ in range(steps):
+            with machine.autocast():
+                loss = forward(inputs, targets)
+            scaler.scale(loss / steps).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    loss.item()  # waits for the device
+    return time.perf_counter() - begin
+
+
+class Stopwatch:
+    """Wall-clock seconds of train.py's loop, from its first iteration on, without its evaluations."""
+
+    def __init__(self):
+        self.begin, self.outside = 0.0, 0.0
+        self.get_lr = train.get_lr
+        train.get_lr = self.start
+        for module, name in ((train, "evaluate"), (train, "sample_text"), (report, "plot")):
+            setattr(module, name, self.leave_out(getattr(module, name)))
+
+    def start(self, it: int, cfg: TrainConfig) -> float:
+        if it == 0:
+            self.begin, self.outside = time.perf_counter(), 0.0
+        return self.get_lr(it, cfg)
+
+    def leave_out(self, function):
+        def timed(*args):
+            begin = time.perf_counter()
+            result = function(*args)
+            self.outside += time.perf_counter() - begin
+            return result
+
+        return timed
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin - self.outside
+
+
+def main() -> None:
+    cfg = config.parse(TrainConfig, "train.py beside a bare loop; every flag of train.py")
+    machine = train.make_machine(cfg)
+    dtype = str(machine.dtype).removeprefix("torch.")
+    stopwatch = Stopwatch()
+    rounds: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_size = 257 if cfg.preset == "demo" else 50_257
+        random_data(Path(folder) / "data", vocab_size, tokens=max(1_000_000, 20 * cfg.model.block_size))
+        cfg = dataclasses.replace(
+            cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
+            eval_interval=cfg.max_iters, model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
+        )  # fmt: skip
+        short = dataclasses.replace(cfg, max_iters=2)
+        for count in range(-1, ROUNDS):  # the first one warms up
+            bare = bare_loop(cfg if count >= 0 else short, machine)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                train.train(cfg if count >= 0 else short)
+            if "Done." not in out.getvalue():  # stopped by a signal, which train.py takes for itself
+                sys.exit(130)
+            ours = stopwatch.seconds()
+            if count >= 0:
+                rounds.append((bare, ours))
+
+    tokens = cfg.max_iters * cfg.tokens_per_iter
+    print(f"{machine.name}, {dtype}, {cfg.max_iters} iterations of {cfg.tokens_per_iter:,} tokens, {ROUNDS} rounds")
+    for name, seconds in (("bare loop", [r[0] for r in rounds]), ("train.py", [r[1] for r in rounds])):
+        print(f"{name:10} {tokens / statistics.median(seconds):12,.0f} tokens/s")
+    ratios = sorted(bare / ours for bare, ours in rounds)
+    print(f"train.py is at {statistics.median(ratios):.3f} of the bare loop ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+
+
+if __name__ == "__main__":
+    main()
