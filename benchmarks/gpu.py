@@ -9,6 +9,7 @@ default and the 150-million shape, with MFU against the measured matrix rate.  4
 Every part prints as it ends, and a part that fails leaves the others be. `--small` tries all of it in minutes on a CPU.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -71,13 +72,14 @@ def speed(args: Gpu, out: Path, preset: str, batch_size: int, tokens_per_iter: i
     from model import GPT
 
     with torch.device("meta"):
-        gpt = GPT(config.with_preset(config.ModelConfig, preset))
+        shape = config.with_preset(config.ModelConfig, preset)
+        gpt = GPT(dataclasses.replace(shape, n_layer=1) if args.small else shape)
     print(f"{preset}: MFU {ours * gpt.flops_per_token() / rate:.1%} of the measured matrix rate")
     minutes = config.with_preset(config.TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
     print(f"{preset}: the preset's whole run would take {minutes:,.0f} minutes on this card, evaluation not counted")
     print(
         f"On another card, roughly: {minutes * rate / 1e12:,.0f} minutes over its bf16 matrix rate in TFLOP/s "
-        f"(this one's is {rate / 1e12:.0f})"
+        f"(this one's is {rate / 1e12:.1f})"
     )
 
 

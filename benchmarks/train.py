@@ -168,7 +168,9 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
 
     while connection.recv():
         connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
-    connection.send(train.peak_memory(train.Machine(checkpoint.resolve_device(args.device), torch.float32, "", 0, 1)))
+    connection.send(
+        train.peak_memory(train.Machine(checkpoint.resolve_device(args.device), torch.float32, "", 0, 1))[0]
+    )
 
 
 def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
