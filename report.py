@@ -13,7 +13,8 @@ from config import TrainConfig, writing
 
 if TYPE_CHECKING:
     from data import TrainingWindows, ValidationWindows
-    from train import Machine, TrainState
+    from machine import Machine
+    from train import TrainState
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
 # MFU is shown for these GPUs and no other.

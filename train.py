@@ -5,9 +5,9 @@
     python train.py --check                       will it fit, how long will it take? (writes nothing)
     torchrun --nproc-per-node 8 train.py          on several GPUs: the same run, sooner
 
-In the order of this file: the processes and what they compute with; learning rate and optimizer; the state of a run,
-saved and restored; the forward and backward pass of an iteration; evaluation; what may fail on one machine and not on
-another; and `train`, the loop that puts them together.
+In the order of this file: learning rate and optimizer; the state of a run, saved and restored; the forward and backward
+pass of an iteration; evaluation; and `train`, the loop that puts them together. What is about this machine, and not
+about training, is in machine.py.
 """
 
 import contextlib
@@ -16,24 +16,19 @@ import hashlib
 import math
 import os
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
-import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import config
@@ -42,105 +37,22 @@ import report
 from config import TrainConfig, UserError
 from export import import_gpt2
 from generate import generate_text
+from machine import (
+    Machine,
+    catch_signals,
+    fit,
+    is_lost_process,
+    is_out_of_memory,
+    let_first_speak,
+    make_forward,
+    make_machine,
+    peak_memory,
+    random_state,
+    set_random_state,
+)
 from model import GPT
 
-T = TypeVar("T")
-
 SAMPLE_TOKENS = 64  # of text at an evaluation
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The processes, and what each computes with
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where this process computes and in which precision, and which of the processes that torchrun started it is."""
-
-    device: torch.device
-    dtype: torch.dtype
-    why: str  # this dtype
-    rank: int
-    processes: int
-
-    @property
-    def name(self) -> str:
-        """The GPU's name, or the kind of device and its threads."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({torch.get_num_threads()} threads)"
-
-    def describe(self) -> dict[str, Any]:
-        """What the rounding of a run depends on beside its configuration: kept in `last.pt`, compared on resuming."""
-        return {
-            "device": self.device.type if self.device.type != "cuda" else self.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "processes": self.processes,
-            "torch": str(torch.__version__),
-        }
-
-    @property
-    def is_main(self) -> bool:
-        """Process 0 alone prints and writes."""
-        return self.rank == 0
-
-    def print(self, text: str) -> None:
-        if self.is_main:
-            tqdm.write(text)  # which leaves a progress bar whole
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision (Micikevicius et al., 2018): matrix products in `dtype`; weights, sums and loss in float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def gather(self, values: Tensor) -> Tensor:
-        """(N,) of this process -> (processes, N) of all."""
-        if self.processes == 1:
-            return values[None]
-        parts = [torch.empty_like(values) for _ in range(self.processes)]
-        dist.all_gather(parts, values)
-        return torch.stack(parts)
-
-    def windows(self, array: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B, T + 1) windows -> inputs (B, T) and the targets (B, T) one token on, on the device."""
-        tokens = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
-
-
-def make_machine(cfg: TrainConfig) -> Machine:
-    """What this process computes with. Under torchrun, joins the other processes too.
-
-    Raises:
-        UserError: there is no such device, or fewer GPUs than processes.
-    """
-    device = checkpoint.resolve_device(cfg.device)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        if device.type == "mps":
-            raise UserError("--device mps: several processes need cuda or cpu")
-        if device.type == "cuda":
-            local_rank = int(os.environ["LOCAL_RANK"])
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"torchrun --nproc-per-node: process {local_rank + 1} of this machine finds no GPU of its own, there "
-                    f"are {torch.cuda.device_count()}"
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype, why = checkpoint.resolve_dtype(cfg.dtype, device)
-    if processes > 1:
-        dtypes = [dtype] * processes
-        dist.all_gather_object(dtypes, dtype)
-        if len(set(dtypes)) > 1:
-            dtype, why = torch.float32, "the processes' devices differ in their fastest one"
-    torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are such
-    return Machine(device, dtype, why, rank, processes)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning rate and optimizer
@@ -221,23 +133,6 @@ class TrainState:
     seconds: float = 0.0  # spent in them: evaluating and saving stop this clock
     val_loss: float = math.inf  # at the last evaluation
     best_val_loss: float = math.inf
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
 
 
 def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
@@ -463,83 +358,7 @@ def sample_text(state: TrainState, cfg: TrainConfig, tokenizer: tiktoken.Encodin
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What may fail on one machine and not on another: compiling, and memory
-
-
-def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
-    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling. `model`
-    itself stays as it is: evaluation and saving use that."""
-    forward: Any = model
-    compiling = "off"
-    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        forward, compiling = try_compile(model, cfg, machine)
-    if machine.processes > 1:
-        forward = DistributedDataParallel(
-            forward, device_ids=[machine.device] if machine.device.type == "cuda" else None
-        )
-    return forward, compiling
-
-
-def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
-    """The compiled model, tried in a forward and a backward pass. A compiler that fails, in whichever of the processes,
-    costs its speed-up, not the run: then it is the model as it was, and why."""
-    compiled: Any = torch.compile(model, dynamic=False)
-    reason = ""
-    try:
-        # In the layout of a real batch: another one would be compiled once more
-        inputs, targets = machine.windows(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
-        with machine.autocast():
-            loss = compiled(inputs, targets)
-        loss.backward()
-    except Exception as error:  # whatever a compiler's many parts may raise
-        if not is_out_of_memory(error):  # that one is met again, and dealt with, by the iterations
-            reason = type(error).__name__
-    model.zero_grad()
-    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
-    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it; the CPU and MPS have a RuntimeError that says so."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machine) -> tuple[T, int]:
-    """`compute(batch_size)`, and where memory runs out, the same with smaller micro-batches: half the size each time,
-    where that is a whole number. Twice the micro-steps make up for it, so the iteration, and the run, stay the same. A
-    failed attempt leaves no trace in gradients and random numbers.
-
-    Returns:
-        The result, and the batch size that it was had with.
-
-    Raises:
-        UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
-    """
-    random = random_state(machine.device)
-    while True:
-        try:
-            return compute(batch_size), batch_size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if machine.processes > 1 or batch_size == 1:
-                advice = "--batch-size" if batch_size > 1 else "--block-size or a smaller model"
-                raise UserError(f"out of memory at --batch-size {batch_size}; take a smaller {advice}") from error
-        # Behind the except block, where the failed attempt's tensors are no longer held
-        smaller = next(n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0)
-        machine.print(
-            f"Out of memory: micro-steps of {smaller} sequences from here on, not {batch_size}; the same run."
-        )
-        batch_size = smaller
-        model.zero_grad()
-        set_random_state(random, machine.device)
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder of the run, and the signals to it
+# The folder of the run
 
 
 def check_unused(out_dir: Path) -> None:
@@ -588,26 +407,6 @@ def claim(out_dir: Path, machine: Machine, fresh: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def catch_signals(machine: Machine) -> Iterator[threading.Event]:
-    """An event that is set when SIGINT (Ctrl-C) or SIGTERM comes: the run then saves and ends after the iteration. The
-    same signal a second time ends it at once."""
-    stop = threading.Event()
-
-    def handler(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-        if machine.is_main:  # by os.write, since a signal may come amid a print
-            os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler_before in before.items():
-            signal.signal(number, handler_before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -670,21 +469,6 @@ def preflight(
             f"--out-dir {cfg.out_dir}: checkpoints need {report.size(disk)}, but only {report.size(free)} are free there"
         )
     machine.print("All of this fits.")
-
-
-def peak_memory(machine: Machine) -> tuple[int | None, int | None]:
-    """Bytes in use at the peak, and bytes that there are: of the GPU by PyTorch's allocator, on a CPU of this process and
-    of the machine. None where it cannot be told."""
-    if machine.device.type == "cuda":
-        total = torch.cuda.get_device_properties(machine.device).total_memory
-        return torch.cuda.max_memory_reserved(machine.device), total
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None, None
-    unit = 1 if sys.platform == "darwin" else 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
-    return used, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def eval_only(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
@@ -851,20 +635,6 @@ def train(cfg: TrainConfig) -> None:
         machine.print(f"Done. Best validation loss {state.best_val_loss:.4f}: {out_dir / 'best.pt'}")
     else:
         machine.print(f"Stopped after iteration {state.iter:,}, as asked. --resume goes on from there.")
-
-
-def let_first_speak() -> None:
-    """Where all processes of a machine fail alike, the first one's message is enough: the launcher then ends the others,
-    which wait for that here. Where it does not, the failure was this process's alone, and this one speaks."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(3)
-
-
-def is_lost_process(error: RuntimeError) -> bool:
-    """NCCL and the store have exceptions of their own for it; gloo has a RuntimeError that names its source file."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import torch
 
 import report
 from config import ModelConfig, TrainConfig, with_preset
+from machine import Machine
 from model import GPT
-from train import Machine, TrainState
+from train import TrainState
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
 
