@@ -121,8 +121,10 @@ def main() -> None:
         short = dataclasses.replace(cfg, max_iters=2)
         for count in range(-1, ROUNDS):  # the first one warms up
             bare = bare_loop(cfg if count >= 0 else short, machine)
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
                 train.train(cfg if count >= 0 else short)
+            if "Done." not in out.getvalue():  # stopped by a signal, which train.py takes for itself
+                sys.exit(130)
             ours = stopwatch.seconds()
             if count >= 0:
                 rounds.append((bare, ours))
