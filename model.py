@@ -133,10 +133,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)  # (padded V, C)
+            # The chunks share their memory: to ask for it again and again costs a CPU more than the arithmetic on it
+            rows = math.ceil(len(x) / chunks)
+            logits_buffer = torch.empty(rows, len(w), dtype=dtype, device=x.device)
+            exact_buffer = torch.empty(rows, len(w), dtype=torch.float32, device=x.device)
             for x_chunk, target in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
-                logits = x_chunk @ w.T  # (rows, padded V)
+                logits = torch.mm(x_chunk, w.T, out=logits_buffer[: len(x_chunk)])  # (rows, padded V)
                 logits[:, vocab_size:] = -math.inf  # probability 0, gradient 0
-                probabilities = logits.softmax(dim=1, dtype=torch.float32)
+                exact = exact_buffer[: len(x_chunk)].copy_(logits)
+                probabilities = torch.softmax(exact, dim=1, out=exact)
                 # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
                 log_normaliser = (
                     logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
@@ -144,7 +149,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss += (log_normaliser - logits.gather(1, target).float()).sum()
                 if grad_weight is not None:
                     # Of the sum, not the mean: float16 would lose it otherwise
-                    grad_logits = probabilities.to(dtype)
+                    grad_logits = logits.copy_(probabilities)
                     grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
                     grad_x.append((grad_logits @ w).to(x.dtype))
                     grad_weight += grad_logits.T @ x_chunk
