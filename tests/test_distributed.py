@@ -96,7 +96,7 @@ def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):
 
 def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, two):
     """SIGTERM to the launcher, with dropout, whose random state is each process's own."""
-    slow = with_fault(tmp_path, "train.get_lr = lambda it, cfg: (time.sleep(0.1), get_lr(it, cfg))[1]")
+    slow = with_fault(tmp_path, "train.get_lr = lambda it, cfg: (time.sleep(1), get_lr(it, cfg))[1]")
     out_dir, straight = tmp_path / "stopped", tmp_path / "straight"
     command = torchrun(*flags(data_dir, out_dir, dropout=0.1), script=slow)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
