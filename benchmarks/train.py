@@ -39,7 +39,7 @@ class Comparison:
     device: str = "cpu"  # cpu or cuda
     batch_size: int = 16  # sequences in a micro-step
     tokens_per_iter: int = 65_536  # tokens for one step of the optimizer
-    rounds: int = 5  # steps of each, after two to warm up
+    rounds: int = 5  # steps of each, after one to warm up
     preset: str = "wikipedia"  # whose shape
     n_layer: int | None = None  # another number of layers than the preset's
     out: str | None = None  # file for the figures, as JSON
@@ -190,11 +190,12 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
         return connections[name].recv()
 
     for name in processes:  # the first step makes buffers and compiles
-        turn(name), turn(name)
+        turn(name)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
     for _ in range(args.rounds):
         for name in processes:
             seconds[name].append(turn(name))
+            print(f"{name:28}{seconds[name][-1][0]:8.3f} s{seconds[name][-1][1]:8.3f} s", file=sys.stderr)
     results = {}
     for name, process in processes.items():
         connections[name].send(None)
