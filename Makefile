@@ -10,7 +10,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python prepare_data.py --preset demo
 	$(BIN)/python train.py --preset demo --overwrite
-	$(BIN)/python generate.py --preset demo --prompt "The history of"
+	$(BIN)/python generate.py --preset demo --prompt "The history of" --temperature 0.6
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

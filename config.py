@@ -283,7 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
-        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 800, "warmup_iters": 80,
+        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
         "learning_rate": 4e-3, "min_lr": 4e-4, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
         "out_dir": "checkpoints/demo", "checkpoint": "checkpoints/demo/best.pt",
     },
