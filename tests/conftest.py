@@ -13,7 +13,7 @@ import data
 
 REPO = Path(__file__).resolve().parent.parent
 
-# The tests' models are so small that a second thread costs more than it brings, above all beside other work.
+# The models of the tests are so small that a second thread costs more than it brings, above all beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 needs_gpt2 = pytest.mark.skipif(

@@ -31,15 +31,6 @@ PROMPT = "The best thing is"
 # What the tests share
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models here are tiny: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def save_checkpoint(path: Path, tokenizer: str, **more) -> GPT:
     """A small model with weights large enough that its logits differ clearly, saved as train.py saves its best one."""
     torch.manual_seed(1)

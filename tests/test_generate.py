@@ -14,6 +14,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import REPO, assert_user_error, run_script
+from test_model import transformers_twin
 
 import checkpoint
 import generate
@@ -22,15 +23,6 @@ from data import load_tokenizer
 from model import GPT, KeyValueCache
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, block_size=16, vocab_size=300)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these are faster so, above all where something else is running."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model(seed: int = 0, **overrides) -> GPT:
@@ -60,24 +52,6 @@ def plain_loop(model: GPT, prompts: torch.Tensor, new: int) -> list[list[int]]:
         out.append(model(window)[:, -1].argmax(-1))
         window = torch.cat((window, out[-1][:, None]), dim=1)
     return torch.stack(out, dim=1).tolist()
-
-
-def as_transformers(model: GPT):
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        n_inner=c.n_inner, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    state = {}
-    for name, value in model.state_dict().items():
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        state[name] = value.t() if transposed else value
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.vocab_size]
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    peer = transformers.GPT2LMHeadModel(config).eval()
-    peer.load_state_dict(state)
-    return peer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +93,7 @@ def test_greedy_tokens_are_those_of_transformers_and_of_the_plain_loop():
     assert ours == plain_loop(model, prompts, 200)
     assert len({tuple(row) for row in ours}) == 3  # no trivial agreement
     assert all(len(set(row)) > 10 for row in ours)
-    theirs = as_transformers(model).generate(
+    theirs = transformers_twin(model).generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=200, pad_token_id=0
     )
     assert ours == theirs[:, 8:].tolist()
