@@ -465,7 +465,4 @@ def interact(answer: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run(lambda: main(CONFIG))
-    except KeyboardInterrupt:  # no traceback; the status that shells give a program stopped by Ctrl-C
-        sys.exit(130)
+    run(lambda: main(CONFIG))
