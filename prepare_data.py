@@ -8,6 +8,7 @@
 Stop it when you like, however you like: the same command goes on where it stood.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -138,9 +139,24 @@ def is_held_out(key: bytes, val_fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < val_fraction * 2**64
 
 
+@contextlib.contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """Ctrl-C waits until this is left; a process that is started in it inherits that it waits for good. Ctrl-C is the
+    parent's to handle, and reaches a worker that is still importing, too. (Windows has no such mask.)
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker() -> None:
-    """Ctrl-C is the parent's to handle; and when the parent ends, in whatever way, its workers do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """When the parent ends, in whatever way, its workers do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `ctrl_c_held` cannot
 
     def end_with_parent() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
@@ -307,7 +323,8 @@ class Preparation:
                 before = sum(self.source_bytes[:number])
                 for chunk, is_last in with_last(self.chunks(number)):
                     file, row = (number + 1, 0) if is_last else (number, chunk.first + chunk.count)
-                    future = pool.submit(tokenize, chunk, job)
+                    with ctrl_c_held():  # here the pool starts its workers, as they are needed
+                        future = pool.submit(tokenize, chunk, job)
                     waiting.append(({"file": file, "row": row}, before + chunk.position, future))
                     if len(waiting) == in_flight:
                         yield waiting.popleft()

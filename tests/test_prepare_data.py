@@ -558,10 +558,12 @@ def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, monkeypatch):
 
 
 @posix
-def test_ctrl_c(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])  # the workers start, import, tokenize
+def test_ctrl_c(tmp_path, seconds):
     write_parquet(tmp_path / "a.parquet", make_articles(60_000))
     process = start(command(tmp_path / "out", tmp_path / "a.parquet"))
-    wait_for(tmp_path / "out" / "train_000000.bin.partial", process)
+    wait_for(tmp_path / "out" / "progress.json", process)
+    time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its workers
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
