@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 # The models of the tests are so small that a second thread costs more than it brings, above all beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell script's job in the background (`make test &`) ignores Ctrl-C, and so would every process that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
