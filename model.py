@@ -22,9 +22,11 @@ from torch.nn import functional as F
 
 from config import ModelConfig
 
-# How many logits the loss makes at a time, by kind of device. Fewer save memory but add to the output head's gradient
-# more often. The CPU's is measured (benchmarks/LOG.md), the GPUs' is reckoned.
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
+# How many logits the loss makes at a time. Fewer save memory but add to the output head's gradient more often. Measured
+# on a CPU (benchmarks/LOG.md), reckoned for a GPU.
+LOGITS_AT_ONCE = 2**27
+# How many of them a CPU then turns into probabilities at a time: few enough to stay in its cache (measured, too).
+LOGITS_IN_CACHE = 2**20
 
 
 class KeyValueCache:
@@ -127,30 +129,36 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradient: bool
     ) -> Tensor:
-        chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE[x.device.type])
+        chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
+        rows = math.ceil(len(x) / chunks)
+        # A GPU has no use for small parts, and torch.compile, which makes one loop of all these steps, has not either.
+        in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows_in_part = min(rows, math.ceil(LOGITS_IN_CACHE / len(weight))) if in_parts else rows
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x: list[Tensor] = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)  # (padded V, C)
             # The chunks share their memory: to ask for it again and again costs a CPU more than the arithmetic on it
-            rows = math.ceil(len(x) / chunks)
             logits_buffer = torch.empty(rows, len(w), dtype=dtype, device=x.device)
-            exact_buffer = torch.empty(rows, len(w), dtype=torch.float32, device=x.device)
-            for x_chunk, target in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
-                logits = torch.mm(x_chunk, w.T, out=logits_buffer[: len(x_chunk)])  # (rows, padded V)
-                logits[:, vocab_size:] = -math.inf  # probability 0, gradient 0
-                exact = exact_buffer[: len(x_chunk)].copy_(logits)
-                probabilities = torch.softmax(exact, dim=1, out=exact)
-                # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
-                log_normaliser = (
-                    logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
-                )
-                loss += (log_normaliser - logits.gather(1, target).float()).sum()
+            exact_buffer = torch.empty(rows_in_part, len(w), dtype=torch.float32, device=x.device)
+            for x_chunk, targets_chunk in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
+                chunk = torch.mm(x_chunk, w.T, out=logits_buffer[: len(x_chunk)])  # (rows, padded V)
+                chunk[:, vocab_size:] = -math.inf  # probability 0, gradient 0
+                for logits, target in zip(chunk.split(rows_in_part), targets_chunk.split(rows_in_part), strict=True):
+                    exact = exact_buffer[: len(logits)].copy_(logits)
+                    probabilities = torch.softmax(exact, dim=1, out=exact)
+                    # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
+                    log_normaliser = (
+                        logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
+                    )
+                    loss += (log_normaliser - logits.gather(1, target).float()).sum()
+                    if grad_weight is not None:
+                        # Of the sum, not the mean: float16 would lose it otherwise
+                        probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
+                        logits.copy_(probabilities)
                 if grad_weight is not None:
-                    # Of the sum, not the mean: float16 would lose it otherwise
-                    grad_logits = logits.copy_(probabilities)
-                    grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+                    grad_logits = chunk  # what were logits are their gradients now
                     grad_x.append((grad_logits @ w).to(x.dtype))
                     grad_weight += grad_logits.T @ x_chunk
         if grad_weight is not None:

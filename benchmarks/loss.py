@@ -65,7 +65,7 @@ def measure(
 ) -> tuple[float, float]:
     """Seconds and MiB of one forward and backward pass, in chunks of so many logits."""
     device = x.device.type
-    model.LOGITS_AT_ONCE[device] = chunk
+    model.LOGITS_AT_ONCE = chunk
     x.grad = weight.grad = None
     before = peak_mib(device, reset=True)
     begin = time.perf_counter()

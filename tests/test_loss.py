@@ -32,9 +32,11 @@ def gradients(loss_function, x: Tensor, weight: Tensor, targets: Tensor, factor:
     return loss.detach(), *torch.autograd.grad(loss * factor, (x, weight))
 
 
-@pytest.fixture(params=[1, 7, 50, 1000], ids=lambda rows: f"{rows} rows at once")
+@pytest.fixture(params=[(1, 1), (7, 3), (50, 9), (50, 50), (1000, 1000)], ids="{0[0]} rows, in parts of {0[1]}".format)
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", {"cpu": request.param * PADDED})
+    rows, rows_in_part = request.param
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", rows * PADDED)
+    monkeypatch.setattr(model, "LOGITS_IN_CACHE", rows_in_part * PADDED)
 
 
 def test_loss_and_gradients_are_those_of_the_plain_way(chunked):
