@@ -1,4 +1,4 @@
-"""What a run tells: the start-up text, metrics.jsonl, loss.png, and the preflight's verdict."""
+"""What a run tells: the start-up text, metrics.jsonl, loss.png, the reference beside it, and the preflight's verdict."""
 
 import dataclasses
 import json
@@ -34,6 +34,14 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
+REFERENCES = Path(__file__).resolve().parent / "reference"
+# The settings that decide nothing of how the loss falls: where and how a run computes, what it shows and when. The seed
+# decides a little, and a reference is of one seed.
+NOT_LEARNING = {
+    "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "device", "dtype",
+    "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval", "sample_prompt", "seed",
+}  # fmt: skip
+
 
 def lines(rows: dict[str, str]) -> str:
     """Rows of a name and a text, one below the other."""
@@ -56,6 +64,18 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def reference(cfg: TrainConfig, data_sha256: str) -> dict[str, Any] | None:
+    """The run that reference/PRESET.json is of (`benchmarks/reference.py` writes it), where `cfg` is that run again: the
+    same settings and the same data. Its "val_loss" gives the losses by iteration."""
+    path = REFERENCES / f"{cfg.preset}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["val_loss"] = {int(iter): loss for iter, loss in found["val_loss"].items()}  # JSON's keys are texts
+    mine = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_LEARNING}
+    return found if mine == found["settings"] and data_sha256 == found["data_sha256"] else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Before the run
 
@@ -70,6 +90,7 @@ def startup(
     val_windows: "ValidationWindows",
     resumed_at: int | None,
     changed: list[str],
+    reference: dict[str, Any] | None,
 ) -> str:
     """What a person should know before the run takes their evening."""
     c, count, train = cfg.model, state.model.num_parameters(), meta["splits"]["train"]
@@ -90,6 +111,10 @@ def startup(
         f"{tokens / (train_windows.per_epoch * c.block_size):.2f} epochs; warm-up {warmup}",
         "output": cfg.out_dir,
     }
+    if reference:
+        rows["reference"] = (
+            f"this run on {reference['hardware']}, seed {reference['seed']}, {reference['date']}: its losses beside yours"
+        )
     if resumed_at is not None:
         rows["resuming"] = f"at iteration {resumed_at:,}" + (f"; changed: {', '.join(changed)}" if changed else "")
     return lines(rows)
@@ -142,8 +167,11 @@ class RunLog:
         UserError: a file cannot be written.
     """
 
-    def __init__(self, cfg: TrainConfig, state: "TrainState", machine: "Machine"):
+    def __init__(
+        self, cfg: TrainConfig, state: "TrainState", machine: "Machine", reference: dict[str, Any] | None = None
+    ):
         self.cfg, self.machine, self.out_dir = cfg, machine, Path(cfg.out_dir)
+        self.reference: dict[int, float] = reference["val_loss"] if reference else {}
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
@@ -186,8 +214,9 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         if validation:
-            plot(self.rows, self.out_dir / "loss.png")
-            tqdm.write(evaluation(state.iter, validation, self.last["train_loss"], best))
+            plot(self.rows, self.out_dir / "loss.png", self.reference)
+            beside = self.reference.get(state.iter)
+            tqdm.write(evaluation(state.iter, validation, self.last["train_loss"], best, beside))
 
     def close(self) -> None:
         self.bar.close()
@@ -216,16 +245,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def evaluation(iter: int, validation: dict[str, float], train_loss: float | None = None, best: bool = False) -> str:
+def evaluation(
+    iter: int,
+    validation: dict[str, float],
+    train_loss: float | None = None,
+    best: bool = False,
+    reference: float | None = None,
+) -> str:
     """An evaluation in one line."""
     text = f"iteration {iter:,}: validation loss {validation['val_loss']:.4f} nats per token, perplexity "
     text += f"{validation['perplexity']:,.2f}, {validation['bits_per_byte']:.4f} bits per byte"
     if train_loss is not None:
         text += f"; training loss {train_loss:.4f}"
+    if reference is not None:
+        text += f"; reference {reference:.4f}"
     return text + (" (best so far)" if best else "")
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, reference: dict[int, float]) -> None:
     """Draw the losses and the learning rate, against iterations below and tokens above."""
     from matplotlib.figure import Figure  # takes a while to import, and only this needs it
 
@@ -250,6 +287,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         marker=".",
         label="validation",
     )
+    if reference:
+        axes.plot(
+            list(reference), list(reference.values()), color="tab:red", linestyle="--", alpha=0.5, label="reference"
+        )
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(path.name + ".tmp")

@@ -561,7 +561,10 @@ def train(cfg: TrainConfig) -> None:
     if saved is not None:
         restore(state, saved, machine)
         del saved
-    machine.print(report.startup(cfg, meta, state, machine, compiling, train_windows, val_windows, resumed_at, changed))
+    reference = report.reference(cfg, describe_data(meta)["sha256"])
+    machine.print(
+        report.startup(cfg, meta, state, machine, compiling, train_windows, val_windows, resumed_at, changed, reference)
+    )
     if cfg.check:
         return preflight(cfg, state, forward, train_windows, val_windows, machine)
 
@@ -570,7 +573,7 @@ def train(cfg: TrainConfig) -> None:
     with (
         catch_signals(machine) as stop,
         claim(out_dir, machine, fresh=resumed_at is None),
-        contextlib.closing(report.RunLog(cfg, state, machine)) as log,
+        contextlib.closing(report.RunLog(cfg, state, machine, reference)) as log,
     ):
         stopping = False
         batch_size = cfg.batch_size  # the one in force: smaller where memory runs out

@@ -16,10 +16,10 @@ from train import TrainState
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
 
 
-def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, **changes) -> report.RunLog:
+def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, reference=None, **changes) -> report.RunLog:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=257))
     cfg = dataclasses.replace(TrainConfig(), out_dir=str(out_dir), model=model.config, **changes)
-    return report.RunLog(cfg, TrainState(model, None, None, iter=iter), machine)
+    return report.RunLog(cfg, TrainState(model, None, None, iter=iter), machine, reference)
 
 
 def rows(out_dir) -> list[dict]:
@@ -89,16 +89,54 @@ def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
     table += [
         {"iter": i, "tokens": i * 2_000_000, **step, **({"val_loss": 5.0} if i == 10 else {})} for i in range(1, 11)
     ]
-    report.plot(table, tmp_path / "loss.png")
+    report.plot(table, tmp_path / "loss.png", {0: 5.6, 10: 5.1})
     (figure,) = figures
     axes, right = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["training"] == [[i, 4.0] for i in range(1, 11)]
     assert lines["validation"] == [[0, 5.5], [10, 5.0]]
+    assert lines["reference"] == [[0, 5.6], [10, 5.1]]
     assert right.lines[0].get_ydata().tolist() == [1e-3] * 10
     (above,) = axes.child_axes  # iteration 10 is 20 million tokens
     assert above.get_xlabel() == "million tokens" and above.get_xlim()[1] == pytest.approx(2 * axes.get_xlim()[1])
-    report.plot(table[:1], tmp_path / "loss.png")  # before the first iteration
+    report.plot(table[:1], tmp_path / "loss.png", {})  # before the first iteration
+
+
+def shipped(monkeypatch, folder, cfg: TrainConfig, data_sha256: str) -> None:
+    """A reference of this configuration's preset, in a folder of its own."""
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in report.NOT_LEARNING}
+    run = {"settings": settings, "data_sha256": data_sha256, "val_loss": {"0": 5.6, "10": 5.1}}
+    run |= {"hardware": "a pocket calculator", "seed": 1, "date": "2026-01-01"}
+    monkeypatch.setattr(report, "REFERENCES", folder)
+    (folder / f"{cfg.preset}.json").write_text(json.dumps(run))
+
+
+def test_a_reference_is_of_the_same_settings_and_the_same_data(tmp_path, monkeypatch):
+    cfg = with_preset(TrainConfig, "demo")
+    shipped(monkeypatch, tmp_path, cfg, "abc")
+    assert report.reference(cfg, "abc")["val_loss"] == {0: 5.6, 10: 5.1}
+    same = dataclasses.replace(cfg, seed=2, batch_size=16, out_dir="elsewhere", dtype="float32", eval_interval=7)
+    assert report.reference(same, "abc")
+    assert report.reference(cfg, "other text") is None
+    for change in (
+        {"learning_rate": 5e-3},
+        {"max_iters": 601},
+        {"optimizer": "adamw"},
+        {"init_from": "gpt2"},
+        {"model": dataclasses.replace(cfg.model, dropout=0.0)},
+    ):
+        assert report.reference(dataclasses.replace(cfg, **change), "abc") is None, change
+    assert report.reference(with_preset(TrainConfig, "wikipedia"), "abc") is None  # there is none of it
+
+
+def test_the_reference_stands_beside_the_evaluations_it_has(tmp_path, capsys):
+    log = run_log(tmp_path, reference={"val_loss": {0: 5.6, 10: 5.1}})
+    validation = {"val_loss": 5.0, "perplexity": 148.4, "bits_per_byte": 7.2}
+    log.row(state(0), validation, False)
+    log.row(state(5), validation, False)
+    log.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("; reference 5.6000") and "reference" not in second
 
 
 def test_the_startup_counts_the_parameters_and_the_run():
@@ -112,7 +150,7 @@ def test_the_startup_counts_the_parameters_and_the_run():
         split = {"tokens": 100_000_000, "articles": 1_000}
         text = report.startup(
             cfg, {"splits": {"train": split}, "tokenizer": "gpt2"}, TrainState(model, None, None), MACHINE, "off",
-            SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size), range(4_096), None, [],
+            SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size), range(4_096), None, [], None,
         )  # fmt: skip
         for word in words:
             assert word in text + "\n", text

@@ -77,7 +77,7 @@ def quick(monkeypatch):
     """One thread for models this small, and no curves: drawing them takes longer than these runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(report, "plot", lambda rows, path: None)
+    monkeypatch.setattr(report, "plot", lambda *of_the_curves: None)
     yield
     torch.set_num_threads(threads)
 
@@ -88,7 +88,7 @@ def straight(data_dir, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("straight")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot", lambda rows, path: None)
+        patch.setattr(report, "plot", lambda *of_the_curves: None)
         train.train(tiny(data_dir, out_dir))
     return out_dir
 
@@ -99,7 +99,7 @@ def straight(data_dir, tmp_path_factory) -> Path:
 
 def run_in_child(cfg: TrainConfig, iteration_seconds: float) -> None:
     """Train in a process that may be killed, no quicker than a killer can follow."""
-    report.plot = lambda rows, path: None
+    report.plot = lambda *of_the_curves: None
     get_lr = train.get_lr
     train.get_lr = lambda it, cfg: (time.sleep(iteration_seconds), get_lr(it, cfg))[1]
     train.train(cfg)

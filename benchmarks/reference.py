@@ -1,0 +1,70 @@
+"""Make a finished run of a preset the reference that train.py shows beside everybody else's: reference/PRESET.json.
+
+    python train.py --preset demo
+    python benchmarks/reference.py checkpoints/demo --hardware "2 cores of an AMD EPYC"
+
+The run must have the preset's own settings, and the working tree must be committed: the file names the commit.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoint
+import config
+import report
+from config import TrainConfig, UserError
+
+
+@dataclass(frozen=True)
+class Reference:
+    out_dir: tyro.conf.Positional[str]  # of the finished run
+    hardware: str  # that it ran on, in words
+
+
+def git(*command: str) -> str:
+    return subprocess.run(
+        ["git", *command], cwd=report.REFERENCES.parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    args = tyro.cli(Reference, description=__doc__)
+    last = checkpoint.load(Path(args.out_dir) / "last.pt")
+    settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
+    preset = last["config"]["preset"]
+    own = dataclasses.asdict(config.with_preset(TrainConfig, preset))
+    own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # which is the data's
+    if changed := [name for name in settings if settings[name] != own[name]]:
+        raise UserError(f"{args.out_dir}: is no run of the preset {preset} as it is ({', '.join(changed)})")
+    if last["iter"] != settings["max_iters"]:
+        raise UserError(f"{args.out_dir}: stands at iteration {last['iter']:,} of {settings['max_iters']:,}")
+    if git("status", "--porcelain", "--untracked-files=no"):
+        raise UserError("the working tree has changes that are not committed; commit them, and train again")
+    rows = report.read_metrics(Path(args.out_dir) / "metrics.jsonl")
+    contents = {
+        "preset": preset,
+        "seed": last["config"]["seed"],
+        "hardware": f"{args.hardware}, {last['machine']['dtype']}, PyTorch {last['machine']['torch']}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "HEAD"),
+        "tokens": {row["iter"]: row["tokens"] for row in rows if "val_loss" in row},
+        "val_loss": {row["iter"]: round(row["val_loss"], 4) for row in rows if "val_loss" in row},
+        "settings": settings,
+        "data_sha256": last["data"]["sha256"],
+    }
+    path = report.REFERENCES / f"{preset}.json"
+    path.parent.mkdir(exist_ok=True)
+    report.write_text(path, json.dumps(contents, indent=1) + "\n")
+    print(f"{path}: {len(contents['val_loss'])} evaluations, the last {rows[-1]['val_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    config.run(main)
