@@ -24,7 +24,9 @@ import torch
 import transformers
 
 import checkpoint
+import config
 from config import GenerateConfig, ModelConfig
+from data import load_tokenizer
 from generate import fastest_dtype, generate, sample
 from model import GPT
 
@@ -103,6 +105,7 @@ def start_up(model: GPT) -> None:
 
 
 def main() -> None:
+    load_tokenizer("gpt2")  # now, not after minutes: the command that is timed in the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     device = checkpoint.resolve_device("auto")
@@ -165,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

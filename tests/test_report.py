@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
+import prepare_data
 import report
-from config import ModelConfig, TrainConfig, with_preset
+from config import ModelConfig, PrepareConfig, TrainConfig, with_preset
 from machine import Machine
 from model import GPT
-from train import TrainState
+from train import TrainState, describe_data
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
 
@@ -137,6 +139,17 @@ def test_the_reference_stands_beside_the_evaluations_it_has(tmp_path, capsys):
     log.close()
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("; reference 5.6000") and "reference" not in second
+
+
+def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):
+    prepared = dataclasses.replace(with_preset(PrepareConfig, "demo"), data_dir=str(tmp_path), workers=1)
+    prepare_data.prepare(prepared)
+    cfg = with_preset(TrainConfig, "demo")
+    meta = data.read_meta(tmp_path)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
+    found = report.reference(cfg, describe_data(meta)["sha256"])
+    assert found, "the demo's settings or text changed: train it, and run benchmarks/reference.py"
+    assert max(found["val_loss"]) == cfg.max_iters and found["val_loss"][0] > found["val_loss"][cfg.max_iters]
 
 
 def test_the_startup_counts_the_parameters_and_the_run():
