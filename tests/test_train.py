@@ -94,6 +94,27 @@ def straight(data_dir, tmp_path_factory) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def test_a_reference_of_the_same_run_is_shown_beside_it(data_dir, tmp_path, straight, monkeypatch, capsys):
+    saved = checkpoint.load(straight / "last.pt")
+    settings = {name: value for name, value in saved["config"].items() if name not in report.NOT_LEARNING}
+    run = {"settings": settings, "data_sha256": saved["data"]["sha256"], "val_loss": {"8": 1.25, "20": 1.0}}
+    run |= {"hardware": "a pocket calculator", "seed": 1, "date": "2026-01-01"}
+    monkeypatch.setattr(report, "REFERENCES", tmp_path)
+    (tmp_path / "wikipedia.json").write_text(json.dumps(run))
+    train.train(tiny(data_dir, tmp_path / "same", seed=2))
+    out = capsys.readouterr().out
+    assert "this run on a pocket calculator, seed 1" in out
+    shown = {line.split(":")[0]: "; reference " in line for line in out.splitlines() if ": validation loss" in line}
+    assert shown == {"iteration 0": False, "iteration 8": True, "iteration 16": False, "iteration 20": True}
+    train.train(tiny(data_dir, tmp_path / "other", learning_rate=2e-2))
+    out = capsys.readouterr().out
+    assert "; reference " not in out and "pocket calculator" not in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stopped anywhere
 
 
