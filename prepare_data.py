@@ -141,22 +141,28 @@ def is_held_out(key: bytes, val_fraction: float) -> bool:
 
 @contextlib.contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """Ctrl-C waits until this is left; a process that is started in it inherits that it waits for good. Ctrl-C is the
-    parent's to handle, and reaches a worker that is still importing, too. (Windows has no such mask.)
+    """A Ctrl-C in here takes effect at the end: nothing is left half done, such as the start of a process. And a process
+    that is started in here never hears of any, while it still imports neither: Ctrl-C is the parent's to handle.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    if hasattr(
+        signal, "pthread_sigmask"
+    ):  # not on Windows. It is inherited, but another thread may still get the signal
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):  # else it is ignored, as in a shell script's background
+            handler(signal.SIGINT, None)
 
 
 def start_worker() -> None:
     """When the parent ends, in whatever way, its workers do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `ctrl_c_held` cannot
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `ctrl_c_held` has no mask
 
     def end_with_parent() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])

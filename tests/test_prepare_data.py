@@ -558,6 +558,29 @@ def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, monkeypatch):
 
 
 @posix
+def test_ctrl_c_is_held_whichever_thread_the_signal_reaches():
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)  # it does not block the signal
+    other.start()
+    steps = []
+    try:
+        with pytest.raises(KeyboardInterrupt), prepare_data.ctrl_c_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            for n in range(10):
+                time.sleep(0.01)  # the other thread takes a moment to wake up
+                steps.append(n)
+        assert len(steps) == 10
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        held = "import signal; assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])"
+        with prepare_data.ctrl_c_held():
+            assert subprocess.run([sys.executable, "-c", held]).returncode == 0
+    finally:
+        done.set()
+        other.join()
+
+
+@posix
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5])  # the workers start, import, tokenize
 def test_ctrl_c(tmp_path, seconds):
     write_parquet(tmp_path / "a.parquet", make_articles(60_000))
