@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
+import tiktoken_ext.openai_public
 from tqdm import tqdm
 
 from config import UserError
@@ -26,6 +27,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
+
+# GPT-2's pattern, which cuts a text into the pieces that are encoded one by one, with a bracket around all that does not
+# look ahead: tiktoken's engine of regular expressions (fancy-regex) hands such a part to an automaton, and walks through
+# the rest step by step. The pieces are the same, and encoding takes two thirds of the time.
+GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 
 
 @functools.cache
@@ -44,13 +50,14 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         )
     if name == "gpt2":
         try:
-            # The same ranks, pattern and special token as get_encoding("gpt2"), in one file, loaded five times faster.
-            return tiktoken.get_encoding("r50k_base")
+            # The same ranks and special token as those of "gpt2", in one file, loaded five times faster.
+            encoding = tiktoken_ext.openai_public.r50k_base()
         except Exception as error:  # requests' and tiktoken's own errors have no common base
             raise UserError(
                 f"the gpt2 tokenizer's vocabulary could not be fetched ({type(error).__name__}). Go online once, or "
                 "point TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes"
             ) from error
+        return tiktoken.Encoding(**{**encoding, "pat_str": GPT2_PATTERN})
     raise UserError(f"no tokenizer is called {name!r}: there are gpt2 and bytes")
 
 
