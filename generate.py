@@ -27,11 +27,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import tiktoken
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import checkpoint
 from data import load_tokenizer
-from model import GPT, KeyValueCache
+from model import GPT, KeyValueCache, linear
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -326,30 +325,26 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
     return model.to(device, dtype), tokenizer
 
 
+@torch.inference_mode()
 def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
     """The weights' dtype that generates fastest on a device, and why.
 
     What takes the time is one row times a matrix, at the speed of reading the matrix from memory, and not the products
-    of large matrices that training is made of. So on a CPU such a product is timed, with the rows of the model's own
-    head, in turn and on one thread: the answer should be the same on a machine that is busy.
+    of large matrices that training is made of. So on a CPU such a product is timed, with rows of the model's own head,
+    in turn.
     """
     if device.type != "cpu":
         return checkpoint.resolve_dtype("auto", device)
-    float32 = model.transformer.wte.weight.detach()[:16_384]
+    float32 = model.transformer.wte.weight[:16_384]
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     heads = {dtype: float32.to(dtype) for dtype in times}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(5):
-            for dtype, head in heads.items():
-                begin = time.perf_counter()
-                with few_rows(1, head):
-                    F.linear(head[:1], head)
-                times[dtype].append(time.perf_counter() - begin)
-    finally:
-        torch.set_num_threads(threads)
-    speedup = min(times[torch.float32]) / min(times[torch.bfloat16])
+    for _ in range(7):
+        for dtype, head in heads.items():
+            begin = time.perf_counter()
+            with few_rows(1, head):
+                linear(head[:1], head)
+            times[dtype].append(time.perf_counter() - begin)
+    speedup = min(times[torch.float32]) / min(times[torch.bfloat16])  # the least disturbed by other work
     if speedup > 1.2:
         return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in one row times a matrix on this CPU"
     return torch.float32, "bfloat16 is not faster on this CPU"
