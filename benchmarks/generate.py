@@ -4,9 +4,10 @@
 
 The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights, 200 new
 tokens behind a prompt of 8, sampled as generate.py's defaults do. Everything runs in this one process, in turn, several
-times; the medians are printed. The limit is what reading all weights once per token would take at the bandwidth measured
-here. The second table is the time per token of longer texts, past the end of the context, the third the time from the
-command to its first character. Needs transformers and the GPT-2 vocabulary.
+times; printed are the median speed and, of the ratio within a round, which a machine that slows down for a while hardly
+changes, the median and both ends. The limit is what reading all weights once per token would take at the bandwidth
+measured in the same round. The second table is the time per token of longer texts, past the end of the context, the
+third the time from the command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from generate import fastest_dtype, generate, sample
 from model import GPT
 
 REPO = Path(__file__).resolve().parent.parent
-ROUNDS, NEW, PROMPT = 5, 200, 8
+ROUNDS, NEW, PROMPT = 9, 200, 8
 DEFAULTS = GenerateConfig()
 SAMPLING = {"temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k, "top_p": DEFAULTS.top_p}
 
@@ -140,22 +141,21 @@ def main() -> None:
         f"transformers, {name}, 8 samples": (8 * NEW, lambda: theirs(peer, 8)),
         f"no cache, {name}": (NEW, lambda: without_cache(model, idx, NEW)),
     }
-    times: dict[str, list[float]] = {row: [] for row in rows}
-    widths = []
-    for _ in range(ROUNDS):
-        widths.append(bandwidth(device))
-        for row, (_, run) in rows.items():
-            times[row].append(seconds(run))
-    rates = {row: tokens / statistics.median(times[row]) for row, (tokens, _) in rows.items()}
     # Each token reads every weight once, but only one row of the position embedding.
     read = (model.num_parameters()["total"] - model.config.block_size * model.config.n_embd) * dtype.itemsize
-    rates[f"limit: {read / 1e6:.0f} MB a token at {statistics.median(widths) / 1e9:.1f} GB/s"] = (
-        statistics.median(widths) / read
-    )
-    first = next(iter(rates.values()))
-    print(f"\n{'':44s} {'tokens/s':>9s} {'generate.py is':>15s}")
-    for row, rate in rates.items():
-        print(f"{row:44s} {rate:9.1f} {first / rate:14.2f}x")
+    limit = f"limit: reading {read / 1e6:.0f} MB a token"
+    rates: dict[str, list[float]] = {row: [] for row in (*rows, limit)}  # tokens/s
+    for _ in range(ROUNDS):
+        rates[limit].append(bandwidth(device) / read)
+        for row, (tokens, run) in rows.items():
+            rates[row].append(tokens / seconds(run))
+    first = rates[next(iter(rows))]
+    print(f"\n{'':44s} {'tokens/s':>9s} {'generate.py is':>15s} {'from':>7s} {'to':>7s}")
+    for row, each in rates.items():
+        ratios = sorted(ours / theirs for ours, theirs in zip(first, each, strict=True))
+        print(
+            f"{row:44s} {statistics.median(each):9.1f} {statistics.median(ratios):14.2f}x {ratios[0]:6.2f}x {ratios[-1]:6.2f}x"
+        )
 
     print(f"\n{'new tokens, one stream':44s} {'ms/token':>9s}")
     lengths: dict[int, list[float]] = {100: [], 1000: [], 5000: []}
