@@ -147,13 +147,11 @@ SAYS = {
 def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
     result, seconds = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, FAULTS[fault])))
     assert result.returncode != 0
-    ours, _, launchers = result.stderr.partition("closing signal SIGTERM")
-    assert launchers and "Traceback" not in ours, result.stderr
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # the launcher's own
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     # That another one ended is said where there is time for it, and after why.
     assert len(messages) <= len(SAYS[fault]) and len(messages) >= (fault in ("memory", "nan")), result.stderr
     assert all(message.startswith(words) for message, words in zip(messages, SAYS[fault], strict=False)), result.stderr
-    assert "error: " not in launchers, result.stderr
     assert seconds < 60  # and not the minutes that collectives wait: this is no timing of speed
     if fault != "memory":
         assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
