@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,7 @@ REPOSITORY = "wikimedia/wikipedia"
 CHUNK_BYTES = 1 << 20  # text in a chunk, about: large against the cost of sending it, small against memory
 CHUNK_ROWS = 256
 ATTEMPTS = 6  # at a request of the hub, each longer after the last: 1, 2, 4, 8, 16 s, and what huggingface_hub adds
+ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file huggingface_hub waits 10 s at a time
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A file -> chunks of articles
@@ -338,6 +340,9 @@ class HubWikipedia:
     def __init__(self, language: str, dump: str, revision: str, folder: Path):
         self.config, self.folder = f"{dump}.{language}", folder
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
+        # Xet, the hub's newer protocol, has been seen to hang for hours (github.com/huggingface/xet-core, issue 883).
+        # Plain HTTP asks again after 10 s of silence and goes on where it stood. To be set before the first import.
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         self.commit, self.files = "", []
         self.seconds_per_byte = 0.0  # of the last download
         self._downloads: dict[int, Future] = {}
@@ -353,7 +358,7 @@ class HubWikipedia:
             infos = api.get_paths_info(REPOSITORY, names, revision=commit, repo_type="dataset")
             return commit, [SourceFile(i.path, i.size, i.lfs.sha256 if i.lfs else None) for i in infos]
 
-        self.commit, files = self._patiently(f"{REPOSITORY} {self.config}", find)
+        self.commit, files = self._patiently(f"{REPOSITORY} {self.config}", lambda: _within(ANSWER_SECONDS, find))
         self.files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
         return {"commit": self.commit, "files": [vars(file) for file in self.files]}
 
@@ -394,9 +399,10 @@ class HubWikipedia:
         """The file with this number, downloaded and checked; the one behind it is being downloaded from now on."""
         for ahead in (number, number + 1):
             if ahead < len(self.files) and ahead not in self._downloads:
-                self._downloads[ahead] = future = Future()
-                # Not a pool's thread: Python would wait at its end for the download to end.
-                threading.Thread(target=self._download_into, args=(future, self.files[ahead]), daemon=True).start()
+                file = self.files[ahead]
+                self._downloads[ahead] = _in_background(
+                    lambda file=file: self._patiently(file.name, lambda: self._download(file))
+                )
         return self._downloads[number].result()
 
     def release(self, before: int) -> None:
@@ -414,12 +420,6 @@ class HubWikipedia:
 
     def bytes_on_disk(self) -> int:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
-    def _download_into(self, future: Future, file: SourceFile) -> None:
-        try:
-            future.set_result(self._patiently(file.name, lambda: self._download(file)))
-        except BaseException as error:  # whatever it is, it belongs to the one who waits
-            future.set_exception(error)
 
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -465,6 +465,28 @@ class HubWikipedia:
                 tqdm.write(f"{what}: {_first_line(error)}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
         raise AssertionError("not reached")
+
+
+def _in_background(action: Callable[[], T]) -> Future:
+    """`action` in a thread of its own, not a pool's, for which Python would wait at its end as the network does."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # whatever it is, it belongs to the one who waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of `action`. Raises OSError where there is none after so many seconds."""
+    try:
+        return _in_background(action).result(timeout=seconds)
+    except FutureTimeoutError as error:
+        raise OSError(f"no answer in {seconds:g} s") from error
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,6 +1,6 @@
 """A loopback stand-in for the Hugging Face hub: serves one folder as one dataset repository, with faults on request.
 
-usage: hub.py FOLDER [--repo wikimedia/wikipedia] [--port 0] [--faults error drop truncate corrupt ...]
+usage: hub.py FOLDER [--repo wikimedia/wikipedia] [--port 0] [--faults error drop stall truncate corrupt ...]
 
 Prints the port it listens on. FOLDER holds README.md, whose `configs:` YAML names the parquet files, and those files.
 Then, before Python imports datasets: HF_ENDPOINT=http://127.0.0.1:PORT HF_HOME=an-empty-folder.
@@ -10,6 +10,7 @@ The faults befall the downloads in their order, one each; after them all goes we
     ok          nothing
     error       the answer is 500
     drop        the connection ends half-way
+    stall       nothing more comes half-way, and the connection stays
     truncate    half of the file, as if it were all
     corrupt     the right number of bytes, some of them wrong
 """
@@ -31,6 +32,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     folder = repo = ""
     commit = SHA  # what every branch points to
     faults: collections.deque = collections.deque()  # noqa: RUF012
+    unanswered = 0  # so many questions about the repository get no answer at all
     downloads: list = []  # noqa: RUF012  (file, revision) of each one asked for
 
     def files(self):
@@ -95,6 +97,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         have = dict(self.files())
         about = re.fullmatch(rf"/api/datasets/{self.repo}(?:/revision/([^/]+))?", path)
         if about:
+            if self.unanswered:
+                type(self).unanswered -= 1
+                return self.wait_for_the_end()
             if about[1] not in (None, "main", self.commit, SHA):
                 return self.missing("RevisionNotFound")
             return self.json(
@@ -140,6 +145,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         ]  # fmt: skip
         if "lfs" in entry:
             headers += [("X-Linked-Size", str(len(data))), ("X-Linked-Etag", etag)]
+            # As the real hub, it offers Xet too, its newer protocol; whoever takes that here gets no further.
+            headers += [("X-Xet-Hash", entry["lfs"]["oid"]), ("X-Xet-Refresh-Route", "/no-xet-here")]
         fault = "ok"
         if self.command == "GET" and "lfs" in entry:
             self.downloads.append((name, revision))
@@ -160,7 +167,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return self.answer(code, body[: len(body) // 2], "application/octet-stream", headers, length=len(body))
+        if fault == "stall":
+            self.answer(code, body[: len(body) // 2], "application/octet-stream", headers, length=len(body))
+            return self.wait_for_the_end()
         self.answer(code, body, "application/octet-stream", headers)
+
+    def wait_for_the_end(self):
+        """Say nothing until the client gives up."""
+        self.close_connection = True
+        self.connection.recv(1)
 
 
 def serve(folder, repo="wikimedia/wikipedia", port=0, faults=()) -> http.server.ThreadingHTTPServer:

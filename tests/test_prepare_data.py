@@ -667,10 +667,10 @@ def hub_command(folder, *more):
     return command(folder, "wikipedia", "--language", "simple", *more)
 
 
-def without_pauses(arguments):
-    """The command with `time.sleep` gone, so that retries take no time."""
-    code = "import time; time.sleep = lambda seconds: None; import config, prepare_data; config.run(prepare_data.main)"
-    return ["-c", code, *arguments[1:]]
+def without_pauses(arguments, first=""):
+    """The command with `time.sleep` gone, so that retries take no time, and behind some line of Python."""
+    code = "import time; time.sleep = lambda seconds: None; import config, prepare_data"
+    return ["-c", f"{code}\n{first}\nconfig.run(prepare_data.main)", *arguments[1:]]
 
 
 def test_the_hub(tmp_path, serve, hub_folder):
@@ -699,11 +699,27 @@ def test_the_hub(tmp_path, serve, hub_folder):
 def test_faults_of_the_hub_are_overcome(tmp_path, serve):
     _, env = serve()
     assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
-    faults = ["error", "drop", "truncate", "corrupt", "ok", "corrupt", "error", "drop", "truncate", "drop"]
+    faults = [
+        "error",
+        "drop",
+        "stall",
+        "truncate",
+        "corrupt",
+        "ok",
+        "corrupt",
+        "error",
+        "stall",
+        "drop",
+        "truncate",
+        "drop",
+    ]
     handler, env = serve(faults)
-    result = run_script(*without_pauses(hub_command(tmp_path / "out")), env=env)
+    handler.unanswered = 1
+    code = without_pauses(hub_command(tmp_path / "out"), "import sources; sources.ANSWER_SECONDS = 5")
+    result = run_script(*code, env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
     assert result.returncode == 0, result.stderr
-    assert not handler.faults  # each one happened
+    assert not handler.faults and not handler.unanswered  # each one happened
+    assert "no answer in 5 s; trying again" in result.stderr
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
 
@@ -742,7 +758,7 @@ def test_what_the_hub_has_not(tmp_path, serve):
 def test_files_in_the_hugging_face_cache_are_used_and_left_there(tmp_path, serve):
     handler, env = serve()
     code = "from huggingface_hub import snapshot_download as s; s('wikimedia/wikipedia', repo_type='dataset')"
-    assert run_script("-c", code, env=env).returncode == 0
+    assert run_script("-c", code, env={**env, "HF_HUB_DISABLE_XET": "1"}).returncode == 0
     assert len(handler.downloads) == 4
     cached = files(tmp_path / "home1" / "hub")
     result = run_script(*hub_command(tmp_path / "out"), env=env)
