@@ -30,7 +30,8 @@ from torch import Tensor
 
 import checkpoint
 from data import load_tokenizer
-from model import GPT, KeyValueCache, linear
+from kernels import fastest_dtype, few_rows
+from model import GPT, KeyValueCache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -74,24 +75,6 @@ def sample(
     p, ids = probabilities(logits, temperature, top_k, top_p)
     choice = torch.multinomial(p, 1, generator=generator)  # (B, 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
-
-
-@contextlib.contextmanager
-def few_rows(rows: int, weight: Tensor) -> Iterator[None]:
-    """Inside, the fastest CPU kernels for so many rows times a matrix like `weight`.
-
-    One or two rows times a bfloat16 matrix is little work but reading the matrix. PyTorch's own kernel does that at
-    the memory's speed; oneDNN, which PyTorch would choose, takes twice as long, and is better from three rows on.
-    """
-    bfloat16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if rows > 2 or not bfloat16_on_cpu or not torch.backends.mkldnn.enabled:
-        yield
-        return
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = True
 
 
 @torch.inference_mode()
@@ -141,15 +124,15 @@ def generate(
     window = idx[:, -block_size:]  # (R, T) what the model sees
     rows = list(range(idx.size(0) * num_samples))  # which sample each row of the batch is
     count = len(rows)
-    weight = model.transformer.wte.weight
     was_training = model.training
     model.eval()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        stack.enter_context(few_rows(model))
         cache, new = KeyValueCache(model.config), window
         for step in range(max_new_tokens):
             # Not model(...): after model.compile() that would compile once more for every length of the cache.
-            with few_rows(new.numel(), weight):
-                logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
+            logits = model.forward(new, cache=cache)[:, -1]  # (R, V)
             if step == 0 and not logits.isfinite().all():
                 raise UserError(
                     "the model computes no finite numbers: its training failed, or --dtype is too narrow (try float32)"
@@ -180,8 +163,6 @@ def generate(
             if window.size(1) > block_size:
                 window = window[:, -max(1, block_size // 2) :]
                 cache, new = KeyValueCache(model.config), window
-    finally:
-        model.train(was_training)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,31 +304,6 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
         f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({why})"
     )
     return model.to(device, dtype), tokenizer
-
-
-@torch.inference_mode()
-def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
-    """The weights' dtype that generates fastest on a device, and why.
-
-    What takes the time is one row times a matrix, at the speed of reading the matrix from memory, and not the products
-    of large matrices that training is made of. So on a CPU such a product is timed, with rows of the model's own head,
-    in turn.
-    """
-    if device.type != "cpu":
-        return checkpoint.resolve_dtype("auto", device)
-    float32 = model.transformer.wte.weight[:16_384]
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    heads = {dtype: float32.to(dtype) for dtype in times}
-    for _ in range(7):
-        for dtype, head in heads.items():
-            begin = time.perf_counter()
-            with few_rows(1, head):
-                linear(head[:1], head)
-            times[dtype].append(time.perf_counter() - begin)
-    speedup = min(times[torch.float32]) / min(times[torch.bfloat16])  # the least disturbed by other work
-    if speedup > 1.2:
-        return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in one row times a matrix on this CPU"
-    return torch.float32, "bfloat16 is not faster on this CPU"
 
 
 def say(message: str) -> None:

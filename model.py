@@ -4,7 +4,6 @@
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
     LinearCrossEntropy           the output head and its loss in one, a piece of the logits at a time
     GPT                          embeddings, blocks, final norm, output head
-    linear                       the matrix product in all of them
     KeyValueCache                what attention remembers of earlier tokens while text is generated
 
 Architecture, details and parameter names are GPT-2's own (tanh GELU, biases, LayerNorm eps 1e-5, the output head tied
@@ -28,28 +27,6 @@ from config import ModelConfig
 LOGITS_AT_ONCE = 2**27
 # How many of them a CPU then turns into probabilities at a time: few enough to stay in its cache (measured, too).
 LOGITS_IN_CACHE = 2**20
-# Up to so many rows, a product with a matrix on a CPU takes the time of reading the matrix (measured, too).
-FEW_ROWS = 8
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, (..., in) to (..., out). Without gradients, and for few rows on a CPU, as in
-    generating text, by other kernels of PyTorch's, which read the matrix at more of the memory's speed:
-
-    In float32, MKL (on an AMD EPYC) is two to seven times faster when the matrix comes first, W x^T, and that for one row
-    only if it is there twice. In bfloat16, a product of matrix and vector is somewhat faster than one of two matrices.
-    """
-    rows = x.numel() // x.size(-1)
-    if rows > FEW_ROWS or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
-    if x.dtype == torch.float32 and torch.backends.mkl.is_available():
-        columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).T  # (in, rows)
-        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (out, rows)
-        return y.T[:rows].reshape(*x.shape[:-1], -1).contiguous()
-    if x.dtype == torch.bfloat16 and rows == 1:
-        y = torch.mv(weight, x.flatten())  # addmv, with the bias in it, is ten times slower
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
 
 
 class KeyValueCache:
@@ -79,13 +56,6 @@ class KeyValueCache:
         self.layers = [kv[:, rows] for kv in self.layers if kv is not None]
 
 
-class Linear(nn.Linear):
-    """nn.Linear, by the kernels of `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before it (Vaswani et al., 2017)."""
 
@@ -93,8 +63,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads at once
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
@@ -120,8 +90,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.n_inner)
-        self.c_proj = Linear(config.n_inner, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,10 +247,14 @@ class GPT(nn.Module):
             x = x[:, -1:]
         x = self.transformer.ln_f(x)
         if targets is None:
-            return linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]
+            return self.head(x)[..., : self.config.vocab_size]
         return linear_cross_entropy(
             x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), self.config.vocab_size
         )
+
+    def head(self, x: Tensor) -> Tensor:
+        """The output head: (..., C) to logits (..., padded V)."""
+        return F.linear(x, self.transformer.wte.weight)
 
     def num_parameters(self) -> dict[str, int]:
         """How many trained numbers there are, without the padded rows: in the blocks (with the final norm), in the
