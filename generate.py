@@ -296,7 +296,7 @@ def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
         )
     device = checkpoint.resolve_device(config.device)
     if config.dtype == "auto":
-        dtype, why = fastest_dtype(model, device)
+        dtype, why = fastest_dtype(device)
     else:
         dtype, why = checkpoint.resolve_dtype(config.dtype, device)
     size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
@@ -368,7 +368,7 @@ def main(config: GenerateConfig) -> None:
     weight = model.transformer.wte.weight
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     if config.seed is None:
-        say(f"--seed {seed} --dtype {str(weight.dtype).removeprefix('torch.')} makes the same text again")
+        say(f"--seed {seed} makes the same text again")
     generator = torch.Generator(weight.device).manual_seed(seed)
 
     def answer(prompt: str) -> None:

@@ -8,8 +8,8 @@ from the processor and not from a timing, so that the same seed makes the same t
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +45,37 @@ def without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def processor() -> tuple[bool, bool]:
-    """Whether the CPU is AMD's, and whether it has AMX, Intel's units for matrices in bfloat16."""
-    capabilities = torch.cpu.get_capabilities()
-    return "AMD" in capabilities.get("cpu_name", ""), capabilities.get("amx_bf16", False)
+def capabilities() -> dict[str, Any]:
+    """What PyTorch says of the CPU: its name, and which instructions it has (amx_bf16: Intel's for bfloat16 matrices)."""
+    return dict(torch.cpu.get_capabilities())
+
+
+def is_amd() -> bool:
+    return "AMD" in capabilities().get("cpu_name", "")
 
 
 def choose(weight: Tensor) -> tuple[Kernel, int]:
     """The fastest kernel for a few rows times `weight`, and up to how many rows that is so; above, it is `F.linear`."""
-    is_amd, has_amx = processor()
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and is_amd and torch.backends.mkl.is_available():
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and is_amd() and torch.backends.mkl.is_available():
         return matrix_first, 8  # in float32 F.linear is Intel's MKL
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        if has_amx:
+        if capabilities().get("amx_bf16"):
             return (matrix_first, 8) if weight.numel() >= LARGE else (without_onednn, 1)
         return without_onednn, 2
     return F.linear, 0
+
+
+def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype that generates fastest on a device, and why.
+
+    On a CPU what counts is not how fast large products are, as in training, but how fast a matrix is read. Bfloat16 has
+    half the bytes, but only with hardware for it, and a kernel that is good at few rows, that is half the time.
+    """
+    if device.type != "cpu":
+        return checkpoint.resolve_dtype("auto", device)
+    if capabilities().get("amx_bf16") or (is_amd() and capabilities().get("avx512_bf16")):
+        return torch.bfloat16, "which this CPU reads faster than float32"
+    return torch.float32, "bfloat16 is not known to be faster on this CPU"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -91,27 +106,3 @@ def few_rows(model: GPT) -> Iterator[None]:
     finally:
         for module, method in changed:
             vars(module).pop(method, None)  # the class's own is what is left
-
-
-@torch.inference_mode()
-def fastest_dtype(model: GPT, device: torch.device) -> tuple[torch.dtype, str]:
-    """The weights' dtype that generates fastest on a device, and why.
-
-    What takes the time is one row times a matrix, at the speed of reading the matrix from memory, and not the products
-    of large matrices that training is made of. So on a CPU such a product is timed, with rows of the model's own head,
-    in turn.
-    """
-    if device.type != "cpu":
-        return checkpoint.resolve_dtype("auto", device)
-    float32 = model.transformer.wte.weight[:16_384]
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    heads = {dtype: float32.to(dtype) for dtype in times}
-    for _ in range(7):
-        for dtype, head in heads.items():
-            begin = time.perf_counter()
-            linear(head[:1], head)
-            times[dtype].append(time.perf_counter() - begin)
-    speedup = min(times[torch.float32]) / min(times[torch.bfloat16])  # the least disturbed by other work
-    if speedup > 1.2:
-        return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in one row times a matrix on this CPU"
-    return torch.float32, "bfloat16 is not faster on this CPU"

@@ -28,7 +28,8 @@ import checkpoint
 import config
 from config import GenerateConfig, ModelConfig
 from data import load_tokenizer
-from generate import fastest_dtype, generate, sample
+from generate import generate, sample
+from kernels import fastest_dtype
 from model import GPT
 
 REPO = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def main() -> None:
     device = checkpoint.resolve_device("auto")
     model32 = GPT(ModelConfig()).eval()
     peer32 = as_transformers(model32).to(device)
-    dtype, why = fastest_dtype(model32, device)
+    dtype, why = fastest_dtype(device)
     model = GPT(ModelConfig()).eval()
     model.load_state_dict(model32.state_dict())
     model, model32, peer = model.to(device, dtype), model32.to(device), as_transformers(model32).to(device, dtype)

@@ -416,7 +416,7 @@ def test_json_lines(best):
         assert list(row) == ["prompt", "text", "tokens", "seed", "seconds", "tokens_per_second"]
         assert row["prompt"] == "abc" and row["tokens"] == 20
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
-        assert f"--seed {row['seed']} --dtype " in run.stderr  # the seed used is told when none was given
+        assert f"--seed {row['seed']} makes" in run.stderr  # the seed used is told when none was given
     assert len({row["text"] for row in rows}) == 3
 
 

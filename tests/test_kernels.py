@@ -11,13 +11,18 @@ import generate
 import kernels
 from model import KeyValueCache
 
-PROCESSORS = {"AMD": (True, False), "AMX": (False, True), "another": (False, False)}
+PROCESSORS = {
+    "AMD": {"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True},
+    "old AMD": {"cpu_name": "AMD Ryzen 7 5800X", "avx512_bf16": False},
+    "AMX": {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True},
+    "another": {"architecture": "arm64"},
+}
 
 
 @pytest.fixture(params=PROCESSORS)
 def processor(request, monkeypatch):
     """Each processor's rules in turn, with every matrix large: the kernels themselves run on any."""
-    monkeypatch.setattr(kernels, "processor", lambda: PROCESSORS[request.param])
+    monkeypatch.setattr(kernels, "capabilities", lambda: PROCESSORS[request.param])
     monkeypatch.setattr(kernels, "LARGE", 1)
     return request.param
 
@@ -26,7 +31,8 @@ def processor(request, monkeypatch):
 def test_the_processor_is_what_the_system_says():
     with open("/proc/cpuinfo") as file:
         text = file.read()
-    assert kernels.processor() == ("AuthenticAMD" in text, " amx_bf16 " in text)
+    assert kernels.is_amd() == ("AuthenticAMD" in text)
+    assert bool(kernels.capabilities().get("amx_bf16")) == (" amx_bf16 " in text)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.002)])
@@ -45,21 +51,32 @@ def test_linear_is_the_product_whatever_the_kernel(processor, dtype, tolerance, 
     assert torch.backends.mkldnn.enabled
 
 
-def test_a_kernel_is_chosen_by_processor_dtype_and_size(monkeypatch):
+def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
     def chosen(name, dtype, *shape):
-        monkeypatch.setattr(kernels, "processor", lambda: PROCESSORS[name])
+        monkeypatch.setattr(kernels, "capabilities", lambda: PROCESSORS[name])
         return kernels.choose(torch.empty(shape, dtype=dtype))
 
-    assert chosen("AMX", torch.bfloat16, 50_304, 384) == (kernels.matrix_first, 8)
-    assert chosen("AMX", torch.bfloat16, 1536, 384) == (kernels.without_onednn, 1)
-    for name in ("AMD", "another"):
-        assert chosen(name, torch.bfloat16, 50_304, 384) == (kernels.without_onednn, 2)
+    head, other = (50_304, 384), (1536, 384)
+    assert chosen("AMX", torch.bfloat16, *head) == (kernels.matrix_first, 8)
+    assert chosen("AMX", torch.bfloat16, *other) == (kernels.without_onednn, 1)
+    for name in ("AMD", "old AMD", "another"):
+        assert chosen(name, torch.bfloat16, *head) == (kernels.without_onednn, 2)
     for name in ("AMX", "another"):
-        assert chosen(name, torch.float32, 50_304, 384) == (F.linear, 0)
-    if torch.backends.mkl.is_available():
-        assert chosen("AMD", torch.float32, 50_304, 384) == (kernels.matrix_first, 8)
+        assert chosen(name, torch.float32, *head) == (F.linear, 0)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for name in ("AMD", "old AMD"):
+        assert chosen(name, torch.float32, *other) == (kernels.matrix_first, 8)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert chosen("AMD", torch.float32, 50_304, 384) == (F.linear, 0)
+    assert chosen("AMD", torch.float32, *other) == (F.linear, 0)
+
+    for name, dtype in {
+        "AMD": torch.bfloat16,
+        "AMX": torch.bfloat16,
+        "old AMD": torch.float32,
+        "another": torch.float32,
+    }.items():
+        monkeypatch.setattr(kernels, "capabilities", lambda name=name: PROCESSORS[name])
+        assert kernels.fastest_dtype(torch.device("cpu"))[0] == dtype
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
