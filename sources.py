@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -343,6 +344,7 @@ class HubWikipedia:
         # Xet, the hub's newer protocol, has been seen to hang for hours (github.com/huggingface/xet-core, issue 883).
         # Plain HTTP asks again after 10 s of silence and goes on where it stood. To be set before the first import.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+        warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's, beside our own message
         self.commit, self.files = "", []
         self.seconds_per_byte = 0.0  # of the last download
         self._downloads: dict[int, Future] = {}

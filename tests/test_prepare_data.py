@@ -534,19 +534,45 @@ def test_two_at_a_time_are_refused(tmp_path, monkeypatch):
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
 
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A file system of 2 MB, and a function that makes it 100 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip(reason="mounting a tmpfs takes root on Linux")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+def assert_it_went_on(tmp_path, folder, result):
+    """After the disk was full, and room was made: all is as if nothing had happened."""
+    assert_user_error(result, "--data-dir", "the disk is full", "make space")
+    assert not list(folder.glob("*.bin"))
+    result = run_script(*command(folder, tmp_path / "a.jsonl"))
+    assert result.returncode == 0, result.stderr
+    prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
+    assert files(folder) == files(tmp_path / "once")
+
+
 @posix
-def test_a_full_disk_is_one_message_and_then_it_goes_on(tmp_path):
+def test_a_file_that_may_not_grow_is_one_message_and_then_it_goes_on(tmp_path):
     import resource
 
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))}
     result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"), **limit)
-    assert_user_error(result, "--data-dir", "the disk is full", "make space")
-    assert not list((tmp_path / "out").glob("*.bin"))
-    result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
-    assert result.returncode == 0, result.stderr
-    prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
-    assert files(tmp_path / "out") == files(tmp_path / "once")
+    assert_it_went_on(tmp_path, tmp_path / "out", result)
+
+
+@posix
+def test_a_full_disk_is_one_message_and_then_it_goes_on(tmp_path, tmpfs):
+    disk, make_room = tmpfs
+    write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
+    result = run_script(*command(disk / "out", tmp_path / "a.jsonl"))
+    make_room()
+    assert_it_went_on(tmp_path, disk / "out", result)
 
 
 def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, monkeypatch):
