@@ -365,11 +365,11 @@ def main(config: GenerateConfig) -> None:
         stream.reconfigure(encoding="utf-8")  # Windows' pipes have another one
     prompt = read_prompt(config)
     model, tokenizer = load_model(config)
-    weight = model.transformer.wte.weight
+    device = model.transformer.wte.weight.device
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     if config.seed is None:
         say(f"--seed {seed} makes the same text again")
-    generator = torch.Generator(weight.device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def answer(prompt: str) -> None:
         ids = encode(tokenizer, prompt)
