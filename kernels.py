@@ -69,7 +69,7 @@ def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The weights' dtype that generates fastest on a device, and why.
 
     On a CPU what counts is not how fast large products are, as in training, but how fast a matrix is read. Bfloat16 has
-    half the bytes, but only with hardware for it, and a kernel that is good at few rows, that is half the time.
+    half the bytes, but was measured to be faster only with hardware for it and a kernel that is good at few rows.
     """
     if device.type != "cpu":
         return checkpoint.resolve_dtype("auto", device)

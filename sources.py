@@ -341,7 +341,7 @@ class HubWikipedia:
     def __init__(self, language: str, dump: str, revision: str, folder: Path):
         self.config, self.folder = f"{dump}.{language}", folder
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
-        # Xet, the hub's newer protocol, has been seen to hang for hours (github.com/huggingface/xet-core, issue 883).
+        # Xet, the hub's newer protocol, has been seen to hang for over an hour (github.com/huggingface/xet-core, issue 883).
         # Plain HTTP asks again after 10 s of silence and goes on where it stood. To be set before the first import.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's, beside our own message
@@ -470,7 +470,7 @@ class HubWikipedia:
 
 
 def _in_background(action: Callable[[], T]) -> Future:
-    """`action` in a thread of its own, not a pool's, for which Python would wait at its end as the network does."""
+    """`action` in a thread of its own. Not a pool's: Python, ending, would wait for that, and so for the network."""
     future: Future = Future()
 
     def run() -> None:
