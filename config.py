@@ -114,7 +114,7 @@ class PrepareConfig(DataDir):
     val_fraction: float | None = None  # share of articles held out; None: 0.005, of the sample 0.1
     shard_tokens: int = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: int | None = None  # stop after about so many tokens, at the end of an article; None: take all
-    workers: int | None = None  # tokenizing processes; None: one for each CPU core
+    workers: int | None = None  # tokenizing threads; None: one for each CPU core
     overwrite: bool = False  # delete the shards in data_dir and start again
 
     def __post_init__(self):

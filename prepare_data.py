@@ -8,22 +8,19 @@
 Stop it when you like, however you like: the same command goes on where it stood.
 """
 
-import contextlib
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +41,7 @@ MEASURE_SECONDS = 3.0  # of tokenizing, before saying what the whole of it will 
 LOCK_SECONDS = 10.0  # to wait for a run that is just ending
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Chunks of articles -> tokens, in the worker processes
+# Chunks of articles -> tokens, in the worker threads
 
 
 @dataclass(frozen=True)
@@ -81,15 +78,25 @@ class Tokens:
         )
 
 
+# tiktoken works without Python's lock, so threads use all cores. But they must not share a tokenizer: the copies of its
+# regular expression that it keeps for them wait for each other, and two threads are slower than one.
+own = threading.local()
+
+
+def own_tokenizer(name: str) -> tiktoken.Encoding:
+    """This thread's own copy of a tokenizer."""
+    if not hasattr(own, name):
+        setattr(own, name, copy.copy(load_tokenizer(name)))
+    return getattr(own, name)
+
+
 def tokenize(chunk: Chunk, job: Job) -> Tokens:
     """An article is its title, a blank line, its text (the text alone where there is no title), and end-of-text.
 
     Raises:
         UserError: a row of the chunk is not what it should be.
     """
-    encoding = load_tokenizer(job.tokenizer)
-    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)], np.uint32)
-    tokens, lengths, text_bytes, val, empty, repaired = [], [], [], [], 0, 0
+    texts, text_bytes, val, empty, repaired = [], [], [], 0, 0
     for key, title, text in articles(chunk, job.text_column):
         is_whole = chunk.kind != "txt" or (chunk.first == 0 and chunk.ends)
         if is_whole and not text.strip():
@@ -101,37 +108,45 @@ def tokenize(chunk: Chunk, job: Job) -> Tokens:
         except UnicodeEncodeError:  # lone surrogates, which are no characters
             text, repaired = re.sub("[\ud800-\udfff]", "\ufffd", text), repaired + 1
             data = text.encode()
-        parts = encode(encoding, text)
-        if chunk.ends:
-            parts.append(end_of_text)
-        tokens += parts
-        lengths.append(sum(map(len, parts)))
+        texts.append(text)
         text_bytes.append(len(data))
         val.append(is_held_out(data if key is None else key, job.val_fraction))
-    return Tokens(
-        np.concatenate([np.zeros(0, np.uint32), *tokens]).astype(np.uint16),
-        np.array(lengths, np.int64),
-        np.array(text_bytes, np.int64),
-        np.array(val, bool),
-        chunk.ends,
-        empty,
-        repaired,
-    )
+    tokens, lengths = encode(own_tokenizer(job.tokenizer), texts)
+    if not chunk.ends:  # the document goes on: no end-of-text yet
+        tokens, lengths = tokens[:-1], lengths - 1
+    return Tokens(tokens, lengths, np.array(text_bytes, np.int64), np.array(val, bool), chunk.ends, empty, repaired)
 
 
-def encode(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """The tokens of `text`, parts of (n,) uint32. What looks like a special token in it is text, too.
+def encode(encoding: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all texts, with an end-of-text behind each, (N,) uint16, and how many are whose, (texts,) int64.
 
-    A long text is cut: tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
+    Many texts are one call, joined by end-of-text, at which tiktoken cuts first of all. Where that makes too many of
+    them, a text holds what looks like one, which is text, too: then it is one call for each. A long text is cut:
+    tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
     """
-    parts, start = [], 0
+    parts = []
+    for is_long, group in itertools.groupby(texts, lambda text: len(text) > PIECE):
+        group = list(group)
+        if not is_long:
+            tokens = encoding.encode_to_numpy(END_OF_TEXT.join([*group, ""]), allowed_special={END_OF_TEXT})
+            if np.count_nonzero(tokens == encoding.eot_token) == len(group):
+                parts.append(tokens)
+                continue
+        for text in group:
+            parts += [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+            parts.append(np.array([encoding.eot_token], np.uint32))
+    tokens = np.concatenate(parts or [np.zeros(0)], dtype=np.uint16, casting="unsafe")
+    return tokens, np.diff(np.flatnonzero(tokens == encoding.eot_token), prepend=-1)
+
+
+def pieces(text: str) -> Iterator[str]:
+    start = 0
     while start < len(text):
         piece = text[start : start + PIECE]
         if start + PIECE < len(text):
             piece = piece[: last_cut(piece)]
-        parts.append(encoding.encode_to_numpy(piece, disallowed_special=()))
+        yield piece
         start += len(piece)
-    return parts
 
 
 def is_held_out(key: bytes, val_fraction: float) -> bool:
@@ -139,47 +154,15 @@ def is_held_out(key: bytes, val_fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < val_fraction * 2**64
 
 
-@contextlib.contextmanager
-def ctrl_c_held() -> Iterator[None]:
-    """A Ctrl-C in here takes effect at the end: nothing is left half done, such as the start of a process. And a process
-    that is started in here never hears of any, while it still imports neither: Ctrl-C is the parent's to handle.
-    """
-    came = []
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))
-    if hasattr(
-        signal, "pthread_sigmask"
-    ):  # not on Windows. It is inherited, but another thread may still get the signal
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-        if came and callable(handler):  # else it is ignored, as in a shell script's background
-            handler(signal.SIGINT, None)
-
-
-def start_worker() -> None:
-    """When the parent ends, in whatever way, its workers do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where `ctrl_c_held` has no mask
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens -> shards, in the parent
+# Tokens -> shards, in the main thread
 
 
 class Preparation:
     """The command at work in a folder whose lock it holds.
 
-    The parent reads the source files one after the other and sends chunks of them to the workers; what they make of
-    them it appends to the shards in the order of the source, whoever was first: so the shards are the same with any
+    The main thread reads the source files one after the other and gives chunks of them to the workers; what they make
+    of them it appends to the shards in the order of the source, whoever was first: so the shards are the same with any
     number of workers. Every second it sees to it that what it wrote is on the disk, and then notes in `progress.json`
     how far it is: the source files done, the rows done of the next one, and the length of each split. To go on from
     there is to drop what the shards hold beyond.
@@ -213,7 +196,7 @@ class Preparation:
             self.clean_up()
             print(f"{self.data_dir} is finished: nothing to do (--overwrite starts again)")
             return
-        load_tokenizer(self.config.tokenizer)  # now: a vocabulary is fetched once, not by every worker
+        load_tokenizer(self.config.tokenizer)  # now: nothing is begun without it
         self.begin_or_go_on()
         if not self.state["end"]:
             self.tokenize_source()
@@ -284,8 +267,7 @@ class Preparation:
     def tokenize_source(self) -> None:
         job = Job(self.config.tokenizer, self.config.text_column, 0.0 if self.is_one_document else self.config.held_out)
         workers = self.config.workers or count_cores()
-        context = multiprocessing.get_context("spawn")  # the same on every system, and nothing is inherited
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+        pool = ThreadPoolExecutor(workers)
         bar = tqdm(initial=self.tokens, unit=" tokens", unit_scale=True, desc="tokenizing", disable=None)
         measuring_since, said = None, False
         committed = time.monotonic()
@@ -310,18 +292,11 @@ class Preparation:
         except UserError:
             self.commit()
             raise
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory; the same command goes on "
-                f"(with fewer --workers than {workers}, if it happens again)"
-            ) from error
         finally:
             bar.close()
             pool.shutdown(cancel_futures=True)
 
-    def in_order(
-        self, pool: ProcessPoolExecutor, job: Job, in_flight: int
-    ) -> Iterator[tuple[dict[str, int], int, Future]]:
+    def in_order(self, pool: Executor, job: Job, in_flight: int) -> Iterator[tuple[dict[str, int], int, Future]]:
         """Chunks at work, in the order of the source: (the state behind it, bytes of the source behind it, Tokens)."""
         waiting: deque = deque()
         try:
@@ -329,8 +304,7 @@ class Preparation:
                 before = sum(self.source_bytes[:number])
                 for chunk, is_last in with_last(self.chunks(number)):
                     file, row = (number + 1, 0) if is_last else (number, chunk.first + chunk.count)
-                    with ctrl_c_held():  # here the pool starts its workers, as they are needed
-                        future = pool.submit(tokenize, chunk, job)
+                    future = pool.submit(tokenize, chunk, job)
                     waiting.append(({"file": file, "row": row}, before + chunk.position, future))
                     if len(waiting) == in_flight:
                         yield waiting.popleft()

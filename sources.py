@@ -1,7 +1,7 @@
 """Where text comes from: the files of a source (this machine's, or the hub's Wikipedia), and the articles in them.
 
-Reading is in two halves, so that many processes can share it: `read_chunks` cuts a file into runs of neighbouring
-articles, as cheaply as it can, and `articles` takes such a chunk apart, in whichever process it was sent to.
+Reading is in two halves, so that many threads can share it: `read_chunks` cuts a file into runs of neighbouring
+articles, as cheaply as it can, and `articles` takes such a chunk apart, in whichever thread it was given to.
 """
 
 import codecs
@@ -38,7 +38,7 @@ SAMPLE = Path(__file__).resolve().parent / "sample" / "articles.jsonl"
 FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 REPOSITORY = "wikimedia/wikipedia"
 
-CHUNK_BYTES = 1 << 20  # text in a chunk, about: large against the cost of sending it, small against memory
+CHUNK_BYTES = 1 << 20  # text in a chunk, about: large against the cost of giving it to a thread, small against memory
 CHUNK_ROWS = 256
 ATTEMPTS = 6  # at a request of the hub, each longer after the last: 1, 2, 4, 8, 16 s, and what huggingface_hub adds
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file huggingface_hub waits 10 s at a time
@@ -51,7 +51,7 @@ ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file h
 class Chunk:
     """Neighbouring articles of a source file, not yet taken apart.
 
-    kind      parquet: `data` is an Arrow stream of some rows. jsonl: whole lines. txt: a piece of the one document.
+    kind      parquet: `data` is some rows. jsonl: whole lines. txt: a piece of the one document.
     first     the row, line or piece of the file that it begins with, counted from 0; `count`: how many it has
     position  bytes of the file that are read when this chunk is
     key       txt: what decides the document's split; `ends`: this is its last piece
@@ -61,7 +61,7 @@ class Chunk:
     name: str
     first: int
     count: int
-    data: bytes | str
+    data: pa.RecordBatch | bytes | str
     position: int
     key: bytes | None = None
     ends: bool = True
@@ -95,11 +95,8 @@ def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
         size, rows, done = os.path.getsize(path), file.metadata.num_rows, 0
         for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns, use_threads=False):
             for part in _split(batch):
-                sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, part.schema) as writer:
-                    writer.write_batch(part)
-                data, first, done = sink.getvalue().to_pybytes(), done, done + part.num_rows
-                yield Chunk("parquet", name, first, part.num_rows, data, size * done // rows)
+                first, done = done, done + part.num_rows
+                yield Chunk("parquet", name, first, part.num_rows, part, size * done // rows)
 
 
 def _split(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -184,12 +181,10 @@ def articles(chunk: Chunk, text_column: str) -> Iterator[Article]:
 
 
 def _parse_parquet(chunk: Chunk, text_column: str) -> Iterator[Article]:
-    table = pa.ipc.open_stream(chunk.data).read_all()
-
     def column(name: str) -> list[Any]:
-        if name not in table.column_names:
-            return [None] * table.num_rows
-        values = table.column(name)
+        if name not in chunk.data.schema.names:
+            return [None] * chunk.count
+        values = chunk.data.column(name)
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):

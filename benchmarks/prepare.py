@@ -4,11 +4,10 @@
 
     ours     the whole command `prepare_data.py --source FOLDER`, from the start of Python to its end
     tiktoken nothing but tiktoken, as it comes, on the same articles, already in memory, in as many processes
-    limit    the same with the pattern of data.py, which cuts alike and is faster: nothing could be faster than this
+    limit    the same with the pattern of data.py, which cuts alike and is faster
     usual    load_dataset, Dataset.map(num_proc), np.memmap: as nanoGPT's prepare.py and its descendants do
 
-The start of Python is counted in `ours` and `usual` (about a second, which `--times 4` makes a small part) and not in the
-other two. All are timed in turns; the tables show the medians and the best of the repetitions, and their ratios.
+The start of Python is counted in `ours` and `usual` (which `--times 4` makes a small part) and not in the other two. All are timed in turns; the tables show the medians and the best of the repetitions, and their ratios.
 """
 
 import argparse
@@ -34,31 +33,28 @@ sys.path.insert(0, str(REPO))
 from data import load_tokenizer, read_meta  # noqa: E402
 
 
-def ours(source: Path, workers: int, folder: Path) -> tuple[int, float, dict[str, int]]:
-    """(tokens, seconds, peak resident bytes of the parent and of the largest worker)"""
+def ours(source: Path, workers: int, folder: Path) -> tuple[int, float, int]:
+    """(tokens, seconds, peak resident bytes)"""
     command = [sys.executable, "prepare_data.py", "--source", source, "--data-dir", folder, "--workers", str(workers)]
     began = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.DEVNULL)
-    peaks: dict[str, int] = {}
+    peaks = [0]
     watch = threading.Thread(target=watch_memory, args=(process, peaks))
     watch.start()
     status = process.wait()
     seconds = time.perf_counter() - began
     watch.join()
     assert status == 0, f"prepare_data.py ended with {status}"
-    return sum(split["tokens"] for split in read_meta(folder)["splits"].values()), seconds, peaks
+    return sum(split["tokens"] for split in read_meta(folder)["splits"].values()), seconds, max(peaks)
 
 
-def watch_memory(process: subprocess.Popen, peaks: dict[str, int]) -> None:
-    """The kernel's own peaks (VmHWM), asked for while the processes live; on Linux alone."""
+def watch_memory(process: subprocess.Popen, peaks: list[int]) -> None:
+    """The kernel's own peak (VmHWM), asked for while the process lives; on Linux alone."""
     while process.poll() is None:
         with contextlib.suppress(OSError):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            for name, pid in [("parent", process.pid), *(("worker", pid) for pid in children)]:
-                with contextlib.suppress(OSError):
-                    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                        if line.startswith("VmHWM:"):
-                            peaks[name] = max(peaks.get(name, 0), 1024 * int(line.split()[1]))
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    peaks.append(1024 * int(line.split()[1]))
         time.sleep(0.1)
 
 
@@ -204,12 +200,11 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> None:
 
 
 def measure_scaling(args: argparse.Namespace, folder: Path) -> None:
-    print(f"{'input':>8}{'tokens':>14}{'seconds':>10}{'parent, MB':>12}{'worker, MB':>12}")
+    print(f"{'input':>8}{'tokens':>14}{'seconds':>10}{'peak, MB':>12}")
     for times in (1, 2, 4):
         source = repeated(args.source, times, folder)
-        tokens, seconds, peaks = ours(source, args.workers, folder / f"out{times}")
-        memory = "".join(f"{peaks.get(name, 0) / 1e6:12.0f}" for name in ("parent", "worker"))
-        print(f"{times:>7}x{tokens:>14,}{seconds:>10.1f}{memory}", flush=True)
+        tokens, seconds, peak = ours(source, args.workers, folder / f"out{times}")
+        print(f"{times:>7}x{tokens:>14,}{seconds:>10.1f}{peak / 1e6:>12.0f}", flush=True)
 
 
 if __name__ == "__main__":
