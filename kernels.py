@@ -19,6 +19,7 @@ import checkpoint
 from model import GPT
 
 LARGE = 1 << 22  # elements: such a matrix comes from memory, a smaller one may be in a cache
+MOST_ROWS = 8  # above, F.linear is the fastest everywhere
 
 # x (rows, in), weight (out, in), bias (out,) -> (rows, out)
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -31,17 +32,24 @@ def matrix_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.T[: len(x)].contiguous()
 
 
-def without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row, as a vector."""
+    y = torch.mv(weight, x[0])  # addmv, with the bias in it, may take ten times as long
+    return (y if bias is None else y + bias)[None]
+
+
+def without_onednn(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By PyTorch's own kernels for bfloat16, which are at work before oneDNN, made for large products, is prepared."""
     enabled = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
-        if len(x) > 1:
-            return F.linear(x, weight, bias)
-        y = torch.mv(weight, x[0])  # addmv, with the bias in it, takes ten times as long
-        return (y if bias is None else y + bias)[None]
+        return kernel(x, weight, bias)
     finally:
         torch.backends.mkldnn.enabled = enabled
+
+
+native_vector = functools.partial(without_onednn, vector)
+native_linear = functools.partial(without_onednn, F.linear)
 
 
 @functools.cache
@@ -54,15 +62,19 @@ def is_amd() -> bool:
     return "AMD" in capabilities().get("cpu_name", "")
 
 
-def choose(weight: Tensor) -> tuple[Kernel, int]:
-    """The fastest kernel for a few rows times `weight`, and up to how many rows that is so; above, it is `F.linear`."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and is_amd() and torch.backends.mkl.is_available():
-        return matrix_first, 8  # in float32 F.linear is Intel's MKL
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        if capabilities().get("amx_bf16"):
-            return (matrix_first, 8) if weight.numel() >= LARGE else (without_onednn, 1)
-        return without_onednn, 2
-    return F.linear, 0
+def choose(weight: Tensor, rows: int) -> Kernel:
+    """The fastest kernel for `rows` rows, at most MOST_ROWS, times `weight`."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        if is_amd() and torch.backends.mkl.is_available():  # F.linear is Intel's MKL
+            return matrix_first
+    elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        if not capabilities().get("amx_bf16"):
+            return {1: native_vector, 2: native_linear}.get(rows, F.linear)
+        if weight.numel() >= LARGE:
+            return vector if rows == 1 else matrix_first
+        if rows == 1:
+            return native_linear
+    return F.linear
 
 
 def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
@@ -78,23 +90,30 @@ def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "bfloat16 is not known to be faster on this CPU"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)`, (..., in) to (..., out), by the kernel that `choose` has for so many rows."""
-    kernel, most_rows = choose(weight)
-    rows = x.numel() // x.size(-1)
-    if rows > most_rows or torch.is_grad_enabled() or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
-    return kernel(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
+class Linear:
+    """`F.linear` of (..., in), to (..., out), by the kernel that `choose` has for so many rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = weight, bias
+        self.kernels = {rows: choose(weight, rows) for rows in range(1, MOST_ROWS + 1)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.size(-1)
+        kernel = self.kernels.get(rows, F.linear)
+        if kernel is F.linear or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return kernel(x.reshape(rows, -1), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 @contextlib.contextmanager
 def few_rows(model: GPT) -> Iterator[None]:
-    """Inside, all products in `model` are `linear`'s, where that makes a difference. Its results differ by rounding."""
+    """Inside, all products in `model` are `Linear`'s, where that makes a difference. Its results differ by rounding."""
     changed: list[tuple[nn.Module, str]] = []
 
     def use(module: nn.Module, method: str, weight: Tensor, bias: Tensor | None) -> None:
-        if choose(weight)[0] is not F.linear:
-            setattr(module, method, functools.partial(linear, weight=weight, bias=bias))
+        linear = Linear(weight, bias)
+        if any(kernel is not F.linear for kernel in linear.kernels.values()):
+            setattr(module, method, linear)
             changed.append((module, method))
 
     use(model, "head", model.transformer.wte.weight, None)

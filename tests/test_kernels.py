@@ -45,7 +45,7 @@ def test_linear_is_the_product_whatever_the_kernel(processor, dtype, tolerance, 
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
-                y = kernels.linear(x, weight, bias)
+                y = kernels.Linear(weight, bias)(x)
             assert (y.shape, y.dtype) == (expected.shape, dtype) and y.is_contiguous()
             assert (y - expected).abs().max() < tolerance * expected.abs().max()
     assert torch.backends.mkldnn.enabled
@@ -53,21 +53,22 @@ def test_linear_is_the_product_whatever_the_kernel(processor, dtype, tolerance, 
 
 def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
     def chosen(name, dtype, *shape):
+        """For 1, 2 and 8 rows."""
         monkeypatch.setattr(kernels, "capabilities", lambda: PROCESSORS[name])
-        return kernels.choose(torch.empty(shape, dtype=dtype))
+        return [kernels.choose(torch.empty(shape, dtype=dtype), rows) for rows in (1, 2, 8)]
 
-    head, other = (50_304, 384), (1536, 384)
-    assert chosen("AMX", torch.bfloat16, *head) == (kernels.matrix_first, 8)
-    assert chosen("AMX", torch.bfloat16, *other) == (kernels.without_onednn, 1)
+    head, other, plain = (50_304, 384), (1536, 384), [F.linear] * 3
+    assert chosen("AMX", torch.bfloat16, *head) == [kernels.vector, kernels.matrix_first, kernels.matrix_first]
+    assert chosen("AMX", torch.bfloat16, *other) == [kernels.native_linear, *plain[1:]]
     for name in ("AMD", "old AMD", "another"):
-        assert chosen(name, torch.bfloat16, *head) == (kernels.without_onednn, 2)
+        assert chosen(name, torch.bfloat16, *head) == [kernels.native_vector, kernels.native_linear, *plain[2:]]
     for name in ("AMX", "another"):
-        assert chosen(name, torch.float32, *head) == (F.linear, 0)
+        assert chosen(name, torch.float32, *head) == plain
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for name in ("AMD", "old AMD"):
-        assert chosen(name, torch.float32, *other) == (kernels.matrix_first, 8)
+        assert chosen(name, torch.float32, *other) == [kernels.matrix_first] * 3
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert chosen("AMD", torch.float32, *other) == (F.linear, 0)
+    assert chosen("AMD", torch.float32, *other) == plain
 
     for name, dtype in {
         "AMD": torch.bfloat16,
@@ -82,11 +83,14 @@ def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_a_model_computes_the_same_by_them(processor, dtype, tolerance, monkeypatch):
     """Its every product, head included, goes by them, and the model is as before when it is left."""
-    called = []
-    kernel, most_rows = kernels.choose(torch.empty(1, 1, dtype=dtype))
-    if kernel is not F.linear:
-        name = kernel.__name__
-        monkeypatch.setattr(kernels, name, lambda *args: called.append(len(args[0])) or kernel(*args))
+    called, choose = [], kernels.choose
+    has_rules = choose(torch.empty(1, 1, dtype=dtype), 1) is not F.linear
+
+    def watched(weight, rows):
+        kernel = choose(weight, rows)
+        return kernel if kernel is F.linear else lambda *args: called.append(len(args[0])) or kernel(*args)
+
+    monkeypatch.setattr(kernels, "choose", watched)
     model, exact = random_model().to(dtype), random_model()
     idx = torch.randint(300, (1, 16))
     expected = exact(idx)[0]
@@ -97,7 +101,7 @@ def test_a_model_computes_the_same_by_them(processor, dtype, tolerance, monkeypa
             logits.append(model(idx[:, position : position + 1], cache=cache)[0, 0].float())
     error = (torch.stack(logits) - expected).std() / expected.std()
     assert error < tolerance
-    assert called == ([1] * 16 * (4 * 2 + 1) if most_rows else [])
+    assert called == ([1] * 16 * (4 * 2 + 1) if has_rules else [])
     assert {module: dict(vars(module)) for module in model.modules()} == attributes
 
 
