@@ -73,7 +73,7 @@ def choose(weight: Tensor, rows: int) -> Kernel:
         if weight.numel() >= LARGE:
             return vector if rows == 1 else matrix_first
         if rows == 1:
-            return native_linear
+            return native_vector
     return F.linear
 
 

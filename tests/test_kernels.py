@@ -59,7 +59,7 @@ def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
 
     head, other, plain = (50_304, 384), (1536, 384), [F.linear] * 3
     assert chosen("AMX", torch.bfloat16, *head) == [kernels.vector, kernels.matrix_first, kernels.matrix_first]
-    assert chosen("AMX", torch.bfloat16, *other) == [kernels.native_linear, *plain[1:]]
+    assert chosen("AMX", torch.bfloat16, *other) == [kernels.native_vector, *plain[1:]]
     for name in ("AMD", "old AMD", "another"):
         assert chosen(name, torch.bfloat16, *head) == [kernels.native_vector, kernels.native_linear, *plain[2:]]
     for name in ("AMX", "another"):
