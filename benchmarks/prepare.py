@@ -7,7 +7,8 @@
     limit    the same with the pattern of data.py, which cuts alike and is faster
     usual    load_dataset, Dataset.map(num_proc), np.memmap: as nanoGPT's prepare.py and its descendants do
 
-The start of Python is counted in `ours` and `usual` (which `--times 4` makes a small part) and not in the other two. All are timed in turns; the tables show the medians and the best of the repetitions, and their ratios.
+The start of Python is counted in `ours` and `usual` (which `--times 4` makes a small part) and not in the other two.
+All are timed in turns; the tables show the medians and the best of the repetitions, and their ratios.
 """
 
 import argparse
