@@ -7,6 +7,7 @@ catch_signals    Ctrl-C and SIGTERM as a wish to stop
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -112,6 +113,11 @@ def make_machine(cfg: TrainConfig) -> Machine:
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+        # Its functions have the process group as a default argument, from when they are imported. PyTorch's own imports
+        # come to that later, and the group would then live as long as the module: its threads, too, which may abort the
+        # process while Python goes down. Imported before there is a group, it holds none.
+        importlib.import_module("torch.distributed.nn.functional")
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype, why = checkpoint.resolve_dtype(cfg.dtype, device)
     if processes > 1:

@@ -12,6 +12,7 @@ about training, is in machine.py.
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import math
 import os
@@ -646,6 +647,7 @@ def main() -> None:
     try:
         train(cfg)
         if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
+            gc.collect()  # the model that the processes shared: while it holds their group, the group's threads live on
             dist.destroy_process_group()
     except KeyboardInterrupt:  # not in the loop: there it saves first
         if int(os.environ.get("RANK", 0)) == 0:

@@ -79,6 +79,23 @@ def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two):
     assert len(checkpoint.load(out_dir / "last.pt")["rng"]) == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's list of a process's threads")
+def test_no_thread_of_the_process_group_outlives_a_run(data_dir, tmp_path):
+    """One that is left may free a tensor while Python goes down, which aborts the process (about one run in 60)."""
+    count = """
+import atexit
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+    print("threads:", RANK, [name for name in names if "gloo" in name])
+atexit.register(threads)"""
+    result, _ = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
+    assert result.returncode == 0, result.stderr
+    assert sorted(line for line in result.stdout.splitlines() if "threads: " in line) == [
+        "threads: 0 []",
+        "threads: 1 []",
+    ]
+
+
 def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path, tokens_per_iter=512)  # 32 windows
 
