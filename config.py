@@ -11,33 +11,11 @@ the defaults. Nothing is ever changed after it was made (the dataclasses are fro
 computed by a property or a method.
 """
 
-import contextlib
-import dataclasses
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
-
-C = TypeVar("C")
-
-
-class UserError(Exception):
-    """A foreseen problem (a mistake, a disk, a network, damaged data): its text says in one line what to do."""
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Where the disk is full or refuses, a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror or error}); what was saved before is kept"
-        ) from error
 
 
 def require(condition: bool, message: str) -> None:
@@ -288,53 +266,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "out_dir": "checkpoints/demo", "checkpoint": "checkpoints/demo/best.pt",
     },
 }  # fmt: skip
-
-
-def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` as the preset has it: its defaults, and over them what PRESETS names among its fields.
-    A field that has no default is the user's alone to give: no preset sets it."""
-    values = {
-        f.name: PRESETS[preset][f.name]
-        for f in dataclasses.fields(cls)
-        if f.name in PRESETS[preset] and f.default is not tyro.MISSING
-    }
-    for f in dataclasses.fields(cls):
-        if f.name == "model":
-            values["model"] = with_preset(ModelConfig, preset)
-        elif f.name == "preset":
-            values["preset"] = preset
-    return cls(**values)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def parse(cls: Callable[..., C], description: str, args: Sequence[str] | None = None) -> C:
-    """A configuration from the command line. A wrong flag or value ends in a message on stderr and exit status 2."""
-    args = list(sys.argv[1:] if args is None else args)
-    # The preset decides the defaults that --help shows, so it is looked for first; tyro judges it with all the rest.
-    preset = "wikipedia"
-    for i, arg in enumerate(args):
-        if arg == "--preset":
-            preset = args[i + 1] if i + 1 < len(args) else preset
-        elif arg.startswith("--preset="):
-            preset = arg.removeprefix("--preset=")
-    return tyro.cli(
-        cls,
-        args=args,
-        description=description,
-        default=with_preset(cls, preset if preset in PRESETS else "wikipedia"),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
-    )
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a command: a foreseen problem ends in one line on stderr and exit status 2. Only a bug shows a traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells have it for a program that Ctrl-C stopped

@@ -8,15 +8,12 @@
 Stop it when you like, however you like: the same command goes on where it stood.
 """
 
-import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -27,15 +24,19 @@ from typing import Any
 
 import filelock
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-from config import PrepareConfig, UserError, parse, run
-from data import END_OF_TEXT, META_FORMAT, ShardWriter, TokenStream, load_tokenizer, read_meta, write_json
-from sources import DISK_FULL, Chunk, HubWikipedia, LocalFiles, articles, last_cut, read_chunks
+from config import PrepareConfig
+from internals.cli import parse
+from internals.files import write_json
+from internals.shards import META_FORMAT, ShardWriter, read_meta
+from internals.start import UserError, run
+from internals.text_files import Chunk, LocalFiles, articles, read_chunks
+from internals.tokenizer import encode, load_tokenizer, own_tokenizer
+from internals.wikipedia import DISK_FULL, HubWikipedia
+from internals.windows import TokenStream
 
 SPLITS = ("train", "val")
-PIECE = 1 << 16  # characters that the tokenizer gets at once: far below the runs of one letter that make it fail
 COMMIT_SECONDS = 1.0  # between notes of progress: the most work that a kill costs
 MEASURE_SECONDS = 3.0  # of tokenizing, before saying what the whole of it will need
 LOCK_SECONDS = 10.0  # to wait for a run that is just ending
@@ -78,18 +79,6 @@ class Tokens:
         )
 
 
-# tiktoken works without Python's lock, so threads use all cores. But they must not share a tokenizer: the copies of its
-# regular expression that it keeps for them wait for each other, and two threads are slower than one.
-own = threading.local()
-
-
-def own_tokenizer(name: str) -> tiktoken.Encoding:
-    """This thread's own copy of a tokenizer."""
-    if not hasattr(own, name):
-        setattr(own, name, copy.copy(load_tokenizer(name)))
-    return getattr(own, name)
-
-
 def tokenize(chunk: Chunk, job: Job) -> Tokens:
     """An article is its title, a blank line, its text (the text alone where there is no title), and end-of-text.
 
@@ -115,38 +104,6 @@ def tokenize(chunk: Chunk, job: Job) -> Tokens:
     if not chunk.ends:  # the document goes on: no end-of-text yet
         tokens, lengths = tokens[:-1], lengths - 1
     return Tokens(tokens, lengths, np.array(text_bytes, np.int64), np.array(val, bool), chunk.ends, empty, repaired)
-
-
-def encode(encoding: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all texts, with an end-of-text behind each, (N,) uint16, and how many are whose, (texts,) int64.
-
-    Many texts are one call, joined by end-of-text, at which tiktoken cuts first of all. Where that makes too many of
-    them, a text holds what looks like one, which is text, too: then it is one call for each. A long text is cut:
-    tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
-    """
-    parts = []
-    for is_long, group in itertools.groupby(texts, lambda text: len(text) > PIECE):
-        group = list(group)
-        if not is_long:
-            tokens = encoding.encode_to_numpy(END_OF_TEXT.join([*group, ""]), allowed_special={END_OF_TEXT})
-            if np.count_nonzero(tokens == encoding.eot_token) == len(group):
-                parts.append(tokens)
-                continue
-        for text in group:
-            parts += [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
-            parts.append(np.array([encoding.eot_token], np.uint32))
-    tokens = np.concatenate(parts or [np.zeros(0)], dtype=np.uint16, casting="unsafe")
-    return tokens, np.diff(np.flatnonzero(tokens == encoding.eot_token), prepend=-1)
-
-
-def pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        piece = text[start : start + PIECE]
-        if start + PIECE < len(text):
-            piece = piece[: last_cut(piece)]
-        yield piece
-        start += len(piece)
 
 
 def is_held_out(key: bytes, val_fraction: float) -> bool:

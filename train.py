@@ -13,32 +13,26 @@ about training, is in machine.py.
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import math
 import os
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import tiktoken
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import checkpoint
-import config
-import data
-import report
-from config import TrainConfig, UserError
-from export import import_gpt2
+from config import TrainConfig
 from generate import generate_text
-from machine import (
+from internals import checkpoint, report
+from internals.cli import parse
+from internals.machine import (
     Machine,
     catch_signals,
     fit,
@@ -48,9 +42,23 @@ from machine import (
     make_forward,
     make_machine,
     peak_memory,
-    random_state,
-    set_random_state,
 )
+from internals.optimizer import get_lr, make_optimizer
+from internals.run import (
+    TrainState,
+    check_resumable,
+    check_unused,
+    claim,
+    describe_data,
+    initial_model,
+    keep_dtype,
+    restore,
+    save,
+)
+from internals.shards import read_meta, verify
+from internals.start import UserError, run
+from internals.tokenizer import load_tokenizer
+from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
 SAMPLE_TOKENS = 64  # of text at an evaluation
@@ -59,190 +67,8 @@ SAMPLE_TOKENS = 64  # of text at an evaluation
 # Learning rate and optimizer
 
 
-def get_lr(it: int, cfg: TrainConfig) -> float:
-    """The learning rate of iteration `it`: linear warm-up from near zero to `learning_rate`, then a cosine down to
-    `min_lr` at `max_iters` (Loshchilov and Hutter, 2017; as GPT-3 and nanoGPT use it)."""
-    if it < cfg.warmup:
-        return cfg.learning_rate * (it + 1) / (cfg.warmup + 1)
-    progress = (it - cfg.warmup) / (cfg.max_iters - cfg.warmup)  # 0 to 1
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-
-
-class OneOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each of parameters of its own, as one: their groups and states side by side."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let each optimizer work on this one's groups and state, which loading replaces."""
-        groups = iter(self.param_groups)
-        for optimizer in self.optimizers:
-            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
-            optimizer.state = self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
-
-    def step(self, closure: None = None) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Muon (Jordan et al., 2024) for the matrices in the blocks, its steps scaled to the size of AdamW's (Liu et al.,
-    2025), and AdamW (Loshchilov and Hutter, 2019) for the rest, or for all. Weight decay is on matrices only: biases and
-    norms have no size to limit. A group's learning rate is `get_lr`'s times its `lr_scale`."""
-    muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not q for q in muon)]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    adamw = torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")
-    )
-    if not muon:
-        return adamw
-    group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-
-
-def initial_model(cfg: TrainConfig, meta: dict[str, Any]) -> GPT:
-    """The model that a run starts from: random weights, or those of `--init-from`, which then decides the sizes."""
-    if cfg.init_from:
-        return import_gpt2(cfg.init_from, meta["tokenizer"], cfg.model)
-    return GPT(cfg.model)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The state of a run
-
-
-@dataclass
-class TrainState:
-    """All that a run changes, and so all that resuming needs. The place in the data follows from `tokens`."""
-
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # keeps float16 gradients from vanishing; does nothing in other precisions
-    iter: int = 0  # iterations done
-    tokens: int = 0  # seen in them
-    seconds: float = 0.0  # spent in them: evaluating and saving stop this clock
-    val_loss: float = math.inf  # at the last evaluation
-    best_val_loss: float = math.inf
-
-
-def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
-    """On a CPU `--dtype auto` is decided by a small timing, which may fall out otherwise another time: a resumed run
-    keeps what it began with."""
-    began = saved.get("machine", {})
-    if cfg.dtype == "auto" and machine.device.type == "cpu" and began.get("device") == "cpu":
-        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), why="as the run began")
-    return machine
-
-
-def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on: enough to know it again, and to tell others."""
-    hashes = [shard["sha256"] for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
-    return {
-        "source": meta["source"],
-        "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        **{
-            f"{split}_{what}": meta["splits"][split][what] for split in ("train", "val") for what in ("tokens", "bytes")
-        },
-    }
-
-
-def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Machine, best: bool) -> None:
-    """Write last.pt, and best.pt before it where this is the best model so far. All processes call this."""
-    rng: list[Any] = [random_state(machine.device)]
-    if machine.processes > 1:
-        rng = [None] * machine.processes
-        dist.all_gather_object(rng, random_state(machine.device))
-    if not machine.is_main:
-        return
-    generating = {
-        "format": checkpoint.FORMAT,
-        "model": state.model.state_dict(),
-        "config": dataclasses.asdict(cfg),
-        "tokenizer": meta["tokenizer"],
-        "iter": state.iter,
-        "tokens": state.tokens,
-        "val_loss": state.val_loss,
-        "data": describe_data(meta),
-    }
-    resuming = {
-        "best_val_loss": state.best_val_loss,
-        "seconds": state.seconds,
-        "machine": machine.describe(),
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "rng": rng,
-    }
-    out_dir = Path(cfg.out_dir)
-    if best:
-        checkpoint.save(out_dir / "best.pt", generating)
-    checkpoint.save(out_dir / "last.pt", generating | resuming)
-
-
-def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
-    """Put a run back to where `last.pt` has it. Raises UserError where that is damaged."""
-    # The moments are the saved run's; weight decay and betas are the command's, which may have changed them.
-    groups = state.optimizer.state_dict()["param_groups"]
-    try:
-        state.model.load_state_dict(saved["model"])
-        state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        if saved["scaler"]:  # a run in another precision than float16 has none
-            state.scaler.load_state_dict(saved["scaler"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"last.pt is damaged: its state does not fit its model ({str(error).splitlines()[0]})"
-        ) from error
-    state.iter, state.tokens, state.seconds = saved["iter"], saved["tokens"], saved["seconds"]
-    state.val_loss, state.best_val_loss = saved["val_loss"], saved["best_val_loss"]
-    if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh one
-        set_random_state(saved["rng"][machine.rank], machine.device)
-
-
-def check_resumable(
-    saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], machine: Machine, path: Path
-) -> list[str]:
-    """What differs between the saved run and the command, in words: training fields, device, precision, threads.
-
-    Raises:
-        UserError: the model, the tokenizer or the data is not that of the saved run.
-    """
-    if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
-        raise UserError(f"{path}: cannot be resumed from (without {', '.join(sorted(missing))})")
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise UserError(
-            f"--resume: {path} was trained with the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
-            f"{meta['tokenizer']}; give the --data-dir of that run, or another --out-dir"
-        )
-    if saved["data"]["sha256"] != describe_data(meta)["sha256"]:
-        raise UserError(
-            f"--resume: {path} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or "
-            "another --out-dir"
-        )
-    then, now = saved["config"] | saved["machine"], dataclasses.asdict(cfg) | machine.describe()
-    if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
-        values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
-        raise UserError(f"--resume: {path} has another model ({values}); give its values, or another --out-dir")
-    if then["optimizer"] != now["optimizer"]:
-        raise UserError(
-            f"--resume: {path} was trained with --optimizer {then['optimizer']}, whose state is of no use to "
-            f"{now['optimizer']}; give that, or another --out-dir"
-        )
-    elsewhere = ("model", "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
-    words = [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and f in then and then[f] != now[f]]
-    if then["max_iters"] != now["max_iters"]:
-        before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
-        words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
-    return words
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +78,7 @@ def check_resumable(
 def forward_backward(
     forward: Callable[[Tensor, Tensor], Tensor],
     scaler: torch.amp.GradScaler,
-    windows: data.TrainingWindows,
+    windows: TrainingWindows,
     numbers: list[range],
     machine: Machine,
 ) -> Tensor:
@@ -291,7 +117,7 @@ def non_finite(
     state: TrainState,
     cfg: TrainConfig,
     batch_size: int,
-    windows: data.TrainingWindows,
+    windows: TrainingWindows,
 ) -> UserError:
     """The report on a loss or a gradient that is no number: where, when, and on which text."""
     bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -313,7 +139,7 @@ def non_finite(
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: data.ValidationWindows, batch_size: int, machine: Machine) -> float:
+def evaluate(model: GPT, windows: ValidationWindows, batch_size: int, machine: Machine) -> float:
     """The mean loss over the validation windows in nats per token, shared out among the processes."""
     model.eval()
     total = torch.zeros(1, device=machine.device)
@@ -342,7 +168,7 @@ def sampler(meta: dict[str, Any], machine: Machine) -> tiktoken.Encoding | None:
     if not machine.is_main:
         return None
     try:
-        return data.load_tokenizer(meta["tokenizer"])
+        return load_tokenizer(meta["tokenizer"])
     except UserError as error:
         machine.print(f"Evaluations show no text: {error}")
         return None
@@ -362,54 +188,6 @@ def sample_text(state: TrainState, cfg: TrainConfig, tokenizer: tiktoken.Encodin
 # The folder of the run
 
 
-def check_unused(out_dir: Path) -> None:
-    """Raises UserError where a new run would delete what an earlier one made."""
-    if (out_dir / "last.pt").exists():
-        raise UserError(
-            f"--out-dir {out_dir} holds a run (last.pt); go on with it by --resume, delete it by --overwrite, or give "
-            "another --out-dir"
-        )
-    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
-    best = out_dir / "best.pt"
-    if best.exists() and checkpoint.load(best)["iter"] > 0:
-        raise UserError(
-            f"--out-dir {out_dir} holds a model (best.pt); delete it by --overwrite, or give another --out-dir"
-        )
-
-
-@contextlib.contextmanager
-def claim(out_dir: Path, machine: Machine, fresh: bool) -> Iterator[None]:
-    """Make `out_dir` this run's own: keep other trainings out of it, and of an earlier run delete what was left half
-    done, or where a fresh run begins, everything. The system lifts the lock when the process ends, however it ends.
-
-    Raises:
-        UserError: another training is at work there, or the folder cannot be written to.
-    """
-    if not machine.is_main:
-        yield
-        return
-    lock = filelock.FileLock(out_dir / ".lock")
-    with config.writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with contextlib.suppress(NotImplementedError):  # a file system without locks
-                lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"--out-dir {out_dir}: another training is at work there; give another --out-dir"
-            ) from error
-    try:
-        with config.writing(out_dir):
-            names = ["last.pt.tmp", "best.pt.tmp"]
-            if fresh:
-                names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
-            for name in names:
-                (out_dir / name).unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Beside the run: --check and --eval-only, which write nothing
 
@@ -418,8 +196,8 @@ def preflight(
     cfg: TrainConfig,
     state: TrainState,
     forward: Callable[[Tensor, Tensor], Tensor],
-    train_windows: data.TrainingWindows,
-    val_windows: data.ValidationWindows,
+    train_windows: TrainingWindows,
+    val_windows: ValidationWindows,
     machine: Machine,
 ) -> None:
     """Verify the data, try an iteration and a piece of an evaluation, and say what the run will take.
@@ -428,7 +206,7 @@ def preflight(
         UserError: a shard is not what prepare_data.py wrote, or memory or disk will not do.
     """
     if machine.is_main:
-        data.verify(cfg.data_dir)
+        verify(cfg.data_dir)
 
     def iterate(numbers: list[range]) -> None:
         losses = forward_backward(forward, state.scaler, train_windows, numbers, machine)
@@ -440,7 +218,7 @@ def preflight(
     def attempt(batch_size: int) -> tuple[float, float]:
         numbers = micro_steps(state.tokens, cfg, batch_size, machine)
         tokens = batch_size * cfg.model.block_size * machine.processes
-        piece = data.ValidationWindows(val_windows.stream, cfg.model.block_size, tokens)
+        piece = ValidationWindows(val_windows.stream, cfg.model.block_size, tokens)
         # The first of each takes longer: kernels are loaded, buffers and the optimizer's moments made
         iterate(numbers[:1])
         evaluate(state.model, piece, batch_size, machine)
@@ -490,8 +268,8 @@ def eval_only(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
             )
         iteration, model = saved["iter"], checkpoint.build_model(saved)
     model.to(machine.device)
-    stream = data.TokenStream.open(cfg.data_dir, "val")
-    windows = data.ValidationWindows(stream, model.config.block_size, cfg.eval_tokens)
+    stream = TokenStream.open(cfg.data_dir, "val")
+    windows = ValidationWindows(stream, model.config.block_size, cfg.eval_tokens)
     val_loss, _ = fit(lambda n: evaluate(model, windows, n, machine), cfg.batch_size, model, machine)
     machine.print(
         f"{name} on {len(windows) * model.config.block_size:,} tokens of the validation split of {cfg.data_dir}, on "
@@ -514,7 +292,7 @@ def train(cfg: TrainConfig) -> None:
     out_dir = Path(cfg.out_dir)
 
     # Data: the tokenizer, and with it vocab_size, is the data's
-    meta = data.read_meta(cfg.data_dir)
+    meta = read_meta(cfg.data_dir)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
     try:
         cfg.accumulation_steps(machine.processes)
@@ -523,8 +301,8 @@ def train(cfg: TrainConfig) -> None:
     if cfg.eval_only:
         return eval_only(cfg, meta, machine)
     block_size = cfg.model.block_size
-    train_windows = data.TrainingWindows(data.TokenStream.open(cfg.data_dir, "train"), block_size, cfg.seed)
-    val_windows = data.ValidationWindows(data.TokenStream.open(cfg.data_dir, "val"), block_size, cfg.eval_tokens)
+    train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), block_size, cfg.seed)
+    val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), block_size, cfg.eval_tokens)
 
     # An earlier run in out_dir
     last, saved, changed = out_dir / "last.pt", None, []
@@ -642,7 +420,7 @@ def train(cfg: TrainConfig) -> None:
 
 
 def main() -> None:
-    cfg = config.parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+    cfg = parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         train(cfg)
@@ -668,4 +446,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -20,16 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import transformers
 
-import checkpoint
-import config
 from config import GenerateConfig, ModelConfig
-from data import load_tokenizer
 from generate import generate, sample
-from kernels import fastest_dtype
+from internals import checkpoint
+from internals.machine import fastest_dtype, resolve_device
+from internals.start import run
+from internals.tokenizer import load_tokenizer
 from model import GPT
 
 REPO = Path(__file__).resolve().parent.parent
@@ -110,7 +109,7 @@ def main() -> None:
     load_tokenizer("gpt2")  # now, not after minutes: the command that is timed in the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    device = checkpoint.resolve_device("auto")
+    device = resolve_device("auto")
     model32 = GPT(ModelConfig()).eval()
     peer32 = as_transformers(model32).to(device)
     dtype, why = fastest_dtype(device)
@@ -148,8 +147,8 @@ def main() -> None:
     rates: dict[str, list[float]] = {row: [] for row in (*rows, limit)}  # tokens/s
     for _ in range(ROUNDS):
         rates[limit].append(bandwidth(device) / read)
-        for row, (tokens, run) in rows.items():
-            rates[row].append(tokens / seconds(run))
+        for row, (tokens, generating) in rows.items():
+            rates[row].append(tokens / seconds(generating))
     first = rates[next(iter(rows))]
     print(f"\n{'':44s} {'tokens/s':>9s} {'generate.py is':>15s} {'from':>7s} {'to':>7s}")
     for row, each in rates.items():
@@ -169,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

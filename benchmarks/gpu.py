@@ -69,13 +69,14 @@ def speed(args: Gpu, out: Path, preset: str, batch_size: int, tokens_per_iter: i
     ours = next(iter(json.loads(file.read_text()).values()))[0]  # tokens/s
     sys.path.insert(0, str(REPO))
     import config
+    from internals.cli import with_preset
     from model import GPT
 
     with torch.device("meta"):
-        shape = config.with_preset(config.ModelConfig, preset)
+        shape = with_preset(config.ModelConfig, preset)
         gpt = GPT(dataclasses.replace(shape, n_layer=1) if args.small else shape)
     print(f"{preset}: MFU {ours * gpt.flops_per_token() / rate:.1%} of the measured matrix rate")
-    minutes = config.with_preset(config.TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
+    minutes = with_preset(config.TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
     print(f"{preset}: the preset's whole run would take {minutes:,.0f} minutes on this card, evaluation not counted")
     print(
         f"On another card, roughly: {minutes * rate / 1e12:,.0f} minutes over its bf16 matrix rate in TFLOP/s "

@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 
-import config
-import data
-import report
 import train
 from config import TrainConfig
+from internals import report
+from internals.cli import parse
+from internals.files import write_json
+from internals.shards import META_FORMAT, ShardWriter
 from model import GPT
 
 ROUNDS = 9
@@ -38,18 +38,18 @@ def random_data(folder: Path, vocab_size: int, tokens: int) -> None:
     folder.mkdir()
     rng, splits = np.random.default_rng(0), {}
     for split, count in (("train", tokens), ("val", tokens // 10)):
-        writer = data.ShardWriter(folder, split, shard_tokens=tokens)
+        writer = ShardWriter(folder, split, shard_tokens=tokens)
         writer.write(rng.integers(0, vocab_size, count).astype(np.uint16))
         splits[split] = {"tokens": count, "bytes": count, "articles": 1, "shards": writer.finish()}
     tokenizer = "bytes" if vocab_size == 257 else "gpt2"
     meta = {
-        "format": data.META_FORMAT,
+        "format": META_FORMAT,
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "source": {},
         "splits": splits,
     }
-    data.write_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", meta)
 
 
 def bare_loop(cfg: TrainConfig, machine: train.Machine) -> float:
@@ -106,7 +106,7 @@ class Stopwatch:
 
 
 def main() -> None:
-    cfg = config.parse(TrainConfig, "train.py beside a bare loop; every flag of train.py")
+    cfg = parse(TrainConfig, "train.py beside a bare loop; every flag of train.py")
     machine = train.make_machine(cfg)
     dtype = str(machine.dtype).removeprefix("torch.")
     stopwatch = Stopwatch()

@@ -31,7 +31,8 @@ import tiktoken
 WAYS = ("ours", "tiktoken", "limit", "usual")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from data import load_tokenizer, read_meta  # noqa: E402
+from internals.shards import read_meta  # noqa: E402
+from internals.tokenizer import load_tokenizer  # noqa: E402
 
 
 def ours(source: Path, workers: int, folder: Path) -> tuple[int, float, int]:

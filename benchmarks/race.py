@@ -26,10 +26,12 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
-import data
 import train
 from config import TrainConfig
+from internals.cli import parse
+from internals.shards import read_meta
+from internals.start import run
+from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
 VAL_BATCH = 64
@@ -51,11 +53,11 @@ class Race:
 class Ours:
     """train.py's loop without what it tells and saves."""
 
-    def __init__(self, name: str, cfg: TrainConfig, train_stream: data.TokenStream, val_stream: data.TokenStream):
+    def __init__(self, name: str, cfg: TrainConfig, train_stream: TokenStream, val_stream: TokenStream):
         self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
         self.machine = train.make_machine(cfg)
-        self.windows = data.TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
-        self.val_windows = data.ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
+        self.windows = TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
+        self.val_windows = ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
         torch.manual_seed(cfg.seed)
         self.model = GPT(cfg.model).to(self.machine.device)
         self.optimizer = train.make_optimizer(self.model, cfg, self.machine.device)
@@ -102,7 +104,7 @@ class NanoGPT:
             self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
         self.tokens = np.concatenate(train_stream.shards)
         self.rng = np.random.default_rng(cfg.seed)
-        self.val_windows = data.ValidationWindows(val_stream, c.block_size, cfg.eval_tokens)
+        self.val_windows = ValidationWindows(val_stream, c.block_size, cfg.eval_tokens)
 
     def loss(self, array: np.ndarray) -> torch.Tensor:
         inputs, targets = self.machine.windows(array)
@@ -145,10 +147,10 @@ def load_nanogpt(folder: str) -> Any:
     return module
 
 
-def streams(args: Race) -> tuple[data.TokenStream, data.TokenStream, int]:
+def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
     """Training and validation tokens, and how many different ones there are."""
-    train_stream, val_stream = (data.TokenStream.open(args.data_dir, split) for split in ("train", "val"))
-    vocab_size = data.read_meta(args.data_dir)["vocab_size"]
+    train_stream, val_stream = (TokenStream.open(args.data_dir, split) for split in ("train", "val"))
+    vocab_size = read_meta(args.data_dir)["vocab_size"]
     if args.vocab_size is None:
         return train_stream, val_stream, vocab_size
     counts = sum(np.bincount(shard, minlength=vocab_size) for shard in train_stream.shards)
@@ -156,7 +158,7 @@ def streams(args: Race) -> tuple[data.TokenStream, data.TokenStream, int]:
     new[np.argsort(-counts)[: args.vocab_size - 1]] = np.arange(args.vocab_size - 1)
     kept = counts[np.argsort(-counts)[: args.vocab_size - 1]].sum() / counts.sum()
     print(f"{args.vocab_size:,} tokens kept: {kept:.1%} of the text")
-    train_stream, val_stream = (data.TokenStream([new[s] for s in t.shards]) for t in (train_stream, val_stream))
+    train_stream, val_stream = (TokenStream([new[s] for s in t.shards]) for t in (train_stream, val_stream))
     return train_stream, val_stream, args.vocab_size
 
 
@@ -182,7 +184,7 @@ def main() -> None:
     train_stream, val_stream, vocab_size = streams(args)
 
     def flags(text: str, seed: int) -> TrainConfig:
-        cfg = config.parse(TrainConfig, "", [*shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)])
+        cfg = parse(TrainConfig, "", [*shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)])
         return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
     runners: list[Any] = []
@@ -205,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

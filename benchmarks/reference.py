@@ -17,10 +17,10 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import config
-import report
-from config import TrainConfig, UserError
+from config import TrainConfig
+from internals import checkpoint, report
+from internals.cli import with_preset
+from internals.start import UserError, run
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main() -> None:
     last = checkpoint.load(Path(args.out_dir) / "last.pt")
     settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
     preset = last["config"]["preset"]
-    own = dataclasses.asdict(config.with_preset(TrainConfig, preset))
+    own = dataclasses.asdict(with_preset(TrainConfig, preset))
     own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # which is the data's
     if changed := [name for name in settings if settings[name] != own[name]]:
         raise UserError(f"{args.out_dir}: is no run of the preset {preset} as it is ({', '.join(changed)})")
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -26,11 +26,12 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
-import config
 import model
 import train
 from config import ModelConfig, TrainConfig
+from internals.cli import with_preset
+from internals.machine import resolve_device
+from internals.start import run
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,12 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
 
     while connection.recv():
         connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
-    connection.send(
-        train.peak_memory(train.Machine(checkpoint.resolve_device(args.device), torch.float32, "", 0, 1))[0]
-    )
+    connection.send(train.peak_memory(train.Machine(resolve_device(args.device), torch.float32, "", 0, 1))[0])
 
 
 def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
     """Name -> (tokens per second, peak memory in bytes, seconds of a micro-step, seconds of an update)."""
-    shape = config.with_preset(ModelConfig, args.preset)
+    shape = with_preset(ModelConfig, args.preset)
     shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer)
     context = multiprocessing.get_context("spawn")
     processes, connections = {}, {}
@@ -230,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
+from internals.files import write_json
+from internals.shards import META_FORMAT, ShardWriter
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -57,17 +58,17 @@ def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000
     splits = {}
     for split, count in (("train", train_tokens), ("val", val_tokens)):
         tokens = (np.cumsum(rng.integers(0, 3, count)) % 64 + 32).astype(np.uint16)
-        writer = data.ShardWriter(folder, split, shard_tokens=700)
+        writer = ShardWriter(folder, split, shard_tokens=700)
         writer.write(tokens)
         splits[split] = {"tokens": count, "bytes": count, "articles": 10, "shards": writer.finish()}
     meta = {
-        "format": data.META_FORMAT,
+        "format": META_FORMAT,
         "tokenizer": tokenizer,
         "vocab_size": 257,
         "source": {"name": "test"},
         "splits": splits,
     }
-    data.write_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", meta)
     return folder
 
 

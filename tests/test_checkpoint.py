@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
-from config import ModelConfig, UserError
+from config import ModelConfig
+from internals import checkpoint, machine
+from internals.start import UserError
 from model import GPT
 
 resource = pytest.importorskip("resource")  # Windows has none
@@ -113,26 +114,26 @@ def test_weights_that_do_not_fit_their_configuration():
 def test_auto_dtype_on_a_gpu_goes_by_its_generation(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # as a T4 answers
-    assert checkpoint.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
+    assert machine.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
 
 
 @pytest.mark.parametrize("speedup, dtype", [(0.01, torch.float32), (1.0, torch.float32), (1.9, torch.bfloat16)])
 def test_auto_dtype_on_a_cpu_is_the_faster_one_and_never_float16(monkeypatch, speedup, dtype):
-    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: speedup)
-    assert checkpoint.resolve_dtype("auto", torch.device("cpu"))[0] == dtype
+    monkeypatch.setattr(machine, "cpu_bfloat16_speedup", lambda: speedup)
+    assert machine.resolve_dtype("auto", torch.device("cpu"))[0] == dtype
     with pytest.raises(UserError, match="--dtype float16: CPUs are"):
-        checkpoint.resolve_dtype("float16", torch.device("cpu"))
-    assert checkpoint.resolve_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "as asked")
+        machine.resolve_dtype("float16", torch.device("cpu"))
+    assert machine.resolve_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "as asked")
 
 
 def test_the_timing_behind_it_is_a_ratio():
-    assert 0.001 < checkpoint.cpu_bfloat16_speedup() < 1_000
+    assert 0.001 < machine.cpu_bfloat16_speedup() < 1_000
 
 
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert checkpoint.resolve_device("auto") == torch.device("cpu")
+    assert machine.resolve_device("auto") == torch.device("cpu")
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"--device {name}: PyTorch .* finds none here"):
-            checkpoint.resolve_device(name)
+            machine.resolve_device(name)

@@ -10,8 +10,9 @@ import typing
 import pytest
 from conftest import REPO, run_script, unboxed
 
-import config
-from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, with_preset
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
+from internals.cli import parse, with_preset
+from internals.start import UserError, run
 
 COMMANDS = {
     "prepare_data.py": PrepareConfig,
@@ -66,9 +67,9 @@ def test_every_key_of_a_preset_is_a_field(preset):
 
 
 def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default():
-    plain = config.parse(TrainConfig, "", [])
-    demo = config.parse(TrainConfig, "", ["--preset", "demo"])
-    both = config.parse(TrainConfig, "", ["--preset=demo", "--learning_rate", "0.5", "--n-layer", "3"])
+    plain = parse(TrainConfig, "", [])
+    demo = parse(TrainConfig, "", ["--preset", "demo"])
+    both = parse(TrainConfig, "", ["--preset=demo", "--learning_rate", "0.5", "--n-layer", "3"])
     assert (plain.model.n_layer, plain.out_dir) == (6, "checkpoints/wikipedia")
     assert (demo.model.n_layer, demo.out_dir) == (PRESETS["demo"]["n_layer"], "checkpoints/demo")
     assert (both.learning_rate, both.model.n_layer, both.data_dir) == (0.5, 3, "data/demo")
@@ -119,7 +120,7 @@ def test_a_configuration_cannot_be_changed():
 )
 def test_a_wrong_value_is_named_and_ends_with_status_2(cls, args, words, capsys):
     with pytest.raises(SystemExit) as exit:
-        config.parse(cls, "", args)
+        parse(cls, "", args)
     assert exit.value.code == 2
     told = capsys.readouterr()
     text = unboxed(told.err)
@@ -143,9 +144,9 @@ def test_what_follows_from_other_values():
 
 def test_a_foreseen_problem_is_one_line_and_status_2(capsys):
     def main():
-        raise config.UserError("the disk is full; make room")
+        raise UserError("the disk is full; make room")
 
     with pytest.raises(SystemExit) as exit:
-        config.run(main)
+        run(main)
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: the disk is full; make room\n"

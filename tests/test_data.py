@@ -12,9 +12,11 @@ import pytest
 import tiktoken
 from conftest import needs_gpt2, needs_wikipedia
 
-import data
-from config import UserError
-from data import ShardWriter, TokenStream, TrainingWindows, ValidationWindows, load_tokenizer, read_meta, read_shard
+from internals.files import write_json
+from internals.shards import ShardWriter, read_meta, read_shard, shard_header
+from internals.start import UserError
+from internals.tokenizer import GPT2_PATTERN, load_tokenizer
+from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 
 
 def write_shards(folder, split, tokens, shard_tokens=100):
@@ -29,7 +31,7 @@ def write_folder(folder, train, val, shard_tokens=100):
     for split, tokens in (("train", train), ("val", val)):
         shards = write_shards(folder, split, tokens, shard_tokens)
         splits[split] = {"tokens": len(tokens), "bytes": len(tokens), "articles": 1, "shards": shards}
-    data.write_json(folder / "meta.json", {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "splits": splits})
+    write_json(folder / "meta.json", {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "splits": splits})
 
 
 def random_tokens(count, seed=0):
@@ -58,7 +60,7 @@ def test_the_pattern_cuts_as_gpt2s_own():
     ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *pairs])}
     ours, original = (
         tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        for pattern in (data.GPT2_PATTERN, GPT2_ORIGINAL)
+        for pattern in (GPT2_PATTERN, GPT2_ORIGINAL)
     )
     for length in range(1, 200):
         for _ in range(100):
@@ -140,7 +142,7 @@ def test_the_tail_of_a_split(tmp_path):
 @pytest.mark.parametrize("name", ["cut", "long", "empty", "other", "missing", "unfinished"])
 def test_a_file_that_is_no_whole_shard_is_refused(tmp_path, name):
     path = tmp_path / "train_000000.bin"
-    whole = data.shard_header(100) + bytes(200)
+    whole = shard_header(100) + bytes(200)
     content = {
         "cut": whole[:-1], "long": whole + b"\0\0", "empty": b"", "other": b"x" * 2000, "unfinished": bytes(1024) + bytes(200),
     }  # fmt: skip
@@ -178,16 +180,16 @@ def test_folders_that_are_not_finished(tmp_path):
 
 def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):
     write_folder(tmp_path, random_tokens(250), random_tokens(30))
-    (tmp_path / "train_000001.bin").write_bytes(data.shard_header(99) + bytes(198))
+    (tmp_path / "train_000001.bin").write_bytes(shard_header(99) + bytes(198))
     with pytest.raises(UserError, match=r"train_000001\.bin"):
         TokenStream.open(tmp_path, "train")
 
 
 def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "meta.json"
-    data.write_json(path, {"a": "東京"})
+    write_json(path, {"a": "東京"})
     with pytest.raises(TypeError):
-        data.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "東京"}
 
 

@@ -12,8 +12,8 @@ import torch
 from conftest import REPO
 from test_train import assert_same_end, metrics, tiny
 
-import checkpoint
 import train
+from internals import checkpoint
 
 FLAGS = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
@@ -35,9 +35,9 @@ def with_fault(tmp_path: Path, fault: str) -> Path:
     """train.py, with a few lines that make something go wrong in it."""
     script = tmp_path / "faulty.py"
     script.write_text(
-        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, config, train\n"
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, train\nfrom internals import start\n"
         f"from model import GPT\nRANK = int(os.environ['RANK'])\nget_lr, forward = train.get_lr, GPT.forward\n{fault}\n"
-        "config.run(train.main)\n"
+        "start.run(train.main)\n"
     )
     return script
 

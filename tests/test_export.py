@@ -16,10 +16,13 @@ import torch
 from conftest import REPO, assert_user_error, needs_gpt2, run_script
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import export
-from config import ExportConfig, ModelConfig, TrainConfig, UserError, parse
-from data import TokenStream, ValidationWindows, load_tokenizer
+from config import ExportConfig, ModelConfig, TrainConfig
+from internals import checkpoint, huggingface
+from internals.cli import parse
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
+from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}
@@ -191,7 +194,7 @@ def test_the_files_of_a_folder(exported):
 
 @needs_gpt2
 def test_merges_are_those_of_gpt2():
-    merges = export.merges(load_tokenizer("gpt2"))
+    merges = huggingface.merges(load_tokenizer("gpt2"))
     assert len(merges) == 50_000
     assert merges[:5] == ["Ġ t", "Ġ a", "h e", "i n", "r e"]  # merges.txt as OpenAI published it begins so
 
@@ -313,12 +316,17 @@ def test_nothing_is_overwritten(tmp_path, kind):
 KILLED = """
 import os, signal, sys
 import export
+from internals import huggingface
 from config import ExportConfig
+from internals.start import run
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(export, sys.argv[1], die) if hasattr(export, sys.argv[1]) else setattr(os, sys.argv[1], die)
+from internals import huggingface
+
+module = next(m for m in (export, huggingface, os) if hasattr(m, sys.argv[1]))
+setattr(module, sys.argv[1], die)
 export.export(ExportConfig(checkpoint=sys.argv[2], out_dir=sys.argv[3]))
 """
 
@@ -339,7 +347,9 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
 FULL_DISK = """
 import resource, signal, sys
 import export
-from config import ExportConfig, run
+from internals import huggingface
+from config import ExportConfig
+from internals.start import run
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -382,15 +392,15 @@ def test_checkpoint_that_cannot_be_used(tmp_path):
 
 
 def import_gpt2(folder: str | Path, block_size: int, tokenizer: str = "bytes", dropout: float = 0.0) -> GPT:
-    return export.import_gpt2(str(folder), tokenizer, ModelConfig(block_size=block_size, dropout=dropout)).eval()
+    return huggingface.import_gpt2(str(folder), tokenizer, ModelConfig(block_size=block_size, dropout=dropout)).eval()
 
 
 def test_import_undoes_export_bit_for_bit(exported):
     name, model, folder = exported
     back = import_gpt2(folder, SIZES["block_size"], name)
     assert back.config == model.config
-    for key, tensor in export.real_weights(model).items():
-        assert torch.equal(export.real_weights(back)[key], tensor), key
+    for key, tensor in huggingface.real_weights(model).items():
+        assert torch.equal(huggingface.real_weights(back)[key], tensor), key
     assert back.transformer.wte.weight[VOCAB_SIZE[name] :].abs().sum() == 0
 
 
@@ -482,10 +492,12 @@ def test_import_refuses_more_positions_than_there_are(foreign, tmp_path):
 
 
 FROM_THE_HUB = """
-import export, sys
-from config import ModelConfig, run
+import sys
+from internals import huggingface
+from internals.start import run
+from config import ModelConfig
 
-run(lambda: print(export.import_gpt2(sys.argv[1], "bytes", ModelConfig(block_size=64)).num_parameters()["total"]))
+run(lambda: print(huggingface.import_gpt2(sys.argv[1], "bytes", ModelConfig(block_size=64)).num_parameters()["total"]))
 """
 
 

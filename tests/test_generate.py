@@ -16,10 +16,11 @@ import torch
 from conftest import REPO, assert_user_error, run_script
 from test_model import transformers_twin
 
-import checkpoint
 import generate
-from config import GenerateConfig, ModelConfig, UserError
-from data import load_tokenizer
+from config import GenerateConfig, ModelConfig
+from internals import checkpoint, text_stream
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
 from model import GPT, KeyValueCache
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, block_size=16, vocab_size=300)
@@ -348,8 +349,8 @@ def test_the_prompt_is_taken_literally():
 
 def test_samples_are_printed_one_after_the_other_with_a_blank_line_between(monkeypatch):
     written = []
-    monkeypatch.setattr(generate, "write", written.append)
-    streams = [generate.TextStream(BYTES) for _ in range(3)]
+    monkeypatch.setattr(text_stream, "write", written.append)
+    streams = [text_stream.TextStream(BYTES) for _ in range(3)]
 
     def steps():
         yield streams
@@ -359,7 +360,7 @@ def test_samples_are_printed_one_after_the_other_with_a_blank_line_between(monke
                     stream.push(token)
             yield streams
 
-    generate.print_text("> ", steps())
+    text_stream.print_text("> ", steps())
     assert "".join(written) == "> AB\n\n> abc\n\n> 12\n"
     assert written[:3] == ["> ", "A", "B"]  # as it comes
 
@@ -554,8 +555,7 @@ def test_a_wrong_checkpoint_is_one_clear_message(tmp_path, best, monkeypatch):
     other = {"model": dataclasses.asdict(TINY)}
     assert "do not fit" in load_error(save_checkpoint(tmp_path / "other.pt", config=other))
     monkeypatch.setattr(
-        generate,
-        "load_tokenizer",
+        "internals.checkpoint.load_tokenizer",
         lambda name: tiktoken.Encoding(name, pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}),
     )
     assert "257 tokens" in load_error(best)

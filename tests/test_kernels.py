@@ -8,7 +8,7 @@ from test_generate import random_model, tokens_of
 from torch.nn import functional as F
 
 import generate
-import kernels
+from internals import cpu_kernels, machine
 from model import KeyValueCache
 
 PROCESSORS = {
@@ -22,8 +22,8 @@ PROCESSORS = {
 @pytest.fixture(params=PROCESSORS)
 def processor(request, monkeypatch):
     """Each processor's rules in turn, with every matrix large: the kernels themselves run on any."""
-    monkeypatch.setattr(kernels, "capabilities", lambda: PROCESSORS[request.param])
-    monkeypatch.setattr(kernels, "LARGE", 1)
+    monkeypatch.setattr(cpu_kernels, "capabilities", lambda: PROCESSORS[request.param])
+    monkeypatch.setattr(cpu_kernels, "LARGE", 1)
     return request.param
 
 
@@ -31,8 +31,8 @@ def processor(request, monkeypatch):
 def test_the_processor_is_what_the_system_says():
     with open("/proc/cpuinfo") as file:
         text = file.read()
-    assert kernels.is_amd() == ("AuthenticAMD" in text)
-    assert bool(kernels.capabilities().get("amx_bf16")) == (" amx_bf16 " in text)
+    assert cpu_kernels.is_amd() == ("AuthenticAMD" in text)
+    assert bool(cpu_kernels.capabilities().get("amx_bf16")) == (" amx_bf16 " in text)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.002)])
@@ -45,7 +45,7 @@ def test_linear_is_the_product_whatever_the_kernel(processor, dtype, tolerance, 
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
-                y = kernels.Linear(weight, bias)(x)
+                y = cpu_kernels.Linear(weight, bias)(x)
             assert (y.shape, y.dtype) == (expected.shape, dtype) and y.is_contiguous()
             assert (y - expected).abs().max() < tolerance * expected.abs().max()
     assert torch.backends.mkldnn.enabled
@@ -54,19 +54,23 @@ def test_linear_is_the_product_whatever_the_kernel(processor, dtype, tolerance, 
 def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
     def chosen(name, dtype, *shape):
         """For 1, 2 and 8 rows."""
-        monkeypatch.setattr(kernels, "capabilities", lambda: PROCESSORS[name])
-        return [kernels.choose(torch.empty(shape, dtype=dtype), rows) for rows in (1, 2, 8)]
+        monkeypatch.setattr(cpu_kernels, "capabilities", lambda: PROCESSORS[name])
+        return [cpu_kernels.choose(torch.empty(shape, dtype=dtype), rows) for rows in (1, 2, 8)]
 
     head, other, plain = (50_304, 384), (1536, 384), [F.linear] * 3
-    assert chosen("AMX", torch.bfloat16, *head) == [kernels.vector, kernels.matrix_first, kernels.matrix_first]
-    assert chosen("AMX", torch.bfloat16, *other) == [kernels.native_vector, *plain[1:]]
+    assert chosen("AMX", torch.bfloat16, *head) == [
+        cpu_kernels.vector,
+        cpu_kernels.matrix_first,
+        cpu_kernels.matrix_first,
+    ]
+    assert chosen("AMX", torch.bfloat16, *other) == [cpu_kernels.native_vector, *plain[1:]]
     for name in ("AMD", "old AMD", "another"):
-        assert chosen(name, torch.bfloat16, *head) == [kernels.native_vector, kernels.native_linear, *plain[2:]]
+        assert chosen(name, torch.bfloat16, *head) == [cpu_kernels.native_vector, cpu_kernels.native_linear, *plain[2:]]
     for name in ("AMX", "another"):
         assert chosen(name, torch.float32, *head) == plain
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for name in ("AMD", "old AMD"):
-        assert chosen(name, torch.float32, *other) == [kernels.matrix_first] * 3
+        assert chosen(name, torch.float32, *other) == [cpu_kernels.matrix_first] * 3
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert chosen("AMD", torch.float32, *other) == plain
 
@@ -76,27 +80,27 @@ def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
         "old AMD": torch.float32,
         "another": torch.float32,
     }.items():
-        monkeypatch.setattr(kernels, "capabilities", lambda name=name: PROCESSORS[name])
-        assert kernels.fastest_dtype(torch.device("cpu"))[0] == dtype
+        monkeypatch.setattr(cpu_kernels, "capabilities", lambda name=name: PROCESSORS[name])
+        assert machine.fastest_dtype(torch.device("cpu"))[0] == dtype
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_a_model_computes_the_same_by_them(processor, dtype, tolerance, monkeypatch):
     """Its every product, head included, goes by them, and the model is as before when it is left."""
-    called, choose = [], kernels.choose
+    called, choose = [], cpu_kernels.choose
     has_rules = choose(torch.empty(1, 1, dtype=dtype), 1) is not F.linear
 
     def watched(weight, rows):
         kernel = choose(weight, rows)
         return kernel if kernel is F.linear else lambda *args: called.append(len(args[0])) or kernel(*args)
 
-    monkeypatch.setattr(kernels, "choose", watched)
+    monkeypatch.setattr(cpu_kernels, "choose", watched)
     model, exact = random_model().to(dtype), random_model()
     idx = torch.randint(300, (1, 16))
     expected = exact(idx)[0]
     attributes = {module: dict(vars(module)) for module in model.modules()}
     cache, logits = KeyValueCache(model.config), []
-    with torch.no_grad(), kernels.few_rows(model):
+    with torch.no_grad(), cpu_kernels.few_rows(model):
         for position in range(16):
             logits.append(model(idx[:, position : position + 1], cache=cache)[0, 0].float())
     error = (torch.stack(logits) - expected).std() / expected.std()

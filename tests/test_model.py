@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from config import ModelConfig, TrainConfig, with_preset
+from config import ModelConfig, TrainConfig
+from internals.cli import with_preset
 from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=4, n_embd=32, n_inner=96, block_size=24, vocab_size=101)

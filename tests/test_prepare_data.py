@@ -1,4 +1,4 @@
-"""prepare_data.py and sources.py: what ends up in the shards, whatever happens on the way.
+"""prepare_data.py and what it is made of: what ends up in the shards, whatever happens on the way.
 
 Two tests are larger by command: PREPARE_KILLS=50 is the number of kills survived, and WIKIPEDIA_SAMPLE_DIR with
 TIKTOKEN_CACHE_DIR takes real articles for them.
@@ -23,11 +23,14 @@ import pytest
 from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_script
 
 import prepare_data
-import sources
-from config import PrepareConfig, UserError
-from data import TokenStream, load_tokenizer, read_meta
+from config import PrepareConfig
+from internals import text_files
+from internals.shards import read_meta
+from internals.start import UserError
+from internals.text_files import articles, read_chunks
+from internals.tokenizer import PIECE, encode, load_tokenizer
+from internals.windows import TokenStream
 from prepare_data import Job, prepare, tokenize
-from sources import articles, read_chunks
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and file-size limits are POSIX")
 WORDS = [
@@ -158,7 +161,7 @@ def test_any_number_of_workers_makes_the_same_files(tmp_path):
 
 
 def test_every_file_type_makes_the_same_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 10_000)  # so that there are many chunks, and lines longer than one
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 10_000)  # so that there are many chunks, and lines longer than one
     zstandard = pa.Codec("zstd")
     rows = make_articles(300, words=500)
     write_parquet(tmp_path / "a.parquet", rows)
@@ -217,7 +220,7 @@ def test_the_split_depends_on_the_id_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_one_document_gives_its_end_to_validation(tmp_path, kind, monkeypatch):
     text = " ".join(row["text"] for row in make_articles(2000))
-    assert len(text.encode()) > 2 * sources.CHUNK_BYTES
+    assert len(text.encode()) > 2 * text_files.CHUNK_BYTES
     path = tmp_path / f"book.{kind}"
     path.write_text(text if kind == "txt" else json.dumps({"text": text}), encoding="utf-8")
     prepare(config(tmp_path / "out", path, val_fraction=0.25, shard_tokens=300_000))
@@ -319,9 +322,9 @@ def test_odd_articles_come_back_exactly(tmp_path, name, tokenizer, kind):
 @needs_gpt2
 def test_cutting_long_texts_does_not_change_their_tokens():
     text = "\n\n".join(as_text(row) for row in make_articles(400)) + "  \n \n x  y\tz " * 2000
-    assert len(text) > 5 * prepare_data.PIECE
+    assert len(text) > 5 * PIECE
     encoding = load_tokenizer("gpt2")
-    got, lengths = prepare_data.encode(encoding, [text])
+    got, lengths = encode(encoding, [text])
     assert got.tolist() == [*encoding.encode_ordinary(text), encoding.eot_token]
     assert lengths.tolist() == [len(got)]
 
@@ -331,13 +334,13 @@ def test_cutting_long_texts_does_not_change_their_tokens():
 def test_many_texts_at_once_have_the_tokens_of_each_alone(tokenizer, odd):
     texts = ["x", " ends in blanks  \n ", "\n\nbegins so", "text|>", "'s", "東京", *(map(as_text, make_articles(20)))]
     if odd is not None:
-        texts.insert(7, " word" * prepare_data.PIECE if odd == "long" else odd)
+        texts.insert(7, " word" * PIECE if odd == "long" else odd)
     encoding = load_tokenizer(tokenizer)
     want = [[*encoding.encode_ordinary(text), encoding.eot_token] for text in texts]
-    tokens, lengths = prepare_data.encode(encoding, texts)
+    tokens, lengths = encode(encoding, texts)
     assert tokens.dtype == np.uint16
     assert [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] == want
-    assert [len(array) for array in prepare_data.encode(encoding, [])] == [0, 0]
+    assert [len(array) for array in encode(encoding, [])] == [0, 0]
 
 
 def test_empty_articles_are_left_out_and_counted(tmp_path):
@@ -668,8 +671,8 @@ def hub_command(folder, *more):
 
 def without_pauses(arguments, first=""):
     """The command with `time.sleep` gone, so that retries take no time, and behind some line of Python."""
-    code = "import time; time.sleep = lambda seconds: None; import config, prepare_data"
-    return ["-c", f"{code}\n{first}\nconfig.run(prepare_data.main)", *arguments[1:]]
+    code = "import time; time.sleep = lambda seconds: None; from internals import start; import prepare_data"
+    return ["-c", f"{code}\n{first}\nstart.run(prepare_data.main)", *arguments[1:]]
 
 
 def test_the_hub(tmp_path, serve, hub_folder):
@@ -702,7 +705,9 @@ def test_faults_of_the_hub_are_overcome(tmp_path, serve):
     faults += ["error", "stall", "drop", "truncate", "drop"]
     handler, env = serve(faults)
     handler.unanswered = 1
-    code = without_pauses(hub_command(tmp_path / "out"), "import sources; sources.ANSWER_SECONDS = 5")
+    code = without_pauses(
+        hub_command(tmp_path / "out"), "from internals import wikipedia; wikipedia.ANSWER_SECONDS = 5"
+    )
     result = run_script(*code, env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
     assert result.returncode == 0, result.stderr
     assert not handler.faults and not handler.unanswered  # each one happened

@@ -7,8 +7,8 @@ import shlex
 import pytest
 from conftest import REPO, run_script
 
-import config
 from config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
+from internals.cli import parse
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {
@@ -38,7 +38,7 @@ def ours(command: str) -> tuple[str, list[str]] | None:
 @pytest.mark.parametrize("command", [c for c in commands() if ours(c) and "--help" not in c])
 def test_a_command_of_the_readme_parses(command):
     script, args = ours(command)
-    config.parse(SCRIPTS[script], "", args)
+    parse(SCRIPTS[script], "", args)
 
 
 def test_the_readme_shows_the_three_commands():

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 import prepare_data
-import report
-from config import ModelConfig, PrepareConfig, TrainConfig, with_preset
-from machine import Machine
+from config import ModelConfig, PrepareConfig, TrainConfig
+from internals import report
+from internals.cli import with_preset
+from internals.machine import Machine
+from internals.shards import read_meta
 from model import GPT
 from train import TrainState, describe_data
 
@@ -145,7 +146,7 @@ def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):
     prepared = dataclasses.replace(with_preset(PrepareConfig, "demo"), data_dir=str(tmp_path), workers=1)
     prepare_data.prepare(prepared)
     cfg = with_preset(TrainConfig, "demo")
-    meta = data.read_meta(tmp_path)
+    meta = read_meta(tmp_path)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
     found = report.reference(cfg, describe_data(meta)["sha256"])
     assert found, "the demo's settings or text changed: train it, and run benchmarks/reference.py"

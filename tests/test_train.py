@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import assert_user_error, run_script, write_data
 
-import checkpoint
 import config
-import data
-import report
 import train
-from config import ModelConfig, TrainConfig, UserError
+from config import ModelConfig, TrainConfig
+from internals import checkpoint, report
+from internals.start import UserError
+from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
 TIMINGS = ("seconds", "tokens_per_second")
@@ -195,7 +195,8 @@ def test_a_signal_during_evaluation_saves_after_the_next_iteration(data_dir, tmp
 
 def test_a_second_interrupt_quits_at_once_and_one_before_the_run_leaves_no_traceback(data_dir, tmp_path):
     source = f"""
-import os, signal, train, config
+import os, signal, train
+from internals import start
 if {{twice}}:
     train.get_lr = lambda it, cfg: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
 else:
@@ -203,7 +204,7 @@ else:
 import sys
 sys.argv = ["train.py", "--data-dir", {str(data_dir)!r}, "--out-dir", {str(tmp_path / "run")!r}, "--block-size", "16",
             "--n-layer", "1", "--batch-size", "4", "--tokens-per-iter", "64", "--dtype", "float32", "--n-embd", "12"]
-config.run(train.main)
+start.run(train.main)
 """
     before = run_script("-c", source.format(twice=False))
     assert before.returncode == 130 and "Traceback" not in before.stderr and "Stopped" in before.stderr, before.stderr
@@ -243,9 +244,9 @@ def test_resuming_names_what_changed_and_takes_it(data_dir, tmp_path, capsys, mo
 
 
 def test_a_resumed_run_keeps_its_dtype(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr("internals.machine.cpu_bfloat16_speedup", lambda: 2.0)
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=2))
-    monkeypatch.setattr(checkpoint, "cpu_bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setattr("internals.machine.cpu_bfloat16_speedup", lambda: 1.0)
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=3, resume=True))
     assert "bfloat16 (as the run began)" in capsys.readouterr().out
     train.train(tiny(data_dir, tmp_path, dtype="float32", max_iters=4, resume=True))
@@ -397,7 +398,7 @@ def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         poison(patch, where, call=2 * 6 + 1)  # the second micro-step of the seventh iteration
         train.train(tiny(data_dir, tmp_path))
-    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, seed=1337)
+    windows = TrainingWindows(TokenStream.open(data_dir, "train"), 16, seed=1337)
     numbers = range(6 * 8 + 4, 6 * 8 + 8) if where == "loss" else range(6 * 8, 6 * 8 + 8)
     text = str(caught.value)
     assert "begin at token " + ", ".join(str(windows.start(n)) for n in numbers) + ". Go on" in text
@@ -445,7 +446,7 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, mo
 def float16(monkeypatch):
     """Train in float16 as GPUs before Ampere do, with a scale so large that the first steps overflow."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(checkpoint, "resolve_dtype", lambda name, device: (torch.float16, "for a test"))
+    monkeypatch.setattr("internals.machine.resolve_dtype", lambda name, device: (torch.float16, "for a test"))
     monkeypatch.setattr(
         torch.amp,
         "GradScaler",
@@ -565,7 +566,7 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
     def unavailable(name):
         raise UserError("the gpt2 tokenizer's vocabulary could not be fetched")
 
-    monkeypatch.setattr(data, "load_tokenizer", unavailable)
+    monkeypatch.setattr(train, "load_tokenizer", unavailable)
     train.train(tiny(data_dir, tmp_path / "without", sample_prompt=prompt))
     assert "Evaluations show no text: the gpt2 tokenizer's" in capsys.readouterr().out
     assert_same_end(tmp_path / "without", straight)
@@ -657,7 +658,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path, dropout=0.0)
     machine, scaler = train.make_machine(cfg), torch.amp.GradScaler("cpu", enabled=False)
-    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, seed=1)
+    windows = TrainingWindows(TokenStream.open(data_dir, "train"), 16, seed=1)
     model = GPT(cfg.model)
     gradients, means = [], []
     for batch_size in (8, 2):
@@ -685,7 +686,7 @@ def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}], betas=(0.9, 0.95)
     )
-    windows = data.TrainingWindows(data.TokenStream.open(data_dir, "train"), 16, cfg.seed)
+    windows = TrainingWindows(TokenStream.open(data_dir, "train"), 16, cfg.seed)
     rows = metrics(tmp_path)[1:]
     for it in range(10):
         rate = 1e-3 + 9e-3 * (1 + math.cos(math.pi * (it - 1) / 9)) / 2 if it else 1e-2 / 2
@@ -703,7 +704,7 @@ def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
         assert rows[it]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
         assert rows[it]["learning_rate"] == pytest.approx(rate)
         assert (rows[it]["iter"], rows[it]["tokens"]) == (it + 1, 128 * (it + 1))
-    val = torch.from_numpy(data.TokenStream.open(data_dir, "val").read(0, 500).astype("int64"))
+    val = torch.from_numpy(TokenStream.open(data_dir, "val").read(0, 500).astype("int64"))
     with torch.no_grad():
         losses = [model(val[i : i + 16][None], val[i + 1 : i + 17][None]).item() for i in range(0, 496, 16)]
     mean = sum(losses) / len(losses)
@@ -715,7 +716,7 @@ def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
 def test_validation_does_not_depend_on_the_batch_size(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path)
     machine, model = train.make_machine(cfg), GPT(cfg.model)
-    windows = data.ValidationWindows(data.TokenStream.open(data_dir, "val"), 16, eval_tokens=400)
+    windows = ValidationWindows(TokenStream.open(data_dir, "val"), 16, eval_tokens=400)
     losses = [train.evaluate(model, windows, n, machine) for n in (1, 4, 7, 25, 100)]
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
     assert model.training
@@ -744,7 +745,14 @@ def test_help_shows_every_field():
 
 def test_every_field_is_read():
     """No option that nothing reads."""
-    names = ("train.py", "machine.py", "report.py", "model.py")
+    names = (
+        "train.py",
+        "internals/machine.py",
+        "internals/report.py",
+        "internals/run.py",
+        "internals/optimizer.py",
+        "model.py",
+    )
     sources = [(Path(config.__file__).parent / name).read_text() for name in names]
     code = (
         "\n".join(sources)

@@ -1,23 +1,24 @@
-"""The checkpoint format: save atomically, load safely, rebuild a model.
-
-`best.pt` holds what generating needs: format, model, config, tokenizer, iter, tokens, val_loss, and data, a description
-of what it was trained on. `last.pt` holds that and what resuming needs besides: best_val_loss, seconds, machine,
-optimizer, scaler, rng (one random state for each process). Tensors and plain values only, so that loading runs no code.
-"""
+"""The checkpoint format: save atomically, load safely, rebuild a model."""
 
 import contextlib
 import os
-import time
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 import torch
 from torch.overrides import TorchFunctionMode
 
-from config import ModelConfig, UserError
+from config import GenerateConfig, ModelConfig
+from internals.files import sync_folder
+from internals.machine import fastest_dtype, resolve_device, resolve_dtype
+from internals.start import UserError
+from internals.text_stream import say
+from internals.tokenizer import load_tokenizer
 from model import GPT
 
 FORMAT = 1
+
 REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_loss"}
 
 
@@ -48,16 +49,6 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
         raise UserError(
             f"{path}: the checkpoint could not be written ({reason}){kept}. Make room and --resume"
         ) from error
-
-
-def sync_folder(folder: str | Path) -> None:
-    """Make a rename in this folder outlive a power cut. Windows has no such call, and needs none."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -109,54 +100,23 @@ def build_model(checkpoint: dict[str, Any]) -> GPT:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Where a model lives, and in which precision it computes
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device for `--device`. Raises UserError where this machine, or this PyTorch, has no such device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here; take --device auto")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The arithmetic's dtype for `--dtype` on a device, and why.
-
-    Raises:
-        UserError: float16 on a CPU, which is a hundred times slower than float32.
-    """
-    if name != "auto":
-        if name == "float16" and device.type == "cpu":
-            raise UserError("--dtype float16: CPUs are a hundred times slower in it; take bfloat16 or float32")
-        return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        # is_bf16_supported() also says yes to GPUs that only emulate it: ask for the hardware's generation.
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"compute capability {major}.{minor} has it"
-        return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
-    if device.type == "cpu":
-        speedup = cpu_bfloat16_speedup()
-        if speedup > 1.3:
-            return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in a matrix product on this CPU"
-        return torch.float32, "bfloat16 is not faster on this CPU"
-    return torch.float32, "the safe choice on this device"
-
-
-def cpu_bfloat16_speedup() -> float:
-    """How much faster a matrix product is in bfloat16 than in float32, measured here in a few milliseconds."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            begin = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(torch.float32) / seconds(torch.bfloat16)
+def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
+    """The checkpoint's model, on the device and in the dtype asked for, and its tokenizer."""
+    saved = load(config.checkpoint)
+    tokenizer = load_tokenizer(saved["tokenizer"])
+    model = build_model(saved)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise UserError(
+            f"{config.checkpoint}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
+            f"({saved['tokenizer']}) {tokenizer.n_vocab:,}"
+        )
+    device = resolve_device(config.device)
+    if config.dtype == "auto":
+        dtype, why = fastest_dtype(device)
+    else:
+        dtype, why = resolve_dtype(config.dtype, device)
+    size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
+    say(
+        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({why})"
+    )
+    return model.to(device, dtype), tokenizer

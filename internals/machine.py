@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from config import TrainConfig, UserError
+from config import TrainConfig
+from internals import cpu_kernels
+from internals.start import UserError
 from model import GPT
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def make_machine(cfg: TrainConfig) -> Machine:
     Raises:
         UserError: there is no such device, or fewer GPUs than processes.
     """
-    device = checkpoint.resolve_device(cfg.device)
+    device = resolve_device(cfg.device)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         if device.type == "mps":
@@ -119,7 +120,7 @@ def make_machine(cfg: TrainConfig) -> Machine:
         importlib.import_module("torch.distributed.nn.functional")
 
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype, why = checkpoint.resolve_dtype(cfg.dtype, device)
+    dtype, why = resolve_dtype(cfg.dtype, device)
     if processes > 1:
         dtypes = [dtype] * processes
         dist.all_gather_object(dtypes, dtype)
@@ -127,6 +128,70 @@ def make_machine(cfg: TrainConfig) -> Machine:
             dtype, why = torch.float32, "the processes' devices differ in their fastest one"
     torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are such
     return Machine(device, dtype, why, rank, processes)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `--device`. Raises UserError where this machine, or this PyTorch, has no such device."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here; take --device auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The arithmetic's dtype for `--dtype` on a device, and why.
+
+    Raises:
+        UserError: float16 on a CPU, which is a hundred times slower than float32.
+    """
+    if name != "auto":
+        if name == "float16" and device.type == "cpu":
+            raise UserError("--dtype float16: CPUs are a hundred times slower in it; take bfloat16 or float32")
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        # is_bf16_supported() also says yes to GPUs that only emulate it: ask for the hardware's generation.
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"compute capability {major}.{minor} has it"
+        return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
+    if device.type == "cpu":
+        speedup = cpu_bfloat16_speedup()
+        if speedup > 1.3:
+            return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in a matrix product on this CPU"
+        return torch.float32, "bfloat16 is not faster on this CPU"
+    return torch.float32, "the safe choice on this device"
+
+
+def cpu_bfloat16_speedup() -> float:
+    """How much faster a matrix product is in bfloat16 than in float32, measured here in a few milliseconds."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The weights' dtype that generates fastest on a device, and why.
+
+    On a CPU what counts is not how fast large products are, as in training, but how fast a matrix is read. Bfloat16 has
+    half the bytes, but was measured to be faster only with hardware for it and a kernel that is good at few rows.
+    """
+    if device.type != "cpu":
+        return resolve_dtype("auto", device)
+    if cpu_kernels.capabilities().get("amx_bf16") or (
+        cpu_kernels.is_amd() and cpu_kernels.capabilities().get("avx512_bf16")
+    ):
+        return torch.bfloat16, "which this CPU reads faster than float32"
+    return torch.float32, "bfloat16 is not known to be faster on this CPU"
 
 
 def peak_memory(machine: Machine) -> tuple[int | None, int | None]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from config import TrainConfig, writing
+from config import TrainConfig
+from internals.files import writing
 
 if TYPE_CHECKING:
-    from data import TrainingWindows, ValidationWindows
-    from machine import Machine
-    from train import TrainState
+    from internals.machine import Machine
+    from internals.run import TrainState
+    from internals.windows import TrainingWindows, ValidationWindows
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
 # MFU is shown for these GPUs and no other.
@@ -34,7 +35,7 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
-REFERENCES = Path(__file__).resolve().parent / "reference"
+REFERENCES = Path(__file__).resolve().parents[1] / "reference"
 # The settings that decide nothing of how the loss falls: where and how a run computes, what it shows and when. The seed
 # decides a little, and a reference is of one seed.
 NOT_LEARNING = {

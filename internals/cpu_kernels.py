@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import checkpoint
 from model import GPT
 
 LARGE = 1 << 22  # elements: such a matrix comes from memory, a smaller one may be in a cache
@@ -75,19 +74,6 @@ def choose(weight: Tensor, rows: int) -> Kernel:
         if rows == 1:
             return native_vector
     return F.linear
-
-
-def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The weights' dtype that generates fastest on a device, and why.
-
-    On a CPU what counts is not how fast large products are, as in training, but how fast a matrix is read. Bfloat16 has
-    half the bytes, but was measured to be faster only with hardware for it and a kernel that is good at few rows.
-    """
-    if device.type != "cpu":
-        return checkpoint.resolve_dtype("auto", device)
-    if capabilities().get("amx_bf16") or (is_amd() and capabilities().get("avx512_bf16")):
-        return torch.bfloat16, "which this CPU reads faster than float32"
-    return torch.float32, "bfloat16 is not known to be faster on this CPU"
 
 
 class Linear:

@@ -1,0 +1,49 @@
+"""llama.cpp's format."""
+
+from pathlib import Path
+
+import tiktoken
+
+from internals.huggingface import ARCHITECTURE, merges, real_weights, vocabulary
+from internals.start import UserError
+from internals.tokenizer import END_OF_TEXT
+from model import GPT
+
+
+def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str) -> None:
+    """`model.gguf`, in float32: llama.cpp's llama-quantize makes smaller ones of it.
+
+    Raises:
+        UserError: the gguf package is not installed.
+    """
+    try:
+        import gguf  # here and not above: only those who ask for this format need it
+    except ImportError as error:
+        raise UserError("--format gguf: needs the gguf package; pip install gguf") from error
+
+    c, vocab = model.config, vocabulary(tokenizer)
+    writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(c.n_inner)
+    writer.add_context_length(c.block_size)
+    writer.add_layer_norm_eps(ARCHITECTURE["layer_norm_epsilon"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(vocab))
+    writer.add_token_types([gguf.TokenType.NORMAL] * tokenizer.eot_token + [gguf.TokenType.CONTROL])
+    # llama.cpp refuses a vocabulary without merges, such as bytes: give it one that no text can lead to.
+    writer.add_token_merges(merges(tokenizer) or [f"{END_OF_TEXT} {END_OF_TEXT}"])
+    writer.add_bos_token_id(tokenizer.eot_token)
+    writer.add_eos_token_id(tokenizer.eot_token)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for gpt2_name, tensor in real_weights(model).items():  # llama.cpp has projections (out, in), like nn.Linear
+        writer.add_tensor(names.get_name(gpt2_name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
