@@ -1,21 +1,46 @@
-"""Every hyperparameter, once.
+"""Every hyperparameter, once: its value, its range, its meaning.
 
-A field is declared once, below: its default is what you get, the comment beside it is its `--help` text, and both ways
-of changing it are the same thing:
+A field's default is what you get, and the comment beside it is its `--help` text. There are two ways to change it:
 
     edit the default in this file            learning_rate: float = 6e-4
     or give the flag                         python train.py --learning-rate 6e-4
 
-A preset is a named set of other defaults for the same fields (`PRESETS`). Flags win over the preset, the preset over
-the defaults. Nothing is ever changed after it was made (the dataclasses are frozen): what follows from other values is
-computed by a property or a method.
+A preset is a named set of other defaults (`PRESETS`, at the end). Flags win over the preset, the preset over the
+defaults. The dataclasses are frozen: a configuration never changes, and what follows from other values is a property
+or a method.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import tyro
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranges: part of a field's type
+
+
+class Range(NamedTuple):
+    words: str  # completes the message "--flag value: must be ..."
+    contains: Callable[[Any], bool]
+
+
+Count = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+Natural = Annotated[int, Range("0 or more", lambda value: value >= 0)]
+Rate = Annotated[float, Range("0 or more, and finite", lambda value: 0 <= value < math.inf)]
+Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
+Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
+Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
+
+
+def ranges(annotation: Any) -> Iterator[Range]:
+    """The ranges in a type: `Count | None` has one."""
+    yield from (part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Range))
+    for part in get_args(annotation):
+        yield from ranges(part)
 
 
 def require(condition: bool, message: str) -> None:
@@ -23,12 +48,28 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class Checked:
+    """A dataclass whose values lie in the ranges of their types. Raises ValueError otherwise."""
+
+    def __post_init__(self):
+        for name, annotation in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for range in ranges(annotation):
+                if value is not None:
+                    require(range.contains(value), f"--{name.replace('_', '-')} {value}: must be {range.words}")
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks, being newer, had its default."""
+    return {name: (old, new) for name, new in now.items() if (old := then.get(name, defaults[name])) != new}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What several commands share
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(Checked):
     preset: Literal["wikipedia", "wikipedia-150m", "demo"] = "wikipedia"  # a named set of defaults for all fields
 
 
@@ -53,23 +94,21 @@ class CheckpointFile(Preset):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    n_layer: int = 6  # transformer blocks
-    n_head: int = 6  # attention heads in a block; must divide n_embd
-    n_embd: int = 384  # embedding dimensions, the width of the residual stream
-    n_inner: int = 1536  # feed-forward dimensions (GPT-2: 4 times n_embd)
-    block_size: int = 256  # context: the most tokens that the model sees at once
-    vocab_size: tyro.conf.Fixed[int] = 50257  # the tokenizer's; train.py takes it from the data's meta.json
-    dropout: float = 0.0  # probability; 0 is best under one epoch, 0.1 or 0.2 where the data is seen many times
+class ModelConfig(Checked):
+    n_layer: Count = 6  # transformer blocks
+    n_head: Count = 6  # attention heads in a block; must divide n_embd
+    n_embd: Count = 384  # embedding dimensions, the width of the residual stream
+    n_inner: Count = 1536  # feed-forward dimensions (GPT-2: 4 times n_embd)
+    block_size: Count = 256  # context: the most tokens that the model sees at once
+    vocab_size: tyro.conf.Fixed[Count] = 50257  # the tokenizer's; train.py takes it from the data's meta.json
+    dropout: Fraction = 0.0  # probability; 0 is best under one epoch, 0.1 or 0.2 where the data is seen many times
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        super().__post_init__()
         require(
             self.n_embd % self.n_head == 0,
             f"--n-head {self.n_head}: must divide --n-embd {self.n_embd} (each head gets an equal share)",
         )
-        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: must be at least 0 and below 1")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -83,27 +122,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig(DataDir):
-    source: str = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob of .parquet, .jsonl or .txt (these two also .gz, .zst)
+    source: Text = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob of .parquet, .jsonl or .txt (these two also .gz, .zst)
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
     text_column: str = "text"  # of .parquet and .jsonl: the column that holds the text
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
-    val_fraction: float | None = None  # share of articles held out; None: 0.005, of the sample 0.1
-    shard_tokens: int = 100_000_000  # tokens in a shard file (2 bytes each)
-    max_tokens: int | None = None  # stop after about so many tokens, at the end of an article; None: take all
-    workers: int | None = None  # tokenizing threads; None: one for each CPU core
+    val_fraction: Share | None = None  # share of articles held out; None: 0.005, of the sample 0.1
+    shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
+    max_tokens: Count | None = None  # stop after about so many tokens, at the end of an article; None: take all
+    workers: Count | None = None  # tokenizing threads; None: one for each CPU core
     overwrite: bool = False  # delete the shards in data_dir and start again
-
-    def __post_init__(self):
-        require(self.source != "", "--source: is empty; give wikipedia, sample, or a file, folder or glob")
-        require(
-            self.val_fraction is None or 0 < self.val_fraction < 1,
-            f"--val-fraction {self.val_fraction}: must lie between 0 and 1",
-        )
-        for name in ("shard_tokens", "max_tokens", "workers"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
 
     @property
     def held_out(self) -> float:
@@ -125,49 +154,33 @@ class TrainConfig(Compute, DataDir):
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
     init_from: str = ""  # start from this GPT-2 in Hugging Face format (a folder or a hub id); it decides the sizes
 
-    max_iters: int = 16_000  # iterations (optimizer steps) in the run
-    batch_size: int = 64  # sequences for one device in one micro-step: as many as its memory holds
-    tokens_per_iter: int = 65_536  # for all devices and micro-steps; accumulation steps follow from it
+    max_iters: Count = 16_000  # iterations (optimizer steps) in the run
+    batch_size: Count = 64  # sequences for one device in one micro-step: as many as its memory holds
+    tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
-    learning_rate: float = 1e-3  # the peak, reached when warm-up ends
-    muon_lr_scale: float = 4.0  # Muon's learning rate, as a multiple of learning_rate
-    min_lr: float = 1e-4  # the end of the cosine, reached at max_iters
-    warmup_iters: int = 500  # iterations of linear warm-up; a tenth of the run where that is less
-    weight_decay: float = 0.1  # on matrices only, not on biases and LayerNorm
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    learning_rate: Rate = 1e-3  # the peak, reached when warm-up ends
+    muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
+    min_lr: Rate = 1e-4  # the end of the cosine, reached at max_iters
+    warmup_iters: Natural = 500  # iterations of linear warm-up; a tenth of the run where that is less
+    weight_decay: Rate = 0.1  # on matrices only, not on biases and LayerNorm
+    beta1: Fraction = 0.9  # AdamW: decay of the mean of gradients
+    beta2: Fraction = 0.95  # AdamW: decay of the mean of squared gradients
+    grad_clip: Rate = 1.0  # largest gradient norm; 0: no clipping
 
-    log_interval: int = 10  # iterations between rows of metrics.jsonl
-    eval_interval: int = 500  # iterations between evaluations on the validation split
-    eval_tokens: int = 1_048_576  # validation tokens at an evaluation, at most: the same windows every time
-    checkpoint_interval: int = 250  # iterations between saves of last.pt (each evaluation saves it too)
+    log_interval: Count = 10  # iterations between rows of metrics.jsonl
+    eval_interval: Count = 500  # iterations between evaluations on the validation split
+    eval_tokens: Count = 1_048_576  # validation tokens at an evaluation, at most: the same windows every time
+    checkpoint_interval: Count = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
 
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: faster, after a minute; auto: on a GPU
-    seed: int = 1337  # of initial weights, dropout and batch order
+    seed: Seed = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self):
-        for name in (
-            "max_iters", "batch_size", "tokens_per_iter", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in (
-            "learning_rate",
-            "muon_lr_scale",
-            "min_lr",
-            "warmup_iters",
-            "weight_decay",
-            "grad_clip",
-            "seed",
-        ):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: must be 0 or more, and finite")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        super().__post_init__()
         require(
             self.min_lr <= self.learning_rate,
             f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
@@ -206,27 +219,19 @@ class TrainConfig(Compute, DataDir):
 class GenerateConfig(Compute, CheckpointFile):
     prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
     interactive: bool = False  # ask for prompts, one after another
-    max_new_tokens: int = 200  # tokens to generate, at most
-    temperature: float = 0.8  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
-    top_k: int | None = 200  # sample among the k likeliest tokens; None: all
-    top_p: float = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
-    num_samples: int = 1  # continuations of the prompt
-    seed: int | None = None  # the same seed on the same device makes the same text; None: a new one each time
+    max_new_tokens: Natural = 200  # tokens to generate, at most
+    temperature: Rate = 0.8  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
+    top_k: Count | None = 200  # sample among the k likeliest tokens; None: all
+    top_p: Probability = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
+    num_samples: Count = 1  # continuations of the prompt
+    seed: Seed | None = None  # the same seed on the same device makes the same text; None: a new one each time
     ignore_eot: bool = False  # go on behind the end of the article (<|endoftext|>)
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
     json: bool = False  # print JSON lines, one a sample, not text
 
     def __post_init__(self):
-        require(self.max_new_tokens >= 0, f"--max-new-tokens {self.max_new_tokens}: must be 0 or more")
-        require(
-            0 <= self.temperature < math.inf,
-            f"--temperature {self.temperature}: must be 0 (always the likeliest token) or more, and finite",
-        )
-        require(self.top_k is None or self.top_k >= 1, f"--top-k {self.top_k}: must be at least 1 (None: all tokens)")
-        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1 (1: all tokens)")
-        require(self.num_samples >= 1, f"--num-samples {self.num_samples}: must be at least 1")
-        require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}: must be 0 or more, and below 2^63")
+        super().__post_init__()
         require("" not in self.stop, "--stop: is empty; give the text to end before")
         require(not (self.interactive and self.prompt), "--interactive and --prompt: give one of them")
 
@@ -237,11 +242,8 @@ class GenerateConfig(Compute, CheckpointFile):
 
 @dataclass(frozen=True)
 class ExportConfig(CheckpointFile):
-    out_dir: str = tyro.MISSING  # the folder to make; must be new, or empty
+    out_dir: Text = tyro.MISSING  # the folder to make; must be new, or empty
     format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
-
-    def __post_init__(self):
-        require(self.out_dir != "", "--out-dir: is empty; name the folder to make")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +257,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4, "min_lr": 6e-5,
-        "out_dir": "checkpoints/wikipedia-150m", "checkpoint": "checkpoints/wikipedia-150m/best.pt",
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {
@@ -263,6 +264,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
         "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
         "learning_rate": 4e-3, "min_lr": 4e-4, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
-        "out_dir": "checkpoints/demo", "checkpoint": "checkpoints/demo/best.pt",
     },
 }  # fmt: skip

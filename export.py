@@ -8,6 +8,16 @@ Both tokenizers are byte-level BPE as GPT-2 has it (Radford et al., 2019), `byte
 is written here is the same for both.
 """
 
+from internals import start
+
+if __name__ == "__main__":
+    start.begin()  # mistakes and --help are answered at once: PyTorch takes seconds to import
+
+    from config import ExportConfig
+    from internals.cli import parse
+
+    CFG = parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp.")
+
 import math
 import os
 import tempfile
@@ -17,13 +27,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from config import ExportConfig
-from internals import checkpoint
-from internals.cli import parse
+from internals.checkpoint import load_model
 from internals.files import sync_folder
 from internals.gguf import write_gguf
 from internals.huggingface import write_huggingface
-from internals.start import UserError, run
-from internals.tokenizer import load_tokenizer
+from internals.start import UserError
 from model import GPT
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,14 +152,7 @@ def export(config: ExportConfig) -> None:
     out_dir = Path(config.out_dir)
     if os.path.lexists(out_dir):
         raise UserError(f"--out-dir {out_dir}: is there already; name a new folder (or delete that one)")
-    saved = checkpoint.load(config.checkpoint)
-    model = checkpoint.build_model(saved)
-    tokenizer = load_tokenizer(saved["tokenizer"])
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise UserError(
-            f"{config.checkpoint}: is damaged (its model has {model.config.vocab_size:,} tokens, its tokenizer "
-            f"{saved['tokenizer']} {tokenizer.n_vocab:,})"
-        )
+    model, tokenizer, saved = load_model(config.checkpoint)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
@@ -179,9 +180,5 @@ def export(config: ExportConfig) -> None:
 # Back: a Hugging Face GPT-2 as a model to train
 
 
-def main() -> None:
-    export(parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp."))
-
-
 if __name__ == "__main__":
-    run(main)
+    start.run(lambda: export(CFG))

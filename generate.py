@@ -9,12 +9,15 @@
 The text goes to stdout, everything else to stderr.
 """
 
-from config import GenerateConfig
-from internals.cli import parse
-from internals.start import UserError, run
+from internals import start
 
-if __name__ == "__main__":  # a wrong flag and --help are answered at once, not after the seconds that PyTorch takes
-    CONFIG = parse(GenerateConfig, "Continue a text with a trained model.")
+if __name__ == "__main__":
+    start.begin()  # mistakes and --help are answered at once: PyTorch takes seconds to import
+
+    from config import GenerateConfig
+    from internals.cli import parse
+
+    CFG = parse(GenerateConfig, "Continue a text with a trained model.")
 
 import contextlib
 import secrets
@@ -26,8 +29,11 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from config import GenerateConfig
 from internals.checkpoint import load_model
 from internals.cpu_kernels import few_rows
+from internals.machine import is_out_of_memory, resolve_device, resolve_dtype
+from internals.start import UserError
 from internals.text_stream import TextStream, print_json, print_text, say, write
 from model import GPT, KeyValueCache
 
@@ -237,8 +243,14 @@ def main(config: GenerateConfig) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # Windows' pipes have another one
     prompt = read_prompt(config)
-    model, tokenizer = load_model(config)
-    device = model.transformer.wte.weight.device
+    model, tokenizer, saved = load_model(config.checkpoint)
+    device = resolve_device(config.device)
+    dtype, reason = resolve_dtype(config.dtype, device, generating=True)
+    model.to(device, dtype)
+    size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
+    say(
+        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({reason})"
+    )
     seed = secrets.randbelow(2**32) if config.seed is None else config.seed
     if config.seed is None:
         say(f"--seed {seed} makes the same text again")
@@ -259,7 +271,7 @@ def main(config: GenerateConfig) -> None:
             else:
                 print_text(prompt, steps if config.stream else deque(steps, maxlen=1))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # a GPU's, and a CPU's
+            if is_out_of_memory(error):
                 raise UserError(f"--num-samples {config.num_samples}: too many for the memory; take fewer") from error
             raise
 
@@ -289,4 +301,4 @@ def interact(answer: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(CONFIG))
+    start.run(lambda: main(CFG))

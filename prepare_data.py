@@ -8,6 +8,16 @@
 Stop it when you like, however you like: the same command goes on where it stood.
 """
 
+from internals import start
+
+if __name__ == "__main__":
+    start.begin()  # mistakes and --help are answered at once
+
+    from config import PrepareConfig
+    from internals.cli import parse
+
+    CFG = parse(PrepareConfig, __doc__)
+
 import dataclasses
 import hashlib
 import json
@@ -27,13 +37,12 @@ import numpy as np
 from tqdm import tqdm
 
 from config import PrepareConfig
-from internals.cli import parse
-from internals.files import write_json
+from internals.files import DISK_FULL, write_json
 from internals.shards import META_FORMAT, ShardWriter, read_meta
-from internals.start import UserError, run
+from internals.start import UserError
 from internals.text_files import Chunk, LocalFiles, articles, read_chunks
 from internals.tokenizer import encode, load_tokenizer, own_tokenizer
-from internals.wikipedia import DISK_FULL, HubWikipedia
+from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
 SPLITS = ("train", "val")
@@ -445,9 +454,5 @@ def prepare(config: PrepareConfig) -> None:
         raise UserError(f"{error.filename or data_dir}: {error.strerror or error}") from error
 
 
-def main() -> None:
-    prepare(parse(PrepareConfig, __doc__))
-
-
 if __name__ == "__main__":
-    run(main)
+    start.run(lambda: prepare(CFG))

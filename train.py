@@ -10,11 +10,20 @@ pass of an iteration; evaluation; and `train`, the loop that puts them together.
 about training, is in machine.py.
 """
 
+from internals import start
+
+if __name__ == "__main__":
+    start.begin()  # mistakes and --help are answered at once: PyTorch takes seconds to import
+
+    from config import TrainConfig
+    from internals.cli import parse
+
+    CFG = parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+
 import contextlib
 import dataclasses
 import gc
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -31,14 +40,12 @@ from torch import Tensor
 from config import TrainConfig
 from generate import generate_text
 from internals import checkpoint, report
-from internals.cli import parse
 from internals.machine import (
     Machine,
     catch_signals,
     fit,
     is_lost_process,
     is_out_of_memory,
-    let_first_speak,
     make_forward,
     make_machine,
     peak_memory,
@@ -56,7 +63,7 @@ from internals.run import (
     save,
 )
 from internals.shards import read_meta, verify
-from internals.start import UserError, run
+from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
@@ -419,23 +426,14 @@ def train(cfg: TrainConfig) -> None:
         machine.print(f"Stopped after iteration {state.iter:,}, as asked. --resume goes on from there.")
 
 
-def main() -> None:
-    cfg = parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
+def main(cfg: TrainConfig) -> None:
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         train(cfg)
         if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
             gc.collect()  # the model that the processes shared: while it holds their group, the group's threads live on
             dist.destroy_process_group()
-    except KeyboardInterrupt:  # not in the loop: there it saves first
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("Stopped. Nothing was written.", file=sys.stderr)
-        sys.exit(130)  # as shells have it for a program that Ctrl-C stopped
-    except UserError:
-        let_first_speak()
-        raise
     except RuntimeError as error:
-        let_first_speak()
         if is_out_of_memory(error):
             raise UserError("out of memory; take a smaller --batch-size, --block-size or model") from error
         if is_lost_process(error):
@@ -446,4 +444,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    start.run(lambda: main(CFG), interrupted="Stopped. Nothing was written.")  # in the loop Ctrl-C saves first

@@ -1,7 +1,7 @@
 """The checkpoint format: save atomically, load safely, rebuild a model."""
 
 import contextlib
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,9 @@ import tiktoken
 import torch
 from torch.overrides import TorchFunctionMode
 
-from config import GenerateConfig, ModelConfig
-from internals.files import sync_folder
-from internals.machine import fastest_dtype, resolve_device, resolve_dtype
-from internals.start import UserError
-from internals.text_stream import say
+from config import ModelConfig
+from internals.files import atomic_write, writing
+from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 from model import GPT
 
@@ -23,32 +21,11 @@ REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_los
 
 
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint such that `path` holds the old one or the new one whole, whatever happens meanwhile.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written to. What was at `path` is still there.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause: BaseException | None = error  # torch's zip writer raises a RuntimeError over the system's own
-        while cause and not isinstance(cause, OSError):
-            cause = cause.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        kept = "; the one saved before is kept" if path.exists() else ""
-        raise UserError(
-            f"{path}: the checkpoint could not be written ({reason}){kept}. Make room and --resume"
-        ) from error
+    """Write a checkpoint: `path` holds the old one or the new one, whole, whatever happens meanwhile."""
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -75,8 +52,10 @@ def load(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-class SkipInit(TorchFunctionMode):
-    """Inside, modules are made without the random initial weights that loading would only replace (0.3 s of them)."""
+class WithoutInit(TorchFunctionMode):
+    """Inside, modules are made without random initial weights, which loading would only replace: 0.2 s of the second
+    that generate.py takes to its first character (benchmarks/generate.py). PyTorch's own way, a meta device, takes 0.8 s:
+    drawing random numbers there imports its compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -85,38 +64,31 @@ class SkipInit(TorchFunctionMode):
 
 
 def build_model(checkpoint: dict[str, Any]) -> GPT:
-    """The model of a loaded checkpoint, float32 on the CPU, with dropout as it was trained.
-
-    Raises:
-        UserError: its weights and its configuration do not belong together.
-    """
-    try:
-        with SkipInit():
+    """The model of a loaded checkpoint, float32 on the CPU, with dropout as it was trained."""
+    with fitting("the checkpoint is damaged: its weights do not fit its configuration"):
+        with WithoutInit():
             model = GPT(ModelConfig(**checkpoint["config"]["model"]))
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the checkpoint is damaged: its weights do not fit its configuration ({reason})") from error
+        model.load_state_dict(checkpoint["model"], assign=True)
     return model
 
 
-def load_model(config: GenerateConfig) -> tuple[GPT, tiktoken.Encoding]:
-    """The checkpoint's model, on the device and in the dtype asked for, and its tokenizer."""
-    saved = load(config.checkpoint)
+@contextlib.contextmanager
+def fitting(message: str) -> Iterator[None]:
+    """Turn what PyTorch raises for weights or states that do not fit into a UserError: `MESSAGE (REASON)`."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{message} ({first_line(error)})") from error
+
+
+def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
+    """The model of a checkpoint (float32, on the CPU), its tokenizer, and all that the checkpoint holds."""
+    saved = load(path)
     tokenizer = load_tokenizer(saved["tokenizer"])
     model = build_model(saved)
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(
-            f"{config.checkpoint}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
+            f"{path}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
             f"({saved['tokenizer']}) {tokenizer.n_vocab:,}"
         )
-    device = resolve_device(config.device)
-    if config.dtype == "auto":
-        dtype, why = fastest_dtype(device)
-    else:
-        dtype, why = resolve_dtype(config.dtype, device)
-    size, name = model.num_parameters()["total"] / 1e6, str(dtype).removeprefix("torch.")
-    say(
-        f"{config.checkpoint}: {size:.1f} million parameters, iteration {saved['iter']:,}; on {device} in {name} ({why})"
-    )
-    return model.to(device, dtype), tokenizer
+    return model, tokenizer, saved

@@ -9,6 +9,7 @@ from the processor and not from a timing, so that the same seed makes the same t
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +54,13 @@ native_linear = functools.partial(without_onednn, F.linear)
 
 @functools.cache
 def capabilities() -> dict[str, Any]:
-    """What PyTorch says of the CPU: its name, and which instructions it has (amx_bf16: Intel's for bfloat16 matrices)."""
-    return dict(torch.cpu.get_capabilities())
+    """What the CPU can do: `cpu_name`, and True for each set of instructions (`amx_bf16`: Intel's for bfloat16 matrices)."""
+    if hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.11 and later
+        return dict(torch.cpu.get_capabilities())
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""  # Linux; other systems are treated as an unknown CPU
+    name = "AMD" if "AuthenticAMD" in text else ""
+    return {"cpu_name": name, **{flag: f" {flag}" in text for flag in ("amx_bf16", "avx512_bf16")}}
 
 
 def is_amd() -> bool:

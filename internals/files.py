@@ -1,51 +1,89 @@
-"""Files written whole or not at all, and what a full disk is called."""
+"""Files on the disk: written whole or not at all, synced, hashed; and what to say when the disk refuses."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from internals.start import UserError
+from internals.start import UserError, first_line
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Where the disk is full or refuses, a UserError that names `path`."""
+def writing(path: str | Path, advice: str = "what was saved before is kept") -> Iterator[None]:
+    """Turn a failure of the disk inside the block into a UserError: `PATH: could not be written (REASON); ADVICE`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror or error}); what was saved before is kept"
-        ) from error
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer raises RuntimeError in place of the system's error
+        cause = system_error(error)
+        if cause is None:
+            raise
+        if cause.errno in DISK_FULL:
+            advice = f"make room; {advice}"
+        raise UserError(f"{path}: could not be written ({cause.strerror or first_line(cause)}); {advice}") from error
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error in an exception or in what it was raised from; None if there is none."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write in place of `path`, which has its old content until the block ends without an error.
+
+    The new content goes to `PATH.tmp`, is synced and renamed, so a power cut leaves the old file or the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write atomically: the file has all of the old content or all of the new, whenever the power fails."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make a rename in this folder outlive a power cut. Windows has no such call, and needs none."""
+    """Make a rename in this folder survive a power cut. Windows has no such call, and needs none."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -140,8 +139,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The arithmetic's dtype for `--dtype` on a device, and why.
+def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> tuple[torch.dtype, str]:
+    """The dtype for `--dtype` on a device, and the reason for it.
+
+    `auto` follows from the hardware alone, so that the same command always computes the same numbers. What counts on a
+    CPU is the speed of large matrix products in training, and the speed of reading a matrix in generating.
 
     Raises:
         UserError: float16 on a CPU, which is a hundred times slower than float32.
@@ -157,41 +159,12 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, f"compute capability {major}.{minor} has it"
         return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
     if device.type == "cpu":
-        speedup = cpu_bfloat16_speedup()
-        if speedup > 1.3:
-            return torch.bfloat16, f"{speedup:.1f} times as fast as float32 in a matrix product on this CPU"
-        return torch.float32, "bfloat16 is not faster on this CPU"
+        cpu = cpu_kernels.capabilities()
+        # Without AMX, Intel's vector instructions for bfloat16 speed up large products, but not reading (not measured).
+        if cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and (cpu_kernels.is_amd() or not generating)):
+            return torch.bfloat16, "this CPU has instructions for it"
+        return torch.float32, "this CPU is not known to be faster in bfloat16"
     return torch.float32, "the safe choice on this device"
-
-
-def cpu_bfloat16_speedup() -> float:
-    """How much faster a matrix product is in bfloat16 than in float32, measured here in a few milliseconds."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            begin = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
-def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """The weights' dtype that generates fastest on a device, and why.
-
-    On a CPU what counts is not how fast large products are, as in training, but how fast a matrix is read. Bfloat16 has
-    half the bytes, but was measured to be faster only with hardware for it and a kernel that is good at few rows.
-    """
-    if device.type != "cpu":
-        return resolve_dtype("auto", device)
-    if cpu_kernels.capabilities().get("amx_bf16") or (
-        cpu_kernels.is_amd() and cpu_kernels.capabilities().get("avx512_bf16")
-    ):
-        return torch.bfloat16, "which this CPU reads faster than float32"
-    return torch.float32, "bfloat16 is not known to be faster on this CPU"
 
 
 def peak_memory(machine: Machine) -> tuple[int | None, int | None]:
@@ -324,15 +297,6 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
-
-
-def let_first_speak() -> None:
-    """Where all processes of a machine fail alike, the first one's message is enough: the launcher then ends the others,
-    which wait for that here. Where it does not, the failure was this process's alone, and this one speaks."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(3)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

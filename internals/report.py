@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from config import TrainConfig
-from internals.files import writing
+from internals.files import atomic_write, write_text, writing
 
 if TYPE_CHECKING:
     from internals.machine import Machine
@@ -223,17 +223,6 @@ class RunLog:
         self.bar.close()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write atomically: the file has all of the old text or all of the new. Raises UserError where the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a killed run left half-written is no row."""
     rows = []
@@ -294,7 +283,5 @@ def plot(rows: list[dict[str, Any]], path: Path, reference: dict[int, float]) ->
         )
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from internals.files import sha256
-from internals.start import UserError
+from internals.start import UserError, first_line
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
 
@@ -65,7 +65,7 @@ def read_chunks(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
     try:
         yield from reader(path, name, text_column)
     except (OSError, pa.ArrowException) as error:  # Arrow reports damage as either
-        raise UserError(f"{name}: cannot be read, it may be cut short or damaged ({_first_line(error)})") from error
+        raise UserError(f"{name}: cannot be read, it may be cut short or damaged ({first_line(error)})") from error
 
 
 def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
@@ -292,8 +292,3 @@ class LocalFiles:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,6 +1,5 @@
 """The hub's Wikipedia."""
 
-import errno
 import hashlib
 import os
 import shutil
@@ -16,9 +15,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from internals.files import sha256
-from internals.start import UserError
-from internals.text_files import SourceFile, _first_line, count
+from internals.files import DISK_FULL, sha256
+from internals.start import UserError, first_line
+from internals.text_files import SourceFile, count
 
 T = TypeVar("T")
 
@@ -163,14 +162,14 @@ class HubWikipedia:
                     raise UserError(f"{what}: is not on this machine, and HF_HUB_OFFLINE is set; go online") from error
                 if 400 <= status < 500 and status not in (408, 429):  # asking again would not help
                     hint = "is HF_TOKEN right?" if status in (401, 403) else "is --revision right?"
-                    raise UserError(f"{what}: the hub refuses it ({_first_line(error)}); {hint}") from error
+                    raise UserError(f"{what}: the hub refuses it ({first_line(error)}); {hint}") from error
                 if attempt == ATTEMPTS - 1:
                     raise UserError(
-                        f"{what}: could not be fetched ({_first_line(error)}), tried {ATTEMPTS} times; "
+                        f"{what}: could not be fetched ({first_line(error)}), tried {ATTEMPTS} times; "
                         "what is done is kept: give the same command when the network is back"
                     ) from error
                 pause = 2**attempt
-                tqdm.write(f"{what}: {_first_line(error)}; trying again in {pause} s", file=sys.stderr)
+                tqdm.write(f"{what}: {first_line(error)}; trying again in {pause} s", file=sys.stderr)
                 time.sleep(pause)
         raise AssertionError("not reached")
 
@@ -195,9 +194,6 @@ def _within(seconds: float, action: Callable[[], T]) -> T:
         return _in_background(action).result(timeout=seconds)
     except FutureTimeoutError as error:
         raise OSError(f"no answer in {seconds:g} s") from error
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _is_whole(path: Path, file: SourceFile) -> bool:

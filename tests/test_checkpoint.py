@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import ModelConfig
-from internals import checkpoint, machine
+from internals import checkpoint, cpu_kernels, machine
 from internals.start import UserError
 from model import GPT
 
@@ -44,7 +44,7 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, room):
     try:
         with pytest.raises(
             UserError,
-            match=r"last.pt: the checkpoint could not be written \(File too large\); the one saved before is kept",
+            match=r"last.pt: could not be written \(File too large\); make room; what was saved before is kept",
         ):
             checkpoint.save(path, content(iter=4))
     finally:
@@ -117,17 +117,35 @@ def test_auto_dtype_on_a_gpu_goes_by_its_generation(monkeypatch, capability, dty
     assert machine.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
 
 
-@pytest.mark.parametrize("speedup, dtype", [(0.01, torch.float32), (1.0, torch.float32), (1.9, torch.bfloat16)])
-def test_auto_dtype_on_a_cpu_is_the_faster_one_and_never_float16(monkeypatch, speedup, dtype):
-    monkeypatch.setattr(machine, "cpu_bfloat16_speedup", lambda: speedup)
-    assert machine.resolve_dtype("auto", torch.device("cpu"))[0] == dtype
+@pytest.mark.parametrize(
+    "processor, training, generating",
+    [
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "AMD Ryzen 7 5800X", "avx512_bf16": False}, torch.float32, torch.float32),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16, torch.float32),
+        ({"architecture": "arm64"}, torch.float32, torch.float32),
+    ],
+)
+def test_auto_dtype_on_a_cpu_follows_from_its_instructions(monkeypatch, processor, training, generating):
+    monkeypatch.setattr(cpu_kernels, "capabilities", lambda: processor)
+    cpu = torch.device("cpu")
+    assert machine.resolve_dtype("auto", cpu)[0] == training
+    assert machine.resolve_dtype("auto", cpu, generating=True)[0] == generating
     with pytest.raises(UserError, match="--dtype float16: CPUs are"):
-        machine.resolve_dtype("float16", torch.device("cpu"))
-    assert machine.resolve_dtype("bfloat16", torch.device("cpu")) == (torch.bfloat16, "as asked")
+        machine.resolve_dtype("float16", cpu)
+    assert machine.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as asked")
 
 
-def test_the_timing_behind_it_is_a_ratio():
-    assert 0.001 < machine.cpu_bfloat16_speedup() < 1_000
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux's own description of the processor")
+def test_an_older_pytorch_tells_the_same_processors_apart(monkeypatch):
+    cpu_kernels.capabilities.cache_clear()
+    newer = [machine.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    cpu_kernels.capabilities.cache_clear()
+    older = [machine.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
+    cpu_kernels.capabilities.cache_clear()
+    assert older == newer
 
 
 def test_a_device_that_is_not_there(monkeypatch):

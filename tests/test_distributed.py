@@ -35,9 +35,9 @@ def with_fault(tmp_path: Path, fault: str) -> Path:
     """train.py, with a few lines that make something go wrong in it."""
     script = tmp_path / "faulty.py"
     script.write_text(
-        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, train\nfrom internals import start\n"
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, train\nfrom config import TrainConfig\nfrom internals import cli, start\n"
         f"from model import GPT\nRANK = int(os.environ['RANK'])\nget_lr, forward = train.get_lr, GPT.forward\n{fault}\n"
-        "start.run(train.main)\n"
+        "start.run(lambda: train.main(cli.parse(TrainConfig, '')))\n"
     )
     return script
 

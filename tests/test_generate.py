@@ -538,7 +538,7 @@ def test_invalid_utf8_on_stdin_is_one_clear_message(best):
 
 def load_error(path) -> str:
     with pytest.raises(UserError) as caught:
-        generate.load_model(GenerateConfig(checkpoint=str(path), device="cpu"))
+        checkpoint.load_model(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

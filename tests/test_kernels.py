@@ -8,7 +8,7 @@ from test_generate import random_model, tokens_of
 from torch.nn import functional as F
 
 import generate
-from internals import cpu_kernels, machine
+from internals import cpu_kernels
 from model import KeyValueCache
 
 PROCESSORS = {
@@ -73,15 +73,6 @@ def test_kernel_and_dtype_follow_from_the_processor(monkeypatch):
         assert chosen(name, torch.float32, *other) == [cpu_kernels.matrix_first] * 3
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert chosen("AMD", torch.float32, *other) == plain
-
-    for name, dtype in {
-        "AMD": torch.bfloat16,
-        "AMX": torch.bfloat16,
-        "old AMD": torch.float32,
-        "another": torch.float32,
-    }.items():
-        monkeypatch.setattr(cpu_kernels, "capabilities", lambda name=name: PROCESSORS[name])
-        assert machine.fastest_dtype(torch.device("cpu"))[0] == dtype
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

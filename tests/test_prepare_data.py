@@ -502,8 +502,8 @@ def test_flags():
 
 def test_help_names_everything_and_needs_neither_torch_nor_datasets():
     code = (
-        "import sys, prepare_data\n"
-        "try: prepare_data.main()\n"
+        "import sys, prepare_data\nfrom config import PrepareConfig\nfrom internals import cli\n"
+        "try: prepare_data.prepare(cli.parse(PrepareConfig, ''))\n"
         "finally: print([m for m in ('torch', 'datasets', 'huggingface_hub') if m in sys.modules])"
     )
     result = run_script("-c", code, "--help")
@@ -671,8 +671,12 @@ def hub_command(folder, *more):
 
 def without_pauses(arguments, first=""):
     """The command with `time.sleep` gone, so that retries take no time, and behind some line of Python."""
-    code = "import time; time.sleep = lambda seconds: None; from internals import start; import prepare_data"
-    return ["-c", f"{code}\n{first}\nstart.run(prepare_data.main)", *arguments[1:]]
+    code = "import time; time.sleep = lambda seconds: None; from config import PrepareConfig; from internals import cli, start; import prepare_data"
+    return [
+        "-c",
+        f"{code}\n{first}\nstart.run(lambda: prepare_data.prepare(cli.parse(PrepareConfig, '')))",
+        *arguments[1:],
+    ]
 
 
 def test_the_hub(tmp_path, serve, hub_folder):

@@ -196,7 +196,8 @@ def test_a_signal_during_evaluation_saves_after_the_next_iteration(data_dir, tmp
 def test_a_second_interrupt_quits_at_once_and_one_before_the_run_leaves_no_traceback(data_dir, tmp_path):
     source = f"""
 import os, signal, train
-from internals import start
+from config import TrainConfig
+from internals import cli, start
 if {{twice}}:
     train.get_lr = lambda it, cfg: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
 else:
@@ -204,7 +205,7 @@ else:
 import sys
 sys.argv = ["train.py", "--data-dir", {str(data_dir)!r}, "--out-dir", {str(tmp_path / "run")!r}, "--block-size", "16",
             "--n-layer", "1", "--batch-size", "4", "--tokens-per-iter", "64", "--dtype", "float32", "--n-embd", "12"]
-start.run(train.main)
+start.run(lambda: train.main(cli.parse(TrainConfig, "")), "Stopped.")
 """
     before = run_script("-c", source.format(twice=False))
     assert before.returncode == 130 and "Traceback" not in before.stderr and "Stopped" in before.stderr, before.stderr
@@ -244,9 +245,9 @@ def test_resuming_names_what_changed_and_takes_it(data_dir, tmp_path, capsys, mo
 
 
 def test_a_resumed_run_keeps_its_dtype(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("internals.machine.cpu_bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr("internals.cpu_kernels.capabilities", lambda: {"avx512_bf16": True})
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=2))
-    monkeypatch.setattr("internals.machine.cpu_bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setattr("internals.cpu_kernels.capabilities", lambda: {})
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=3, resume=True))
     assert "bfloat16 (as the run began)" in capsys.readouterr().out
     train.train(tiny(data_dir, tmp_path, dtype="float32", max_iters=4, resume=True))
@@ -446,7 +447,9 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, mo
 def float16(monkeypatch):
     """Train in float16 as GPUs before Ampere do, with a scale so large that the first steps overflow."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr("internals.machine.resolve_dtype", lambda name, device: (torch.float16, "for a test"))
+    monkeypatch.setattr(
+        "internals.machine.resolve_dtype", lambda name, device, generating=False: (torch.float16, "for a test")
+    )
     monkeypatch.setattr(
         torch.amp,
         "GradScaler",
