@@ -61,7 +61,14 @@ class Checked:
 
 def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks, being newer, had its default."""
-    return {name: (old, new) for name, new in now.items() if (old := then.get(name, defaults[name])) != new}
+    changed = {}
+    for name, new in now.items():
+        old = then.get(name, defaults[name])
+        if isinstance(new, dict):
+            changed |= differences(old, new, defaults[name])
+        elif old != new:
+            changed[name] = (old, new)
+    return changed
 
 
 # ----------------------------------------------------------------------------------------------------------------------

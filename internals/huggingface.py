@@ -164,10 +164,7 @@ def import_gpt2(source: str, tokenizer: str, config: ModelConfig) -> GPT:
         UserError: there is no such model, it is no GPT-2 as model.py computes it, files or tensors are missing or
             damaged, its tokenizer is another one than the data's, or it has fewer positions than `block_size`.
     """
-    # The small files first: a model of another kind is refused before gigabytes of it were downloaded.
-    folder = fetch(source, ["config.json", "tokenizer.json", "vocab.json"])
-    model_config = read_config(source, folder, config)
-    check_vocabulary(source, folder, model_config.vocab_size, tokenizer)
+    model_config = gpt2_config(source, tokenizer, config)
     paths = sorted(fetch(source, ["model*.safetensors"]).glob("model*.safetensors"))
     if not paths:
         raise UserError(f"--init-from {source}: has no model.safetensors (other formats of weights are not read)")
@@ -182,6 +179,17 @@ def import_gpt2(source: str, tokenizer: str, config: ModelConfig) -> GPT:
     fitted = fit_weights(source, weights, model)
     model.load_state_dict(fitted)
     return model
+
+
+def gpt2_config(source: str, tokenizer: str, config: ModelConfig) -> ModelConfig:
+    """The sizes of a GPT-2 in Hugging Face format. Arguments and errors are those of `import_gpt2`.
+
+    Fetches the small files alone: a model of another kind is refused before gigabytes of it were downloaded.
+    """
+    folder = fetch(source, ["config.json", "tokenizer.json", "vocab.json"])
+    model_config = read_config(source, folder, config)
+    check_vocabulary(source, folder, model_config.vocab_size, tokenizer)
+    return model_config
 
 
 def fetch(source: str, patterns: list[str]) -> Path:

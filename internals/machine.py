@@ -1,9 +1,11 @@
-"""What a training process computes with, and what may fail on one machine and not on another.
+"""What a training process computes with: device, precision, processes, compilation, memory, signals.
 
-Machine          device, precision, and this process's place among those that torchrun started
-make_forward     the model as the iterations call it: shared among processes, compiled where that works
-fit              smaller micro-batches where memory runs out
-catch_signals    Ctrl-C and SIGTERM as a wish to stop
+    make_machine      device, dtype, and this process's place among those that torchrun started
+    training_model    the model as the iterations call it: compiled, shared among processes
+    MicroBatch        smaller micro-steps when memory runs out
+    catch_signals     Ctrl-C and SIGTERM as a request to stop
+
+`resolve_device` and `resolve_dtype` serve generating, too.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,16 +33,24 @@ from model import GPT
 T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The processes, and what each computes with
+# Device, dtype, processes
+
+
+class Outcome(NamedTuple):
+    """What the device computed in an iteration, for all processes together."""
+
+    losses: list[float]  # of all micro-steps, in the order of their windows: of process 0 first in each micro-step
+    grad_norm: float
+    stop: bool  # a process was asked to stop
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes and in which precision, and which of the processes that torchrun started it is."""
+    """Where this process computes, in which precision, and which of the processes it is."""
 
     device: torch.device
     dtype: torch.dtype
-    why: str  # this dtype
+    dtype_reason: str
     rank: int
     processes: int
 
@@ -51,8 +61,13 @@ class Machine:
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({torch.get_num_threads()} threads)"
 
+    @property
+    def is_main(self) -> bool:
+        """Process 0 alone prints and writes."""
+        return self.rank == 0
+
     def describe(self) -> dict[str, Any]:
-        """What the rounding of a run depends on beside its configuration: kept in `last.pt`, compared on resuming."""
+        """What the rounding of a run depends on besides its configuration. last.pt keeps it, resuming compares it."""
         return {
             "device": self.device.type if self.device.type != "cuda" else self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -61,20 +76,23 @@ class Machine:
             "torch": str(torch.__version__),
         }
 
-    @property
-    def is_main(self) -> bool:
-        """Process 0 alone prints and writes."""
-        return self.rank == 0
-
     def print(self, text: str) -> None:
         if self.is_main:
-            tqdm.write(text)  # which leaves a progress bar whole
+            tqdm.write(text)  # leaves a progress bar whole
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision (Micikevicius et al., 2018): matrix products in `dtype`; weights, sums and loss in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def to_device(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Windows (B, T + 1) -> inputs (B, T) and their targets (B, T), the next tokens, on the device."""
+        tokens = torch.from_numpy(windows)
+        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
+            tokens = tokens.pin_memory()
+        tokens = tokens.to(self.device, non_blocking=True)
+        return tokens[:, :-1], tokens[:, 1:]
 
     def gather(self, values: Tensor) -> Tensor:
         """(N,) of this process -> (processes, N) of all."""
@@ -84,17 +102,15 @@ class Machine:
         dist.all_gather(parts, values)
         return torch.stack(parts)
 
-    def windows(self, array: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B, T + 1) windows -> inputs (B, T) and the targets (B, T) one token on, on the device."""
-        tokens = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+    def wait(self, losses: Tensor, grad_norm: Tensor, stop: bool) -> Outcome:
+        """Wait for the device, and for the other processes. `losses` (micro-steps,) are this process's."""
+        row = torch.cat([losses, torch.stack([grad_norm, torch.full_like(grad_norm, stop)])])
+        *losses, grad_norms, stops = self.gather(row).T.tolist()  # (micro-steps + 2, processes)
+        return Outcome([loss for micro_step in losses for loss in micro_step], grad_norms[0], any(stops))
 
 
 def make_machine(cfg: TrainConfig) -> Machine:
-    """What this process computes with. Under torchrun, joins the other processes too.
+    """What this process computes with. Under torchrun, joins the other processes, too.
 
     Raises:
         UserError: there is no such device, or fewer GPUs than processes.
@@ -102,35 +118,40 @@ def make_machine(cfg: TrainConfig) -> Machine:
     device = resolve_device(cfg.device)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
-        if device.type == "mps":
-            raise UserError("--device mps: several processes need cuda or cpu")
-        if device.type == "cuda":
-            local_rank = int(os.environ["LOCAL_RANK"])
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"torchrun --nproc-per-node: process {local_rank + 1} of this machine finds no GPU of its own, there "
-                    f"are {torch.cuda.device_count()}"
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
-        # Its functions have the process group as a default argument, from when they are imported. PyTorch's own imports
-        # come to that later, and the group would then live as long as the module: its threads, too, which may abort the
-        # process while Python goes down. Imported before there is a group, it holds none.
-        importlib.import_module("torch.distributed.nn.functional")
-
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype, why = resolve_dtype(cfg.dtype, device)
+        device = join_processes(device)
+    dtype, reason = resolve_dtype(cfg.dtype, device)
     if processes > 1:
         dtypes = [dtype] * processes
         dist.all_gather_object(dtypes, dtype)
         if len(set(dtypes)) > 1:
-            dtype, why = torch.float32, "the processes' devices differ in their fastest one"
-    torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are such
-    return Machine(device, dtype, why, rank, processes)
+            dtype, reason = torch.float32, "the processes' devices differ in their fastest one"
+    torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are any
+    return Machine(device, dtype, reason, rank, processes)
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started. Returns this process's own device."""
+    if device.type == "mps":
+        raise UserError("--device mps: several processes need cuda or cpu")
+    if device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine finds no GPU of its own, there "
+                f"are {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # The functions of this module have the process group as a default argument from the moment of import. PyTorch
+    # imports it later by itself. The group would then live as long as the module, and so would the group's threads,
+    # which may abort the process while Python goes down. Imported before there is a group, it holds none.
+    importlib.import_module("torch.distributed.nn.functional")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `--device`. Raises UserError where this machine, or this PyTorch, has no such device."""
+    """The device for `--device`. Raises UserError if this machine, or this PyTorch, has no such device."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -167,19 +188,120 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
     return torch.float32, "the safe choice on this device"
 
 
-def peak_memory(machine: Machine) -> tuple[int | None, int | None]:
-    """Bytes in use at the peak, and bytes that there are: of the GPU by PyTorch's allocator, on a CPU of this process and
-    of the machine. None where it cannot be told."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling.
+
+    `model` itself stays as it is: evaluating, sampling and saving use that one.
+    """
+    forward: Any = model
+    compiling = "off"
+    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
+        forward, compiling = try_compile(model, cfg, machine)
+    if machine.processes > 1:
+        devices = [machine.device] if machine.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=devices)
+    return forward, compiling
+
+
+def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
+    """The compiled model, tried in a forward and a backward pass. If that fails in any process: `model`, and why.
+
+    A compiler that fails costs the run its speed-up, nothing else.
+    """
+    compiled: Any = torch.compile(model, dynamic=False)
+    reason = ""
+    try:
+        # In the layout of a real batch: another one would be compiled again
+        inputs, targets = machine.to_device(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
+        with machine.autocast():
+            loss = compiled(inputs, targets)
+        loss.backward()
+    except Exception as error:  # the many parts of a compiler have no common base for what they raise
+        if not is_out_of_memory(error):  # the iterations meet it again, and MicroBatch deals with it
+            reason = type(error).__name__
+    model.zero_grad()
+    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
+    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class MicroBatch:
+    """How many sequences a micro-step has: `--batch-size`, or what fits into memory, once that has run out.
+
+    Smaller micro-steps are more micro-steps, so the iteration stays the same, and so does the run.
+    """
+
+    def __init__(self, size: int, model: GPT, machine: Machine):
+        self.size, self.model, self.machine = size, model, machine
+
+    def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
+        """`compute(size, *args)`. When memory runs out, the same again with half the size, or the next smaller divisor.
+
+        A failed attempt leaves no trace in gradients and random numbers.
+
+        Raises:
+            UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
+        """
+        random = random_state(self.machine.device)
+        while True:
+            try:
+                return compute(self.size, *args)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.machine.processes > 1 or self.size == 1:
+                    advice = "--batch-size" if self.size > 1 else "--block-size or a smaller model"
+                    raise UserError(f"out of memory at --batch-size {self.size}; take a smaller {advice}") from error
+            self._shrink()  # after the except block, which keeps the tensors of the failed attempt alive
+            set_random_state(random, self.machine.device)
+
+    def _shrink(self) -> None:
+        smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
+        self.machine.print(
+            f"Out of memory: micro-steps of {smaller} sequences from here on, not {self.size}; the same run."
+        )
+        self.size = smaller
+        self.model.zero_grad()
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own for it. The CPU and MPS raise a RuntimeError that says so."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+class Memory(NamedTuple):
+    """Bytes. None where the system does not tell."""
+
+    peak: int | None
+    total: int | None
+
+
+def peak_memory(machine: Machine) -> Memory:
+    """A GPU's memory, by PyTorch's allocator; on a CPU this process's, and the machine's."""
     if machine.device.type == "cuda":
         total = torch.cuda.get_device_properties(machine.device).total_memory
-        return torch.cuda.max_memory_reserved(machine.device), total
+        return Memory(torch.cuda.max_memory_reserved(machine.device), total)
     try:
         import resource  # not on Windows
     except ImportError:
-        return None, None
+        return Memory(None, None)
     unit = 1 if sys.platform == "darwin" else 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
-    return used, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+    return Memory(peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random numbers
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -200,95 +322,19 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Compiling, and memory
-
-
-def make_forward(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
-    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling. `model`
-    itself stays as it is: evaluation and saving use that."""
-    forward: Any = model
-    compiling = "off"
-    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        forward, compiling = try_compile(model, cfg, machine)
-    if machine.processes > 1:
-        forward = DistributedDataParallel(
-            forward, device_ids=[machine.device] if machine.device.type == "cuda" else None
-        )
-    return forward, compiling
-
-
-def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
-    """The compiled model, tried in a forward and a backward pass. A compiler that fails, in whichever of the processes,
-    costs its speed-up, not the run: then it is the model as it was, and why."""
-    compiled: Any = torch.compile(model, dynamic=False)
-    reason = ""
-    try:
-        # In the layout of a real batch: another one would be compiled once more
-        inputs, targets = machine.windows(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
-        with machine.autocast():
-            loss = compiled(inputs, targets)
-        loss.backward()
-    except Exception as error:  # whatever a compiler's many parts may raise
-        if not is_out_of_memory(error):  # that one is met again, and dealt with, by the iterations
-            reason = type(error).__name__
-    model.zero_grad()
-    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
-    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it; the CPU and MPS have a RuntimeError that says so."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def fit(compute: Callable[[int], T], batch_size: int, model: GPT, machine: Machine) -> tuple[T, int]:
-    """`compute(batch_size)`, and where memory runs out, the same with smaller micro-batches: half the size each time,
-    where that is a whole number. Twice the micro-steps make up for it, so the iteration, and the run, stay the same. A
-    failed attempt leaves no trace in gradients and random numbers.
-
-    Returns:
-        The result, and the batch size that it was had with.
-
-    Raises:
-        UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
-    """
-    random = random_state(machine.device)
-    while True:
-        try:
-            return compute(batch_size), batch_size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if machine.processes > 1 or batch_size == 1:
-                advice = "--batch-size" if batch_size > 1 else "--block-size or a smaller model"
-                raise UserError(f"out of memory at --batch-size {batch_size}; take a smaller {advice}") from error
-        # Behind the except block, where the failed attempt's tensors are no longer held
-        smaller = next(n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0)
-        machine.print(
-            f"Out of memory: micro-steps of {smaller} sequences from here on, not {batch_size}; the same run."
-        )
-        batch_size = smaller
-        model.zero_grad()
-        set_random_state(random, machine.device)
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stopping: by a signal, or since another process did
+# Stopping: by a signal, or because another process stopped
 
 
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
-    """An event that is set when SIGINT (Ctrl-C) or SIGTERM comes: the run then saves and ends after the iteration. The
-    same signal a second time ends it at once."""
+    """An event that SIGINT (Ctrl-C) and SIGTERM set: the run then saves and ends after the iteration. A second signal of
+    the same kind ends it at once."""
     stop = threading.Event()
 
     def handler(number: int, frame: Any) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
-        if machine.is_main:  # by os.write, since a signal may come amid a print
+        if machine.is_main:  # os.write, since a signal may arrive in the middle of a print
             os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -300,5 +346,5 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """NCCL and the store have exceptions of their own for it; gloo has a RuntimeError that names its source file."""
+    """NCCL and the store have exceptions of their own for it. Gloo raises a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -1,4 +1,4 @@
-"""The learning rate and the optimizer."""
+"""The learning-rate schedule, and Muon and AdamW as one optimizer."""
 
 import math
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from model import GPT
 
 
 def get_lr(it: int, cfg: TrainConfig) -> float:
@@ -18,8 +17,31 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-class OneOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each of parameters of its own, as one: their groups and states side by side."""
+def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Muon for the matrices in the blocks, AdamW for the rest; or AdamW for all (`--optimizer adamw`).
+
+    Muon is Jordan et al., 2024, its steps scaled to the size of AdamW's (Liu et al., 2025). AdamW is Loshchilov and
+    Hutter, 2019. Only matrices decay: biases and norms have no size to limit. The learning rate of a parameter group is
+    `get_lr` times the group's `lr_scale`.
+    """
+    muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
+    others = [p for p in model.parameters() if all(p is not q for q in muon)]
+    groups = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    fused = device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    if not muon:
+        return adamw
+    group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
+    return JoinedOptimizer(
+        adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    )
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, as one: it has the parameter groups and the state of all."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -40,22 +62,3 @@ class OneOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-
-
-def make_optimizer(model: GPT, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Muon (Jordan et al., 2024) for the matrices in the blocks, its steps scaled to the size of AdamW's (Liu et al.,
-    2025), and AdamW (Loshchilov and Hutter, 2019) for the rest, or for all. Weight decay is on matrices only: biases and
-    norms have no size to limit. A group's learning rate is `get_lr`'s times its `lr_scale`."""
-    muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not q for q in muon)]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    adamw = torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")
-    )
-    if not muon:
-        return adamw
-    group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    return OneOptimizer(adamw, torch.optim.Muon([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))

@@ -1,4 +1,9 @@
-"""A run: its state, and its folder."""
+"""A training run: what stays the same in it (`Run`), what changes (`TrainState`), and its folder.
+
+open_run           configuration, data and machine -> a Run, new or resumed
+save, restore      TrainState <-> best.pt and last.pt
+lock_run_folder    one training at a time in OUT_DIR
+"""
 
 import contextlib
 import dataclasses
@@ -13,59 +18,196 @@ import filelock
 import torch
 import torch.distributed as dist
 
-from config import TrainConfig
-from internals import checkpoint, files
-from internals.huggingface import import_gpt2
+from config import TrainConfig, differences
+from internals import checkpoint
+from internals.files import writing
+from internals.huggingface import gpt2_config, import_gpt2
 from internals.machine import Machine, random_state, set_random_state
 from internals.optimizer import get_lr
+from internals.shards import read_meta
 from internals.start import UserError
+from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
+# Fields that say what the command does or where it works. Resuming may change them without a word.
+NOT_OF_THE_RUN = ("preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
 
-def initial_model(cfg: TrainConfig, meta: dict[str, Any]) -> GPT:
-    """The model that a run starts from: random weights, or those of `--init-from`, which then decides the sizes."""
-    if cfg.init_from:
-        return import_gpt2(cfg.init_from, meta["tokenizer"], cfg.model)
-    return GPT(cfg.model)
+
+@dataclass(frozen=True)
+class Run:
+    """All that stays the same from the first iteration to the last."""
+
+    cfg: TrainConfig  # with the data's vocab_size, and the sizes of --init-from
+    meta: dict[str, Any]  # the data's meta.json
+    machine: Machine
+    train_windows: TrainingWindows
+    val_windows: ValidationWindows
+    resumed_at: int | None = None  # iteration; None: a new run
+    changes: tuple[str, ...] = ()  # what differs from the saved run, in words
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.cfg.out_dir)
+
+    def window_ids(self, tokens: int, batch_size: int) -> list[range]:
+        """The training windows of one iteration that are this process's: a range of ids for each micro-step.
+
+        `tokens` is what the run has seen before. With 2 processes, windows of 256 tokens and 2,048 tokens an iteration:
+        `window_ids(tokens=2048, batch_size=2) -> [range(8, 10), range(12, 14)]` in process 0.
+        """
+        block_size, batch = self.cfg.model.block_size, self.machine.processes * batch_size
+        first, count = tokens // block_size, self.cfg.tokens_per_iter // block_size
+        begin = first + self.machine.rank * batch_size
+        return [range(n, n + batch_size) for n in range(begin, first + count, batch)]
 
 
 @dataclass
 class TrainState:
-    """All that a run changes, and so all that resuming needs. The place in the data follows from `tokens`."""
+    """All that a run changes, so all that resuming needs. The place in the data follows from `tokens`."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # keeps float16 gradients from vanishing; does nothing in other precisions
     iter: int = 0  # iterations done
     tokens: int = 0  # seen in them
-    seconds: float = 0.0  # spent in them: evaluating and saving stop this clock
+    seconds: float = 0.0  # spent in them, without evaluating and saving
     val_loss: float = math.inf  # at the last evaluation
     best_val_loss: float = math.inf
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# New or resumed
+
+
+def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -> Run:
+    """The run that the command asks for: a new one, or the one of `saved` (the content of last.pt).
+
+    Raises:
+        UserError: the data is not ready, or `saved` belongs to another model, tokenizer or text.
+    """
+    meta = read_meta(cfg.data_dir)
+    cfg = complete_config(cfg, meta, saved)
+    try:
+        cfg.accumulation_steps(machine.processes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
+    val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
+    if saved is None:
+        return Run(cfg, meta, machine, train_windows, val_windows)
+    machine = keep_dtype(machine, cfg, saved)
+    changes = check_same_run(saved, cfg, meta, machine)
+    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes)
+
+
+def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
+    """`cfg` with what others decide: the data has the tokenizer, and so vocab_size; `--init-from` has the sizes."""
+    model = dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"])
+    if cfg.init_from and saved:
+        sizes = {name: saved["config"]["model"][name] for name in ("n_layer", "n_head", "n_embd", "n_inner")}
+        model = dataclasses.replace(model, **sizes)
+    elif cfg.init_from:
+        model = gpt2_config(cfg.init_from, meta["tokenizer"], model)
+    return dataclasses.replace(cfg, model=model)
+
+
+def initial_model(run: Run) -> GPT:
+    """The model that a new run starts from: random weights, or those of `--init-from`."""
+    if run.cfg.init_from and run.resumed_at is None:
+        return import_gpt2(run.cfg.init_from, run.meta["tokenizer"], run.cfg.model)
+    return GPT(run.cfg.model)
+
+
+def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
+    """The content of last.pt where the command resumes a run, None where it starts one.
+
+    Raises:
+        UserError: there is nothing to resume, or a new run would overwrite an old one.
+    """
+    last, saved = Path(cfg.out_dir, "last.pt"), None
+    if cfg.resume and not last.exists():
+        raise UserError(f"--resume: there is no run in {cfg.out_dir} (no last.pt); leave --resume out to start one")
+    if cfg.resume or (cfg.auto_resume and last.exists()):
+        saved = checkpoint.load(last)
+        if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
+            raise UserError(f"{last}: cannot be resumed from (without {', '.join(sorted(missing))})")
+    elif not (cfg.overwrite or cfg.check or cfg.eval_only):
+        check_unused(Path(cfg.out_dir))
+    seen = torch.tensor([saved["iter"] if saved else -1], device=machine.device)
+    if len(machine.gather(seen).unique()) > 1:
+        raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
+    return saved
+
+
+def check_unused(out_dir: Path) -> None:
+    """Raise UserError if a new run would delete what an earlier one made."""
+    if (out_dir / "last.pt").exists():
+        raise UserError(
+            f"--out-dir {out_dir} holds a run (last.pt); continue it with --resume, delete it with --overwrite, or give "
+            "another --out-dir"
+        )
+    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
+    best = out_dir / "best.pt"
+    if best.exists() and checkpoint.load(best)["iter"] > 0:
+        raise UserError(
+            f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
+        )
+
+
 def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
-    """On a CPU `--dtype auto` is decided by a small timing, which may fall out otherwise another time: a resumed run
-    keeps what it began with."""
-    began = saved.get("machine", {})
-    if cfg.dtype == "auto" and machine.device.type == "cpu" and began.get("device") == "cpu":
-        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), why="as the run began")
+    """On a CPU, a resumed run with `--dtype auto` keeps the dtype that it began with, whatever this CPU is best at."""
+    began = saved["machine"]
+    if cfg.dtype == "auto" and machine.device.type == "cpu" and began["device"] == "cpu":
+        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), dtype_reason="as the run began")
     return machine
 
 
-def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on: enough to know it again, and to tell others."""
-    hashes = [shard["sha256"] for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
-    return {
-        "source": meta["source"],
-        "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        **{
-            f"{split}_{what}": meta["splits"][split][what] for split in ("train", "val") for what in ("tokens", "bytes")
-        },
-    }
+def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> tuple[str, ...]:
+    """What differs between the saved run and the command, in words: settings, device, precision, threads.
+
+    Raises:
+        UserError: the model, the optimizer, the tokenizer or the data is not the saved run's.
+    """
+    last = f"--resume: {cfg.out_dir}/last.pt"
+    check_tokenizer(saved, cfg, meta, last)
+    if saved["data"]["sha256"] != describe_data(meta)["sha256"]:
+        raise UserError(
+            f"{last} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or another "
+            "--out-dir"
+        )
+    changed = differences(saved["config"], dataclasses.asdict(cfg), dataclasses.asdict(TrainConfig()))
+    if model := {name: changed[name] for name in vars(cfg.model) if name in changed}:
+        values = ", ".join(f"--{name.replace('_', '-')} {old}, now {new}" for name, (old, new) in model.items())
+        raise UserError(f"{last} has another model ({values}); give its values, or another --out-dir")
+    if "optimizer" in changed:
+        old, new = changed["optimizer"]
+        raise UserError(
+            f"{last} was trained with --optimizer {old}, whose state {new} cannot use; give that, or another --out-dir"
+        )
+    changed |= differences(saved["machine"], machine.describe(), machine.describe())
+    words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_OF_THE_RUN]
+    if "max_iters" in changed:
+        before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
+        words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
+    return tuple(words)
 
 
-def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Machine, best: bool) -> None:
-    """Write last.pt, and best.pt before it where this is the best model so far. All processes call this."""
+def check_tokenizer(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], name: str) -> None:
+    """Raise UserError if a checkpoint (`name` in the message) was trained with another tokenizer than the data's."""
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise UserError(
+            f"{name} was trained with the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
+            f"{meta['tokenizer']}; give the --data-dir of that run"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checkpoints of a run
+
+
+def save(run: Run, state: TrainState, best: bool) -> None:
+    """Write last.pt, and best.pt before it if this is the best model so far. All processes call this."""
+    machine = run.machine
     rng: list[Any] = [random_state(machine.device)]
     if machine.processes > 1:
         rng = [None] * machine.processes
@@ -75,12 +217,12 @@ def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Mac
     generating = {
         "format": checkpoint.FORMAT,
         "model": state.model.state_dict(),
-        "config": dataclasses.asdict(cfg),
-        "tokenizer": meta["tokenizer"],
+        "config": dataclasses.asdict(run.cfg),
+        "tokenizer": run.meta["tokenizer"],
         "iter": state.iter,
         "tokens": state.tokens,
         "val_loss": state.val_loss,
-        "data": describe_data(meta),
+        "data": describe_data(run.meta),
     }
     resuming = {
         "best_val_loss": state.best_val_loss,
@@ -90,111 +232,64 @@ def save(state: TrainState, cfg: TrainConfig, meta: dict[str, Any], machine: Mac
         "scaler": state.scaler.state_dict(),
         "rng": rng,
     }
-    out_dir = Path(cfg.out_dir)
     if best:
-        checkpoint.save(out_dir / "best.pt", generating)
-    checkpoint.save(out_dir / "last.pt", generating | resuming)
+        checkpoint.save(run.out_dir / "best.pt", generating)
+    checkpoint.save(run.out_dir / "last.pt", generating | resuming)
 
 
 def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
-    """Put a run back to where `last.pt` has it. Raises UserError where that is damaged."""
-    # The moments are the saved run's; weight decay and betas are the command's, which may have changed them.
+    """Put `state`, and this process's random numbers, back to where last.pt has them."""
+    # The moments are the saved run's. Weight decay and betas are the command's, which may have changed them.
     groups = state.optimizer.state_dict()["param_groups"]
-    try:
+    with checkpoint.fitting("last.pt is damaged: its state does not fit its model"):
         state.model.load_state_dict(saved["model"])
         state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         if saved["scaler"]:  # a run in another precision than float16 has none
             state.scaler.load_state_dict(saved["scaler"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"last.pt is damaged: its state does not fit its model ({str(error).splitlines()[0]})"
-        ) from error
     state.iter, state.tokens, state.seconds = saved["iter"], saved["tokens"], saved["seconds"]
     state.val_loss, state.best_val_loss = saved["val_loss"], saved["best_val_loss"]
-    if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh one
+    if machine.rank < len(saved["rng"]):  # a process that the saved run did not have keeps its fresh random numbers
         set_random_state(saved["rng"][machine.rank], machine.device)
 
 
-def check_resumable(
-    saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], machine: Machine, path: Path
-) -> list[str]:
-    """What differs between the saved run and the command, in words: training fields, device, precision, threads.
-
-    Raises:
-        UserError: the model, the tokenizer or the data is not that of the saved run.
-    """
-    if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
-        raise UserError(f"{path}: cannot be resumed from (without {', '.join(sorted(missing))})")
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise UserError(
-            f"--resume: {path} was trained with the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
-            f"{meta['tokenizer']}; give the --data-dir of that run, or another --out-dir"
-        )
-    if saved["data"]["sha256"] != describe_data(meta)["sha256"]:
-        raise UserError(
-            f"--resume: {path} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or "
-            "another --out-dir"
-        )
-    then, now = saved["config"] | saved["machine"], dataclasses.asdict(cfg) | machine.describe()
-    if changed := [f for f in now["model"] if then["model"][f] != now["model"][f]]:
-        values = ", ".join(f"--{f.replace('_', '-')} {then['model'][f]}, now {now['model'][f]}" for f in changed)
-        raise UserError(f"--resume: {path} has another model ({values}); give its values, or another --out-dir")
-    if then["optimizer"] != now["optimizer"]:
-        raise UserError(
-            f"--resume: {path} was trained with --optimizer {then['optimizer']}, whose state is of no use to "
-            f"{now['optimizer']}; give that, or another --out-dir"
-        )
-    elsewhere = ("model", "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
-    words = [f"{f} {then[f]} -> {now[f]}" for f in now if f not in elsewhere and f in then and then[f] != now[f]]
-    if then["max_iters"] != now["max_iters"]:
-        before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
-        words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
-    return words
+def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about its training text: enough to recognise it, and to tell others."""
+    splits = {split: meta["splits"][split] for split in ("train", "val")}
+    hashes = "".join(shard["sha256"] for split in splits.values() for shard in split["shards"])
+    sizes = {f"{name}_{what}": split[what] for name, split in splits.items() for what in ("tokens", "bytes")}
+    return {"source": meta["source"], "sha256": hashlib.sha256(hashes.encode()).hexdigest(), **sizes}
 
 
-def check_unused(out_dir: Path) -> None:
-    """Raises UserError where a new run would delete what an earlier one made."""
-    if (out_dir / "last.pt").exists():
-        raise UserError(
-            f"--out-dir {out_dir} holds a run (last.pt); go on with it by --resume, delete it by --overwrite, or give "
-            "another --out-dir"
-        )
-    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
-    best = out_dir / "best.pt"
-    if best.exists() and checkpoint.load(best)["iter"] > 0:
-        raise UserError(
-            f"--out-dir {out_dir} holds a model (best.pt); delete it by --overwrite, or give another --out-dir"
-        )
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a run
 
 
 @contextlib.contextmanager
-def claim(out_dir: Path, machine: Machine, fresh: bool) -> Iterator[None]:
-    """Make `out_dir` this run's own: keep other trainings out of it, and of an earlier run delete what was left half
-    done, or where a fresh run begins, everything. The system lifts the lock when the process ends, however it ends.
+def lock_run_folder(run: Run) -> Iterator[None]:
+    """Make `out_dir` this run's alone. Deletes half-written files there, and for a new run the files of an earlier one.
 
-    Raises:
-        UserError: another training is at work there, or the folder cannot be written to.
+    The system lifts the lock when the process ends, however it ends.
     """
-    if not machine.is_main:
+    if not run.machine.is_main:
         yield
         return
-    lock = filelock.FileLock(out_dir / ".lock")
-    with files.writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(run.out_dir / ".lock")
+    with writing(run.out_dir):
+        run.out_dir.mkdir(parents=True, exist_ok=True)
         try:
             with contextlib.suppress(NotImplementedError):  # a file system without locks
                 lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise UserError(
-                f"--out-dir {out_dir}: another training is at work there; give another --out-dir"
+                f"--out-dir {run.out_dir}: another training is at work there; give another --out-dir"
             ) from error
     try:
-        with files.writing(out_dir):
-            names = ["last.pt.tmp", "best.pt.tmp"]
-            if fresh:
-                names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+        names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp"]
+        if run.resumed_at is None:
+            names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+        with writing(run.out_dir):
             for name in names:
-                (out_dir / name).unlink(missing_ok=True)
+                (run.out_dir / name).unlink(missing_ok=True)
         yield
     finally:
         lock.release()

@@ -14,6 +14,8 @@ from test_train import assert_same_end, metrics, tiny
 
 import train
 from internals import checkpoint
+from internals.machine import Machine
+from internals.run import Run
 
 FLAGS = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
@@ -100,8 +102,8 @@ def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path, tokens_per_iter=512)  # 32 windows
 
     def seen(rank: int, processes: int, batch_size: int) -> list[int]:
-        machine = train.Machine(torch.device("cpu"), torch.float32, "", rank, processes)
-        return [n for batch in train.micro_steps(3 * 512, cfg, batch_size, machine) for n in batch]
+        machine = Machine(torch.device("cpu"), torch.float32, "", rank, processes)
+        return [n for batch in Run(cfg, {}, machine, None, None).window_ids(3 * 512, batch_size) for n in batch]
 
     alone = seen(0, 1, batch_size=4)
     assert alone == list(range(96, 128))

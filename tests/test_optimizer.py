@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-import train
 from config import ModelConfig, TrainConfig
+from internals.optimizer import make_optimizer
 from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
@@ -17,7 +17,7 @@ def make(optimizer: str = "muon", **fields) -> tuple[GPT, TrainConfig, torch.opt
     cfg = TrainConfig(optimizer=optimizer, model=TINY, batch_size=2, tokens_per_iter=16, **fields)
     torch.manual_seed(0)
     model = GPT(TINY)
-    return model, cfg, train.make_optimizer(model, cfg, CPU)
+    return model, cfg, make_optimizer(model, cfg, CPU)
 
 
 def step(model: GPT, optimizer: torch.optim.Optimizer, it: int) -> None:

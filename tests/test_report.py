@@ -12,36 +12,42 @@ from config import ModelConfig, PrepareConfig, TrainConfig
 from internals import report
 from internals.cli import with_preset
 from internals.machine import Machine
+from internals.run import Run, TrainState, describe_data
 from internals.shards import read_meta
 from model import GPT
-from train import TrainState, describe_data
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+META = {
+    "tokenizer": "bytes",
+    "source": {},
+    "splits": {split: {"tokens": 100, "bytes": 100, "articles": 1, "shards": []} for split in ("train", "val")},
+}
 
 
-def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, reference=None, **changes) -> report.RunLog:
+def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, **changes) -> report.RunLog:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=257))
     cfg = dataclasses.replace(TrainConfig(), out_dir=str(out_dir), model=model.config, **changes)
-    return report.RunLog(cfg, TrainState(model, None, None, iter=iter), machine, reference)
+    return report.RunLog(Run(cfg, META, machine, None, None), TrainState(model, None, None, iter=iter))
 
 
 def rows(out_dir) -> list[dict]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(iter: int, seconds: float = 0.0) -> SimpleNamespace:
-    return SimpleNamespace(iter=iter, tokens=iter * 65_536, seconds=seconds)
+def state(iter: int, seconds: float = 0.0, val_loss: float = 5.0) -> TrainState:
+    return TrainState(None, None, None, iter, iter * 65_536, seconds, val_loss)
 
 
 def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
     log = run_log(tmp_path)
-    validation = {"val_loss": 5.0, "perplexity": 148.4, "bits_per_byte": 7.2}
-    log.row(state(0), validation, True)
+    log.write_row(state(0), evaluated=True)
+    log.tell_evaluation(best=True)
     log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
     log.iteration(4.4, 9e-4, 0.6, seconds=1.5)
-    log.row(state(2, 2.0), None, False)
+    log.write_row(state(2, 2.0), evaluated=False)
     log.iteration(4.3, 8e-4, float("inf"), seconds=0.25)
-    log.row(state(3, 2.25), validation, False)
+    log.write_row(state(3, 2.25), evaluated=True)
+    log.tell_evaluation(best=False)
     log.close()
     columns = ["iter", "tokens", "seconds", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"]
     first, second, third = rows(tmp_path)
@@ -53,7 +59,7 @@ def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
     out = capsys.readouterr().out
     assert (
-        "iteration 0: validation loss 5.0000 nats per token, perplexity 148.40, 7.2000 bits per byte (best so far)"
+        "iteration 0: validation loss 5.0000 nats per token, perplexity 148.41, 7.2135 bits per byte (best so far)"
         in out
     )
     assert "iteration 3: " in out and "training loss 4.3000" in out
@@ -64,19 +70,20 @@ def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
 def test_resuming_cuts_the_rows_back(tmp_path):
     log = run_log(tmp_path)
     for iter in range(5):
-        log.row(state(iter), None, False)
+        log.write_row(state(iter), evaluated=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iter": 5, "tok')  # killed amid a row
     log = run_log(tmp_path, iter=3)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
-    log.row(state(4), None, False)
+    log.write_row(state(4), evaluated=False)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     log = run_log(tmp_path, machine=dataclasses.replace(MACHINE, rank=1, processes=2))
     log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
-    log.row(state(1), {"val_loss": 5.0}, True)
+    log.write_row(state(1), evaluated=True)
+    log.tell_evaluation(best=True)
     log.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
@@ -117,10 +124,10 @@ def shipped(monkeypatch, folder, cfg: TrainConfig, data_sha256: str) -> None:
 def test_a_reference_is_of_the_same_settings_and_the_same_data(tmp_path, monkeypatch):
     cfg = with_preset(TrainConfig, "demo")
     shipped(monkeypatch, tmp_path, cfg, "abc")
-    assert report.reference(cfg, "abc")["val_loss"] == {0: 5.6, 10: 5.1}
+    assert report.find_reference(cfg, "abc")["val_loss"] == {0: 5.6, 10: 5.1}
     same = dataclasses.replace(cfg, seed=2, batch_size=16, out_dir="elsewhere", dtype="float32", eval_interval=7)
-    assert report.reference(same, "abc")
-    assert report.reference(cfg, "other text") is None
+    assert report.find_reference(same, "abc")
+    assert report.find_reference(cfg, "other text") is None
     for change in (
         {"learning_rate": 5e-3},
         {"max_iters": 601},
@@ -128,15 +135,16 @@ def test_a_reference_is_of_the_same_settings_and_the_same_data(tmp_path, monkeyp
         {"init_from": "gpt2"},
         {"model": dataclasses.replace(cfg.model, dropout=0.0)},
     ):
-        assert report.reference(dataclasses.replace(cfg, **change), "abc") is None, change
-    assert report.reference(with_preset(TrainConfig, "wikipedia"), "abc") is None  # there is none of it
+        assert report.find_reference(dataclasses.replace(cfg, **change), "abc") is None, change
+    assert report.find_reference(with_preset(TrainConfig, "wikipedia"), "abc") is None  # there is none of it
 
 
-def test_the_reference_stands_beside_the_evaluations_it_has(tmp_path, capsys):
-    log = run_log(tmp_path, reference={"val_loss": {0: 5.6, 10: 5.1}})
-    validation = {"val_loss": 5.0, "perplexity": 148.4, "bits_per_byte": 7.2}
-    log.row(state(0), validation, False)
-    log.row(state(5), validation, False)
+def test_the_reference_stands_beside_the_evaluations_it_has(tmp_path, monkeypatch, capsys):
+    shipped(monkeypatch, tmp_path, run_log(tmp_path).cfg, describe_data(META)["sha256"])
+    log = run_log(tmp_path)
+    for iter in (0, 5):
+        log.write_row(state(iter), evaluated=True)
+        log.tell_evaluation(best=False)
     log.close()
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("; reference 5.6000") and "reference" not in second
@@ -148,7 +156,7 @@ def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):
     cfg = with_preset(TrainConfig, "demo")
     meta = read_meta(tmp_path)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
-    found = report.reference(cfg, describe_data(meta)["sha256"])
+    found = report.find_reference(cfg, describe_data(meta)["sha256"])
     assert found, "the demo's settings or text changed: train it, and run benchmarks/reference.py"
     assert max(found["val_loss"]) == cfg.max_iters and found["val_loss"][0] > found["val_loss"][cfg.max_iters]
 
@@ -161,11 +169,11 @@ def test_the_startup_counts_the_parameters_and_the_run():
         cfg = with_preset(TrainConfig, preset)
         with torch.device("meta"):
             model = GPT(cfg.model)
-        split = {"tokens": 100_000_000, "articles": 1_000}
-        text = report.startup(
-            cfg, {"splits": {"train": split}, "tokenizer": "gpt2"}, TrainState(model, None, None), MACHINE, "off",
-            SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size), range(4_096), None, [], None,
-        )  # fmt: skip
+        split = {"tokens": 100_000_000, "articles": 1_000, "bytes": 1, "shards": []}
+        meta = {"splits": {"train": split, "val": split}, "tokenizer": "gpt2", "source": {}}
+        windows = SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size)
+        run = Run(cfg, meta, MACHINE, windows, range(4_096))
+        text = report.startup(run, TrainState(model, None, None), "off")
         for word in words:
             assert word in text + "\n", text
 

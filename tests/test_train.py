@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ import config
 import train
 from config import ModelConfig, TrainConfig
 from internals import checkpoint, report
+from internals.machine import Machine, MicroBatch, make_machine
+from internals.run import Run, TrainState
 from internals.start import UserError
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
@@ -537,11 +540,13 @@ def test_out_of_memory_at_one_sequence_or_on_several_devices_gives_up_with_advic
     ):
         little_memory(patch, 0)
         train.train(tiny(data_dir, tmp_path))
-    machine = train.Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=2)
+    machine = Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=2)
     little_memory(monkeypatch, 2)
     model = GPT(tiny(data_dir, tmp_path).model)
     with pytest.raises(UserError, match="at --batch-size 8; take a smaller --batch-size"):
-        train.fit(lambda n: [model(torch.zeros(n, 4, dtype=torch.int64)) for _ in range(2)], 8, model, machine)
+        MicroBatch(8, model, machine).retry_smaller(
+            lambda n: [model(torch.zeros(n, 4, dtype=torch.int64)) for _ in range(2)]
+        )
 
 
 def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):
@@ -600,7 +605,7 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
     what, line = capsys.readouterr().out.splitlines()
-    assert line == report.evaluation(best["iter"], best)
+    assert line == report.evaluation_line({**best, "train_loss": None})
     assert "best.pt on 256 tokens of the validation split" in what and "float32" in what
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
@@ -619,9 +624,7 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
         with pytest.raises(UserError, match="out of memory"):
             train.train(tiny(data_dir, tmp_path, check=True))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 1000})
-        )
+        patch.setattr(shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 1000}))
         with pytest.raises(UserError, match=r"--out-dir .*: checkpoints need .* but only 1000 B"):
             train.train(tiny(data_dir, tmp_path, check=True))
     damaged = write_data(tmp_path / "damaged")
@@ -660,14 +663,14 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 
 def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path, dropout=0.0)
-    machine, scaler = train.make_machine(cfg), torch.amp.GradScaler("cpu", enabled=False)
     windows = TrainingWindows(TokenStream.open(data_dir, "train"), 16, seed=1)
+    run = Run(cfg, {}, make_machine(cfg), windows, None)
     model = GPT(cfg.model)
+    state = TrainState(model, None, torch.amp.GradScaler("cpu", enabled=False), tokens=3 * 128)
     gradients, means = [], []
     for batch_size in (8, 2):
-        numbers = train.micro_steps(3 * 128, cfg, batch_size, machine)
-        assert [n for batch in numbers for n in batch] == list(range(24, 32))
-        means.append(train.forward_backward(model, scaler, windows, numbers, machine).mean())
+        assert [n for ids in run.window_ids(state.tokens, batch_size) for n in ids] == list(range(24, 32))
+        means.append(train.forward_backward(batch_size, model, run, state).mean())
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     inputs = torch.from_numpy(windows.batch(range(24, 32)))
@@ -718,9 +721,9 @@ def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
 
 def test_validation_does_not_depend_on_the_batch_size(data_dir, tmp_path):
     cfg = tiny(data_dir, tmp_path)
-    machine, model = train.make_machine(cfg), GPT(cfg.model)
+    machine, model = make_machine(cfg), GPT(cfg.model)
     windows = ValidationWindows(TokenStream.open(data_dir, "val"), 16, eval_tokens=400)
-    losses = [train.evaluate(model, windows, n, machine) for n in (1, 4, 7, 25, 100)]
+    losses = [train.evaluate(n, model, windows, machine) for n in (1, 4, 7, 25, 100)]
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
     assert model.training
 

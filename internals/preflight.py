@@ -1,0 +1,117 @@
+"""`train.py --check`: will this run fit on this machine, how fast will it be, and how long will it take?"""
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from internals.machine import Machine, MicroBatch, peak_memory
+from internals.report import duration, lines, size, utilisation
+from internals.run import Run, TrainState
+from internals.shards import verify
+from internals.start import UserError
+from internals.windows import ValidationWindows
+from model import GPT
+
+# The two parts of the loop in train.py: they take a batch size first.
+ForwardBackward = Callable[[int, Callable, Run, TrainState], Tensor]
+Evaluate = Callable[[int, GPT, ValidationWindows, Machine], float]
+
+
+class Timing(NamedTuple):
+    """Seconds."""
+
+    iteration: float
+    evaluation: float
+
+
+def preflight(
+    run: Run, state: TrainState, forward: Callable, forward_backward: ForwardBackward, evaluate: Evaluate
+) -> None:
+    """Verify the data, try an iteration and a piece of an evaluation, and say what the run will take.
+
+    Writes nothing to the disk. The weights in `state` change.
+
+    Raises:
+        UserError: a shard is not what prepare_data.py wrote, or memory or disk is too small.
+    """
+    cfg, machine = run.cfg, run.machine
+    if machine.is_main:
+        verify(cfg.data_dir)
+    micro_batch = MicroBatch(cfg.batch_size, state.model, machine)
+    timing = micro_batch.retry_smaller(measure, run, state, forward, forward_backward, evaluate)
+    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    disk = 7 * weights  # best.pt 1, last.pt 3 (weights and AdamW's two moments), and a new last.pt beside the old one
+    machine.print(describe(run, state, timing, micro_batch.size, disk))
+    free = free_disk(run.out_dir.absolute())
+    if free < disk:
+        raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
+    machine.print("All of this fits.")
+
+
+def measure(
+    batch_size: int,
+    run: Run,
+    state: TrainState,
+    forward: Callable,
+    forward_backward: ForwardBackward,
+    evaluate: Evaluate,
+) -> Timing:
+    """Time an iteration, and an evaluation by a piece of it."""
+    cfg, windows = run.cfg, run.val_windows
+    tokens = batch_size * cfg.model.block_size * run.machine.processes  # of one micro-step
+    piece = ValidationWindows(windows.stream, cfg.model.block_size, tokens)
+    one_micro_step = dataclasses.replace(
+        run, cfg=dataclasses.replace(cfg, tokens_per_iter=tokens, batch_size=batch_size)
+    )
+
+    def iterate(run: Run) -> float:
+        begin = time.perf_counter()
+        losses = forward_backward(batch_size, forward, run, state)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        losses.tolist()  # waits for the device
+        return time.perf_counter() - begin
+
+    def evaluate_piece() -> float:
+        begin = time.perf_counter()
+        evaluate(batch_size, state.model, piece, run.machine)
+        return time.perf_counter() - begin
+
+    iterate(one_micro_step)  # the first of each takes longer: kernels are loaded, buffers and moments allocated
+    evaluate_piece()
+    return Timing(iterate(run), evaluate_piece() * len(windows) / len(piece))
+
+
+def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk: int) -> str:
+    """What was measured, and what the run will take by that. `batch_size` is the one that fits, `disk` is in bytes."""
+    cfg = run.cfg
+    rate = cfg.tokens_per_iter / timing.iteration
+    evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
+    total = cfg.max_iters * timing.iteration + evaluations * timing.evaluation
+    memory = peak_memory(run.machine)
+    known = memory.peak and memory.total
+    rows = {
+        "speed": f"{rate:,.0f} tokens/s, {timing.iteration:.2f} s an iteration, an evaluation {timing.evaluation:.1f} s"
+        + utilisation(rate, state.model.flops_per_token(), run.machine),
+        "memory": f"{size(memory.peak)} at the peak, of {size(memory.total)}"
+        if known
+        else "not measured on this device",
+        "time": f"{duration(total)} for {cfg.max_iters:,} iterations and their evaluations",
+        "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
+    }
+    if batch_size < cfg.batch_size:
+        rows["batch"] = f"--batch-size {cfg.batch_size} does not fit, {batch_size} does: training will take that"
+    return lines(rows)
+
+
+def free_disk(out_dir: Path) -> int:
+    """Bytes for checkpoints: what is free there, and the checkpoints of an earlier run, which this one replaces."""
+    existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
+    return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
