@@ -119,7 +119,7 @@ class ModelConfig(Checked):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: `vocab_size` rounded up to 64, which matrix units like. The model's own business."""
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of 64, which suits matrix units."""
         return math.ceil(self.vocab_size / 64) * 64
 
 
@@ -143,7 +143,7 @@ class PrepareConfig(DataDir):
 
     @property
     def held_out(self) -> float:
-        """The validation share in force: the embedded sample is so small that it needs a larger one."""
+        """The validation share in use: the embedded sample is so small that it needs a larger one."""
         return self.val_fraction if self.val_fraction is not None else 0.1 if self.source == "sample" else 0.005
 
 
@@ -154,8 +154,8 @@ class PrepareConfig(DataDir):
 @dataclass(frozen=True)
 class TrainConfig(Compute, DataDir):
     out_dir: str = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
-    resume: bool = False  # go on from out_dir/last.pt, with the same command otherwise
-    auto_resume: bool = False  # go on if there is a run in out_dir, else start one: one command for a scheduler
+    resume: bool = False  # continue from out_dir/last.pt, with the same command otherwise
+    auto_resume: bool = False  # continue if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
     check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
@@ -202,7 +202,7 @@ class TrainConfig(Compute, DataDir):
         self.accumulation_steps(processes=1)
 
     def accumulation_steps(self, processes: int) -> int:
-        """Micro-steps in an iteration, on each of so many processes. Raises ValueError where it is no whole number."""
+        """Micro-steps in an iteration, on each process. Raises ValueError if it is not a whole number."""
         micro_step = self.batch_size * self.model.block_size * processes
         require(
             self.tokens_per_iter % micro_step == 0,
@@ -214,7 +214,7 @@ class TrainConfig(Compute, DataDir):
 
     @property
     def warmup(self) -> int:
-        """Iterations of warm-up in force: at most a tenth of the run."""
+        """Iterations of warm-up in use: at most a tenth of the run."""
         return min(self.warmup_iters, self.max_iters // 10)
 
 
@@ -232,10 +232,10 @@ class GenerateConfig(Compute, CheckpointFile):
     top_p: Probability = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: Count = 1  # continuations of the prompt
     seed: Seed | None = None  # the same seed on the same device makes the same text; None: a new one each time
-    ignore_eot: bool = False  # go on behind the end of the article (<|endoftext|>)
+    ignore_eot: bool = False  # keep generating after <|endoftext|>
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
-    stream: bool = True  # --no-stream: print the text when it is complete, not as it comes
-    json: bool = False  # print JSON lines, one a sample, not text
+    stream: bool = True  # --no-stream: print the text when it is complete
+    json: bool = False  # print JSON lines, one for each sample, instead of text
 
     def __post_init__(self):
         super().__post_init__()
@@ -254,7 +254,7 @@ class ExportConfig(CheckpointFile):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Presets: each a set of other defaults for the fields above; a command takes those that it has
+# Presets: other defaults for the fields above. A command takes the fields that it has
 
 
 PRESETS: dict[str, dict[str, Any]] = {

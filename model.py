@@ -1,14 +1,14 @@
 """The transformer: GPT-2 (Radford et al., 2019), read from the bottom up.
 
-    MLP, CausalSelfAttention     the two halves of a block
+    KeyValueCache                keys and values of earlier tokens, kept while text is generated
+    CausalSelfAttention, MLP     the two halves of a block
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
-    LinearCrossEntropy           the output head and its loss in one, a piece of the logits at a time
+    LinearCrossEntropy           the output head and its loss in one, a chunk of the logits at a time
     GPT                          embeddings, blocks, final norm, output head
-    KeyValueCache                what attention remembers of earlier tokens while text is generated
 
-Architecture, details and parameter names are GPT-2's own (tanh GELU, biases, LayerNorm eps 1e-5, the output head tied
-to the token embedding), so that a model trained here is a GPT-2 to every other tool. One difference in memory only:
-GPT-2's own files hold the four projections of a block transposed.
+Architecture and parameter names are GPT-2's own: tanh GELU, biases, LayerNorm eps 1e-5, the output head tied to the
+token embedding. So a model trained here is a GPT-2 to every other tool. One thing differs, in memory only: GPT-2's own
+files hold the four projections of a block transposed.
 
 Shapes in the comments: B sequences, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
@@ -22,19 +22,19 @@ from torch.nn import functional as F
 
 from config import ModelConfig
 
-# How many logits the loss makes at a time. Fewer save memory but add to the output head's gradient more often. Measured
-# on a CPU (benchmarks/LOG.md), reckoned for a GPU.
+# Logits that the loss computes at a time. Fewer save memory, but add to the output head's gradient more often. Measured
+# on a CPU (benchmarks/loss.py, docs/experiments.md), calculated for a GPU.
 LOGITS_AT_ONCE = 2**27
-# How many of them a CPU then turns into probabilities at a time: few enough to stay in its cache (measured, too).
+# Of these, logits that a CPU turns into probabilities at a time: few enough to stay in its cache (measured, too).
 LOGITS_IN_CACHE = 2**20
 
 
 class KeyValueCache:
-    """The keys and values of the tokens that a model has seen, so that generating computes each token's only once.
+    """The keys and values of the tokens that a model has seen, so that generating computes those of each token once.
 
-    Allocated once for the whole context, by the first tokens that arrive: on their device and in their dtype, but on a
-    CPU in float32, where attention of one query is four times faster than in bfloat16. Each layer writes behind what is
-    there (`append`), and `GPT.forward` moves `length` on when all have.
+    The first tokens allocate it for the whole context, on their device and in their dtype. On a CPU it is float32, in
+    which attention with one query is four times faster than in bfloat16. Each layer appends to its own part, and
+    `GPT.forward` then increases `length`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -43,7 +43,7 @@ class KeyValueCache:
         self.length = 0  # tokens that all layers hold
 
     def append(self, layer: int, kv: Tensor) -> Tensor:
-        """Keys and values (2, B, H, T, D) of T new tokens in; those of all tokens so far (2, B, H, length + T, D) out."""
+        """Add the keys and values of T new tokens (2, B, H, T, D). Returns those of all tokens (2, B, H, length + T, D)."""
         if self.layers[layer] is None:
             dtype = torch.float32 if kv.device.type == "cpu" else kv.dtype
             self.layers[layer] = kv.new_empty(*kv.shape[:3], self.block_size, kv.shape[-1], dtype=dtype)
@@ -52,12 +52,12 @@ class KeyValueCache:
         return self.layers[layer][:, :, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, (rows,) int64: fewer where sequences have ended, repeated where they fork."""
+        """Keep these rows of the batch, (rows,) int64: fewer when sequences have ended, repeated when they fork."""
         self.layers = [kv[:, rows] for kv in self.layers if kv is not None]
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before it (Vaswani et al., 2017)."""
+    """Multi-head self-attention in which a token sees itself and the tokens before it (Vaswani et al., 2017)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -74,8 +74,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(layer, qkv[1:])  # (B, H, S, D) each: S - T earlier tokens, then these T
             q = q.to(k.dtype)
         S = k.size(2)
-        # is_causal would align the first query with the first key, which is right only where nothing came before. One
-        # query, the newest, sees every key; several behind earlier tokens need their mask spelt out.
+        # is_causal aligns the first query with the first key, which is right only without earlier tokens. A single
+        # query, the newest, sees every key and needs no mask. Several queries after earlier tokens need an explicit one.
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
         # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
         dropout = self.dropout if self.training else 0.0
@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network: wider, a nonlinearity, narrow again."""
+    """The position-wise feed-forward network: widen, apply a nonlinearity, narrow again."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -95,13 +95,13 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # GPT-2's form of it (Hendrycks and Gimpel, 2016)
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # GELU (Hendrycks and Gimpel, 2016) in GPT-2's form
         x = self.c_proj(x)
         return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
-    """One layer: each half reads a normalised copy of the residual stream and adds to the stream itself (pre-norm)."""
+    """One layer. Each half reads a normalised copy of the residual stream and adds to the stream itself (pre-norm)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -119,11 +119,13 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Output head and cross-entropy in one, a chunk of rows at a time, gradients included.
 
-    With 50,257 tokens the logits are by far the largest tensor of training, and the plain way holds four of them (as the
-    matrix product made them, in float32, and the gradients of both). Here a chunk's logits become its loss and, the
-    gradient of softmax and cross-entropy being softmax minus one-hot, its share of the gradients of `x` and `weight`,
-    all in the forward pass, and are forgotten. The backward pass only scales. The method is Liger Kernel's (Hsu et al.,
-    2024; in the spirit of Cut Cross-Entropy, Wijmans et al., 2024), here in plain PyTorch.
+    With 50,257 tokens the logits are by far the largest tensor of training. The plain way holds four of them: the result
+    of the matrix product, its float32 copy, and the gradients of both. Here the forward pass turns a chunk of logits into
+    its loss and into its share of the gradients of `x` and `weight` (the gradient of softmax and cross-entropy is softmax
+    minus one-hot), and then forgets the chunk. The backward pass only scales.
+
+    The method is Liger Kernel's (Hsu et al., 2024; in the spirit of Cut Cross-Entropy, Wijmans et al., 2024), here in
+    plain PyTorch. benchmarks/loss.py measures it.
     """
 
     @staticmethod
@@ -132,7 +134,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
         rows = math.ceil(len(x) / chunks)
-        # A GPU has no use for small parts, and torch.compile, which makes one loop of all these steps, has not either.
+        # Small parts gain nothing on a GPU, nor with torch.compile, which makes one loop of all these steps.
         in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
         rows_in_part = min(rows, math.ceil(LOGITS_IN_CACHE / len(weight))) if in_parts else rows
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -140,7 +142,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)  # (padded V, C)
-            # The chunks share their memory: to ask for it again and again costs a CPU more than the arithmetic on it
+            # The chunks share their memory: allocating it again and again costs a CPU more than the arithmetic
             logits_buffer = torch.empty(rows, len(w), dtype=dtype, device=x.device)
             exact_buffer = torch.empty(rows_in_part, len(w), dtype=torch.float32, device=x.device)
             for x_chunk, targets_chunk in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
@@ -149,17 +151,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 for logits, target in zip(chunk.split(rows_in_part), targets_chunk.split(rows_in_part), strict=True):
                     exact = exact_buffer[: len(logits)].copy_(logits)
                     probabilities = torch.softmax(exact, dim=1, out=exact)
-                    # -log p(target), by way of the likeliest token: its p, unlike the target's, cannot be rounded to 0
+                    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
                     log_normaliser = (
                         logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
                     )
                     loss += (log_normaliser - logits.gather(1, target).float()).sum()
                     if grad_weight is not None:
-                        # Of the sum, not the mean: float16 would lose it otherwise
+                        # The gradient of the sum, not of the mean, which float16 could not hold
                         probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
                         logits.copy_(probabilities)
                 if grad_weight is not None:
-                    grad_logits = chunk  # what were logits are their gradients now
+                    grad_logits = chunk  # the buffer now holds the gradients of its logits
                     grad_x.append((grad_logits @ w).to(x.dtype))
                     grad_weight += grad_logits.T @ x_chunk
         if grad_weight is not None:
@@ -177,8 +179,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     """The mean cross-entropy of the logits `x @ weight.T`, which never exist as a whole.
 
     Args:
-        x: (N, C) what the output head reads, in float32 or autocast's dtype.
-        weight: (padded V, C), float32; its rows from `vocab_size` on get probability 0 and gradient 0.
+        x: (N, C) input of the output head, in float32 or autocast's dtype.
+        weight: (padded V, C), float32. Its rows from `vocab_size` on get probability 0 and gradient 0.
         targets: (N,) token ids.
 
     Returns:
@@ -192,8 +194,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 class GPT(nn.Module):
     """Tokens in, logits of the next token out.
 
-    The embedding has `config.padded_vocab_size` rows, of which only the first `vocab_size` are real: neither loss nor
-    logits know the others. The output head is the token embedding itself, transposed (Press and Wolf, 2017).
+    The embedding has `config.padded_vocab_size` rows. Only the first `vocab_size` are real: loss and logits leave the
+    others out. The output head is the token embedding itself, transposed (Press and Wolf, 2017).
     """
 
     def __init__(self, config: ModelConfig):
@@ -201,14 +203,14 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # what the token is
-                "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),  # the token's identity
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # its position
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
             }
         )
         self.apply(self._init_weights)
-        # GPT-2: what adds to the residual stream starts smaller, by the root of how many such additions there are.
+        # GPT-2: projections that add to the residual stream start smaller, by the root of the number of additions.
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -221,18 +223,16 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits, or with targets the loss.
+        """Logits, or the loss if targets are given.
 
         Args:
             idx: (B, T) token ids, T at most `block_size`.
-            targets: (B, T) the token that follows each one of `idx`.
-            cache: what this model has seen before `idx`; `idx` is added to it. Both together hold at most `block_size`
-                tokens.
+            targets: (B, T) the token that follows each token of `idx`.
+            cache: the tokens before `idx`, to which `idx` is added. Both together are at most `block_size` tokens.
 
         Returns:
-            Without targets, logits (B, T, V); with a cache only those of the last token, (B, 1, V), since the head is
-            most of the work where few tokens are added. With targets, the mean cross-entropy in nats per token, a
-            float32 scalar.
+            Without targets, logits (B, T, V). With a cache, only those of the last token, (B, 1, V): the head is most of
+            the work when few tokens are added. With targets, the mean cross-entropy in nats per token, a float32 scalar.
         """
         _, T = idx.shape
         start = 0 if cache is None else cache.length
@@ -257,17 +257,17 @@ class GPT(nn.Module):
         return F.linear(x, self.transformer.wte.weight)
 
     def num_parameters(self) -> dict[str, int]:
-        """How many trained numbers there are, without the padded rows: in the blocks (with the final norm), in the
-        embeddings (tokens and positions), in total."""
+        """Trained parameters without the padded rows: `blocks` (with the final norm), `embedding` (tokens and positions),
+        `total`."""
         blocks = sum(p.numel() for p in self.transformer.h.parameters())
         blocks += sum(p.numel() for p in self.transformer.ln_f.parameters())
         embedding = (self.config.vocab_size + self.config.block_size) * self.config.n_embd
         return {"blocks": blocks, "embedding": embedding, "total": blocks + embedding}
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of training on one token, forward and backward (PaLM, Chowdhery et al., 2022,
-        appendix B): 6 for each weight in a matrix product, the output head included, the embedding look-ups not; and
-        12 T C a layer for attention's own products."""
+        """Floating-point operations to train on one token, forward and backward (PaLM, Chowdhery et al., 2022, appendix
+        B): 6 for each weight in a matrix product, output head included, embedding look-ups not; 12 T C in each layer for
+        attention's own products."""
         c = self.config
         weights = self.num_parameters()["blocks"] + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size

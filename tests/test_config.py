@@ -10,9 +10,8 @@ import typing
 import pytest
 from conftest import REPO, run_script, unboxed
 
-from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, differences
 from internals.cli import parse, with_preset
-from internals.start import UserError, run
 
 COMMANDS = {
     "prepare_data.py": PrepareConfig,
@@ -142,11 +141,22 @@ def test_what_follows_from_other_values():
     assert PrepareConfig(source="sample", val_fraction=0.3).held_out == 0.3
 
 
-def test_a_foreseen_problem_is_one_line_and_status_2(capsys):
-    def main():
-        raise UserError("the disk is full; make room")
+def test_differences_count_what_the_older_side_lacks_as_its_default():
+    now = dataclasses.asdict(TrainConfig(max_iters=100))
+    then = dataclasses.asdict(TrainConfig())
+    assert differences(then, now, then) == {"max_iters": (16_000, 100)}
+    del then["seed"], then["model"]["dropout"]
+    defaults = dataclasses.asdict(TrainConfig())
+    assert differences(then, now, defaults) == {"max_iters": (16_000, 100)}
+    now["model"]["dropout"], now["seed"] = 0.5, 7
+    assert differences(then, now, defaults) == {"max_iters": (16_000, 100), "seed": (1337, 7), "dropout": (0.0, 0.5)}
 
-    with pytest.raises(SystemExit) as exit:
-        run(main)
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: the disk is full; make room\n"
+
+def test_the_folders_follow_from_the_preset():
+    for cls, name, value in (
+        (TrainConfig, "out_dir", "checkpoints/{}"),
+        (GenerateConfig, "checkpoint", "checkpoints/{}/best.pt"),
+        (ExportConfig, "checkpoint", "checkpoints/{}/best.pt"),
+    ):
+        for preset in PRESETS:
+            assert getattr(with_preset(cls, preset), name) == value.format(preset)

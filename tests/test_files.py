@@ -1,0 +1,58 @@
+"""Files are written whole or not at all, and a disk that refuses is one message."""
+
+import errno
+import hashlib
+import os
+
+import pytest
+
+from internals.files import atomic_write, sha256, system_error, write_json, writing
+from internals.start import UserError
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
+def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "make room; what was"), (errno.EACCES, "; what was")])
+def test_what_the_disk_refuses_names_the_file(number, words):
+    with pytest.raises(UserError, match=r"^some/file: could not be written") as caught, writing("some/file"):
+        raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in str(caught.value) and words in str(caught.value)
+
+
+def test_the_systems_error_is_found_behind_a_librarys_and_a_bug_stays_a_bug():
+    def library() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 (as PyTorch's zip writer does it)
+
+    with pytest.raises(UserError, match="No space left"), writing("file"):
+        library()
+    with pytest.raises(RuntimeError, match="no error of the system"), writing("file"):
+        raise RuntimeError("no error of the system")
+    assert system_error(ValueError()) is None
+
+
+def test_json_is_written_as_people_read_it(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "Zürich"})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "name": "Zürich"\n}\n'
+    assert sha256(tmp_path / "a.json") == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()

@@ -1,0 +1,105 @@
+"""How commands start and end: one line for what was foreseen, a traceback for a bug, whenever it comes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, assert_user_error, run_script
+
+from internals.start import UserError, first_line, run
+
+COMMANDS = ("prepare_data", "train", "generate", "export")
+
+
+def test_a_foreseen_problem_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("the disk is full; make room")
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: the disk is full; make room\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_ctrl_c_says_what_the_command_says(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        run(main, interrupted="Stopped. Nothing was written.")
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "Stopped. Nothing was written.\n"
+
+
+def test_a_stderr_that_is_gone_does_not_change_the_exit_status():
+    code = "from internals.start import UserError, run\ndef main(): raise UserError('x')\nrun(main)"
+    with open(os.devnull, "rb") as unwritable:
+        assert subprocess.run([sys.executable, "-c", code], cwd=REPO, stderr=unwritable).returncode == 2
+
+
+def without(package: str) -> str:
+    return f"import sys; sys.modules[{package!r}] = None; import runpy; sys.argv = [{{script!r}}, {{flag!r}}]; runpy.run_path({{script!r}}, run_name='__main__')"
+
+
+@pytest.mark.parametrize("script", [f"{name}.py" for name in COMMANDS])
+def test_a_missing_package_is_one_line(script):
+    code = without("tyro").format(script=script, flag="--preset=demo")
+    assert_user_error(run_script("-c", code), "no package tyro", "activate .venv", "pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "export.py"])
+def test_pytorch_missing_is_one_line(script):
+    code = without("torch").format(script=script, flag="--out-dir=nowhere" if script != "generate.py" else "--seed=1")
+    assert_user_error(run_script("-c", code), "no package torch", "pip install -r requirements.txt")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "export.py"])
+def test_ctrl_c_during_the_imports_is_one_line(script):
+    flags = ["--out-dir", "nowhere"] if script != "generate.py" else []
+    code = (
+        "import builtins, os, runpy, signal, sys\n"
+        "real = builtins.__import__\n"
+        "def importing(name, *args, **kwargs):\n"
+        "    if name == 'torch':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *args, **kwargs)\n"
+        f"sys.argv = [{script!r}, *{flags!r}]\n"
+        "builtins.__import__ = importing\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    result = run_script("-c", code)
+    assert result.returncode == 130 and result.stderr.strip() == "Stopped.", result.stderr
+
+
+def test_processes_beside_the_first_wait_for_it_to_speak():
+    """torchrun ends them meanwhile; one that is alone with its failure speaks after all."""
+    code = "from internals.start import UserError, run\ndef main(): raise UserError('mine alone')\nrun(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPO, stderr=subprocess.PIPE, text=True, env={**os.environ, "LOCAL_RANK": "1"},
+    )  # fmt: skip
+    begin = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and stderr == "error: mine alone\n"
+    assert time.monotonic() - begin > 2
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, stderr=subprocess.PIPE, text=True, env={**os.environ, "LOCAL_RANK": "1"}
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and stderr == ""
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\nwhat is wrong\nand pages of it")) == "what is wrong"
+    assert first_line(KeyError()) == "KeyError"
