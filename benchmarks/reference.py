@@ -1,4 +1,4 @@
-"""Make a finished run of a preset the reference that train.py shows beside everybody else's: reference/PRESET.json.
+"""Make a finished run of a preset the reference that train.py shows beside everybody else's: sample/PRESET.json.
 
     python train.py --preset demo
     python benchmarks/reference.py checkpoints/demo --hardware "2 cores of an AMD EPYC"

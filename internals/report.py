@@ -35,7 +35,7 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
-REFERENCES = Path(__file__).resolve().parents[1] / "reference"
+REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # The settings that decide nothing of how the loss falls: where and how a run computes, what it shows and when. The seed
 # decides a little, and a reference is of one seed.
 NOT_LEARNING = {
