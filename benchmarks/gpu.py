@@ -19,8 +19,12 @@ from pathlib import Path
 
 import torch
 import tyro
+from common import REPO
 
-REPO = Path(__file__).resolve().parent.parent
+from config import ModelConfig, TrainConfig
+from internals.cli import with_preset
+from model import GPT
+
 TOKENS_PER_ITER = 65_536
 
 
@@ -67,16 +71,11 @@ def speed(args: Gpu, out: Path, preset: str, batch_size: int, tokens_per_iter: i
     ):  # fmt: skip
         return
     ours = next(iter(json.loads(file.read_text()).values()))[0]  # tokens/s
-    sys.path.insert(0, str(REPO))
-    import config
-    from internals.cli import with_preset
-    from model import GPT
-
     with torch.device("meta"):
-        shape = with_preset(config.ModelConfig, preset)
+        shape = with_preset(ModelConfig, preset)
         gpt = GPT(dataclasses.replace(shape, n_layer=1) if args.small else shape)
     print(f"{preset}: MFU {ours * gpt.flops_per_token() / rate:.1%} of the measured matrix rate")
-    minutes = with_preset(config.TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
+    minutes = with_preset(TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
     print(f"{preset}: the preset's whole run would take {minutes:,.0f} minutes on this card, evaluation not counted")
     print(
         f"On another card, roughly: {minutes * rate / 1e12:,.0f} minutes over its bf16 matrix rate in TFLOP/s "

@@ -7,18 +7,17 @@ Interleaved, medians; memory is how far the peak (a GPU's, or the process's) ris
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # noqa: F401  (puts the root on the path)
 import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 from config import ModelConfig
 

@@ -11,24 +11,21 @@ project) trains with its own model, optimizer, schedule and sampling of batches,
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
 import shlex
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import common  # the first: it decides which train.py is imported below
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from config import TrainConfig
 from internals.cli import parse
+from internals.files import write_json
 from internals.shards import read_meta
 from internals.start import run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -90,7 +87,7 @@ class NanoGPT:
         self.tokens_per_iter = cfg.tokens_per_iter
         self.machine = train.make_machine(cfg)
         self.cuda = self.machine.device.type == "cuda"
-        module = load_nanogpt(folder)
+        module = common.load_nanogpt(folder)
         c = cfg.model
         torch.manual_seed(cfg.seed)
         shape = module.GPTConfig(
@@ -136,15 +133,6 @@ class NanoGPT:
             total += self.loss(self.val_windows.batch(first, last)).item() * (last - first)
         self.model.train()
         return total / count
-
-
-def load_nanogpt(folder: str) -> Any:
-    """nanoGPT's model.py, under another name than ours."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
@@ -203,7 +191,7 @@ def main() -> None:
         mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
         print(f"{name or '(as it is)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
     if args.out:
-        Path(args.out).write_text(json.dumps(curves, indent=1) + "\n")
+        write_json(args.out, curves)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ The run must have the preset's own settings, and the working tree must be commit
 """
 
 import dataclasses
-import json
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from common import REPO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import TrainConfig
 from internals import checkpoint, report
 from internals.cli import with_preset
+from internals.files import write_json
 from internals.start import UserError, run
 
 
@@ -30,9 +29,7 @@ class Reference:
 
 
 def git(*command: str) -> str:
-    return subprocess.run(
-        ["git", *command], cwd=report.REFERENCES.parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", *command], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -61,8 +58,7 @@ def main() -> None:
         "data_sha256": last["data"]["sha256"],
     }
     path = report.REFERENCES / f"{preset}.json"
-    path.parent.mkdir(exist_ok=True)
-    report.write_text(path, json.dumps(contents, indent=1) + "\n")
+    write_json(path, contents)
     print(f"{path}: {len(contents['val_loss'])} evaluations, the last {rows[-1]['val_loss']:.4f}")
 
 

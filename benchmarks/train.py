@@ -10,8 +10,6 @@ tokens per second that follow for an iteration of `--tokens-per-iter`: so many m
 """
 
 import dataclasses
-import importlib.util
-import json
 import multiprocessing
 import statistics
 import sys
@@ -19,17 +17,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+import common  # the first: it decides which train.py is imported below
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
+from internals.files import write_json
 from internals.machine import resolve_device
 from internals.start import run
 
@@ -107,10 +105,7 @@ def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> t
 
 def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) -> tuple[Callable, Callable]:
     """nanoGPT's model with its own optimizer; as its train.py runs it on a CPU, float32."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(args.nanogpt) / "model.py")
-    source = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = source
-    spec.loader.exec_module(source)
+    source = common.load_nanogpt(args.nanogpt)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     module = source.GPT(
         source.GPTConfig(
@@ -225,7 +220,7 @@ def main() -> None:
     results = compare(args)
     print(table(results))
     if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
 
 
 if __name__ == "__main__":
