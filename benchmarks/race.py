@@ -1,13 +1,13 @@
-"""A race: train.py's own parts, in several settings, and nanoGPT's, on the same text, taking turns on one machine.
+"""A race: train.py's parts in several settings, and nanoGPT, taking turns on the same text and machine.
 
     python benchmarks/race.py --data-dir DIR --vocab-size 4096 --nanogpt DIR \\
         --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
         --run="" --run="--max-iters 200" --run="--optimizer adamw"
 
-Each `--run` is a string of train.py's flags, after those of `--shape`. nanoGPT (a checkout of it, not part of this
-project) trains with its own model, optimizer, schedule and sampling of batches, as its train.py has them, once for each of
-`--nanogpt-learning-rates`. Printed are validation loss against tokens and against seconds (evaluation not counted).
-`--vocab-size` keeps the text's most frequent tokens and makes all others one, which lets a CPU race in minutes.
+Each `--run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not part of this project)
+trains with its own model, optimizer, schedule and sampling of batches, once for each of `--nanogpt-learning-rates`. The output
+is validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens
+and merges all others into one, so that a CPU can race in minutes.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ VAL_BATCH = 64
 @dataclass(frozen=True)
 class Race:
     data_dir: str = "data/wikipedia"  # token shards, from prepare_data.py
-    vocab_size: int | None = None  # keep so many tokens, the last one for all that are rarer; None: all
-    shape: str = ""  # flags of train.py for the model and the run, for all
-    run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py of one of our runs; repeat for others
-    seeds: tuple[int, ...] = (1337,)  # each run once with each
+    vocab_size: int | None = None  # tokens to keep, the last one for all rarer ones; None: all
+    shape: str = ""  # flags of train.py for every run: model and length
+    run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py for one of our runs; repeat it for more
+    seeds: tuple[int, ...] = (1337,)  # every run is done once per seed
     nanogpt: str | None = None  # folder of a checkout of nanoGPT
-    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # its GPT-2 recipe's; others to be fair to small models
-    evaluations: int = 8  # in a run, at equal distances
+    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # 6e-4 is its GPT-2 recipe's; small models may need others
+    evaluations: int = 8  # per run, evenly spaced
     out: str | None = None  # file for the curves, as JSON
 
 
 class Ours:
-    """train.py's loop without what it tells and saves."""
+    """train.py's loop without logging and saving."""
 
     def __init__(self, name: str, cfg: TrainConfig, train_stream: TokenStream, val_stream: TokenStream):
         self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
@@ -80,7 +80,7 @@ class Ours:
 
 
 class NanoGPT:
-    """nanoGPT's model and recipe, bf16 and compiled on a GPU, float32 and eager on a CPU, as it runs there."""
+    """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
     def __init__(self, folder: str, rate: float, cfg: TrainConfig, train_stream: Any, val_stream: Any):
         self.name, self.rate, self.cfg, self.max_iters = f"nanoGPT {rate:g}", rate, cfg, cfg.max_iters
@@ -136,7 +136,7 @@ class NanoGPT:
 
 
 def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
-    """Training and validation tokens, and how many different ones there are."""
+    """Training and validation tokens, and the size of the vocabulary."""
     train_stream, val_stream = (TokenStream.open(args.data_dir, split) for split in ("train", "val"))
     vocab_size = read_meta(args.data_dir)["vocab_size"]
     if args.vocab_size is None:
@@ -151,7 +151,7 @@ def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
 
 
 def compete(runners: list[Any], evaluations: int) -> dict[str, list[tuple[int, float, float]]]:
-    """Train all, taking turns; for each its (tokens, seconds, validation loss) at every evaluation."""
+    """Train all in turns. Returns (tokens, seconds, validation loss) of each at every evaluation."""
     curves: dict[str, list[tuple[int, float, float]]] = {runner.name: [] for runner in runners}
     seconds = dict.fromkeys(curves, 0.0)
     for part in range(evaluations):
@@ -189,7 +189,7 @@ def main() -> None:
         ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
         losses = ", ".join(f"{end[2]:.4f}" for end in ends)
         mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
-        print(f"{name or '(as it is)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
+        print(f"{name or '(no flags)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
     if args.out:
         write_json(args.out, curves)
 

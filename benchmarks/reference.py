@@ -1,9 +1,9 @@
-"""Make a finished run of a preset the reference that train.py shows beside everybody else's: sample/PRESET.json.
+"""Save the losses of a finished run as sample/PRESET.json. train.py prints them next to yours.
 
     python train.py --preset demo
     python benchmarks/reference.py checkpoints/demo --hardware "2 cores of an AMD EPYC"
 
-The run must have the preset's own settings, and the working tree must be committed: the file names the commit.
+The run must use the preset's own settings. The working tree must be committed, because the file records the commit.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from internals.start import UserError, run
 @dataclass(frozen=True)
 class Reference:
     out_dir: tyro.conf.Positional[str]  # of the finished run
-    hardware: str  # that it ran on, in words
+    hardware: str  # what it ran on, in words
 
 
 def git(*command: str) -> str:
@@ -38,13 +38,17 @@ def main() -> None:
     settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
     preset = last["config"]["preset"]
     own = dataclasses.asdict(with_preset(TrainConfig, preset))
-    own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # which is the data's
+    own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # vocab_size follows from the data
     if changed := [name for name in settings if settings[name] != own[name]]:
-        raise UserError(f"{args.out_dir}: is no run of the preset {preset} as it is ({', '.join(changed)})")
+        raise UserError(
+            f"{args.out_dir}: this run does not use the settings of the preset {preset} ({', '.join(changed)}); train it again without flags"
+        )
     if last["iter"] != settings["max_iters"]:
-        raise UserError(f"{args.out_dir}: stands at iteration {last['iter']:,} of {settings['max_iters']:,}")
+        raise UserError(
+            f"{args.out_dir}: this run is at iteration {last['iter']:,} of {settings['max_iters']:,}; finish it first"
+        )
     if git("status", "--porcelain", "--untracked-files=no"):
-        raise UserError("the working tree has changes that are not committed; commit them, and train again")
+        raise UserError("the working tree has uncommitted changes; commit them and train again")
     rows = report.read_metrics(Path(args.out_dir) / "metrics.jsonl")
     contents = {
         "preset": preset,
