@@ -1,12 +1,15 @@
-"""All of the figures that need a GPU, in one command of about 25 minutes:
+"""All figures that need a GPU, in one command of about 25 minutes:
 
     python benchmarks/gpu.py --source DIR --nanogpt DIR
 
-1. The card's matrix rate.  2. The loss, plain and chunked.  3. Speed and memory against transformers and nanoGPT, for the
-default and the 150-million shape, with MFU against the measured matrix rate.  4. A race: nanoGPT's GPT-2 recipe on
-`--tokens` tokens, and our defaults on as many, half as many and a third.  5. What the default run would take on this card.
+1. The card's matrix rate.
+2. The loss, plain and in chunks.
+3. Speed and memory against transformers and nanoGPT, for the default and the 150-million shape, with MFU against the
+   measured matrix rate, and the time of the whole default run on this card.
+4. A race: nanoGPT's GPT-2 recipe on `--tokens` tokens, and our defaults on as many, half as many and a third.
 
-Every part prints as it ends, and a part that fails leaves the others be. `--small` tries all of it in minutes on a CPU.
+Each part prints its figures when it ends. If a part fails, the others still run. `--small` runs every part on a CPU in
+minutes.
 """
 
 import dataclasses
@@ -19,8 +22,12 @@ from pathlib import Path
 
 import torch
 import tyro
+from common import REPO
 
-REPO = Path(__file__).resolve().parent.parent
+from config import ModelConfig, TrainConfig
+from internals.cli import with_preset
+from model import GPT
+
 TOKENS_PER_ITER = 65_536
 
 
@@ -28,13 +35,13 @@ TOKENS_PER_ITER = 65_536
 class Gpu:
     source: str  # what prepare_data.py --source takes: a folder of Wikipedia's parquet files
     nanogpt: str  # folder of a checkout of nanoGPT
-    tokens: int = 150_000_000  # of the race
+    tokens: int = 150_000_000  # in the race
     out: str = "gpu"  # folder for data and figures
-    small: bool = False  # on the CPU, tiny, to see that all of it runs
+    small: bool = False  # tiny, on the CPU, to see that every part runs
 
 
 def run(*args: object) -> bool:
-    """A script of this repository, with what it prints. Says whether it ended well."""
+    """Run a script of this repository and show its output. True if it succeeded."""
     command = [str(a) for a in args]
     print("\n$ python", *command, flush=True)
     begin = time.perf_counter()
@@ -44,7 +51,7 @@ def run(*args: object) -> bool:
 
 
 def matrix_rate(device: str, size: int) -> float:
-    """FLOP/s of a square bf16 matrix product, the best of several."""
+    """FLOP/s of a square bf16 matrix product, best of several."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     rates = []
     for _ in range(10):
@@ -67,17 +74,12 @@ def speed(args: Gpu, out: Path, preset: str, batch_size: int, tokens_per_iter: i
     ):  # fmt: skip
         return
     ours = next(iter(json.loads(file.read_text()).values()))[0]  # tokens/s
-    sys.path.insert(0, str(REPO))
-    import config
-    from internals.cli import with_preset
-    from model import GPT
-
     with torch.device("meta"):
-        shape = with_preset(config.ModelConfig, preset)
+        shape = with_preset(ModelConfig, preset)
         gpt = GPT(dataclasses.replace(shape, n_layer=1) if args.small else shape)
     print(f"{preset}: MFU {ours * gpt.flops_per_token() / rate:.1%} of the measured matrix rate")
-    minutes = with_preset(config.TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
-    print(f"{preset}: the preset's whole run would take {minutes:,.0f} minutes on this card, evaluation not counted")
+    minutes = with_preset(TrainConfig, preset).max_iters * tokens_per_iter / ours / 60
+    print(f"{preset}: the preset's whole run would take {minutes:,.0f} minutes on this card, evaluation excluded")
     print(
         f"On another card, roughly: {minutes * rate / 1e12:,.0f} minutes over its bf16 matrix rate in TFLOP/s "
         f"(this one's is {rate / 1e12:.1f})"

@@ -1,24 +1,24 @@
-"""The output head and its loss, forward and backward: model.py's chunked way against the plain way, time and memory.
+"""Time and memory of the output head and its loss, forward and backward: model.py's chunks against the plain way.
 
     python benchmarks/loss.py                              the default model's head on 4,096 tokens
     python benchmarks/loss.py --vocab-size 257 --n-embd 128 --repeats 50
 
-Interleaved, medians; memory is how far the peak (a GPU's, or the process's) rises above what was held before.
+All ways take turns; figures are medians. Memory is the rise of the peak (of the GPU, or of the process) above what was in
+use before.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # noqa: F401  (puts the root on the path)
 import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 from config import ModelConfig
 
@@ -42,7 +42,7 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor
 
 
 def peak_mib(device: str, reset: bool = False) -> float:
-    """The most memory in use since it was last reset: by tensors on a GPU, by the whole process on a CPU (Linux)."""
+    """Peak memory since the last reset: of tensors on a GPU, of the whole process on a CPU (Linux)."""
     if device == "cuda":
         torch.cuda.synchronize()
         if reset:
@@ -63,7 +63,7 @@ def measure(
     dtype: torch.dtype,
     vocab: int,
 ) -> tuple[float, float]:
-    """Seconds and MiB of one forward and backward pass, in chunks of so many logits."""
+    """Seconds and MiB of one forward and backward pass, with `chunk` logits at once."""
     device = x.device.type
     model.LOGITS_AT_ONCE = chunk
     x.grad = weight.grad = None
@@ -83,7 +83,7 @@ def main() -> None:
     x = torch.randn(args.rows, args.n_embd).to(args.device).requires_grad_()
     weight = (torch.randn(padded, args.n_embd) * 0.05).to(args.device).requires_grad_()
     targets = torch.randint(args.vocab_size, (args.rows,)).to(args.device)
-    # A function of its own for each chunk size: a compiled one keeps the size that it met first
+    # One function per chunk size: a compiled function keeps the first size it meets
     ways = [("plain", None, lambda *rest: plain(*rest))]
     ways += [(f"{n:,}", n, lambda *rest: model.linear_cross_entropy(*rest)) for n in args.logits_at_once]
     if args.compile:

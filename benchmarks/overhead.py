@@ -1,12 +1,12 @@
-"""What train.py costs beside a bare loop of the same model, batch and dtype: logging, checking, reading data and saving.
+"""The overhead of train.py over a bare loop of the same model, batch and dtype: logging, checks, reading data, saving.
 
     python benchmarks/overhead.py --max-iters 20 --tokens-per-iter 8192 --batch-size 16 --checkpoint-interval 10
 
-takes every flag of train.py. The bare loop has its batch on the device already and does nothing but forward, backward,
-clipping and AdamW's step. train.py is run as it is, on random tokens in a temporary folder, and its seconds are those of
-the whole loop on the wall clock, saves of last.pt (every --checkpoint-interval iterations, and at the end) and rows of
-metrics.jsonl included; evaluations (with their sample and loss.png) are left out, as both would need them. The two run in
-this one process, in turn, several times; the ratio is the median of the rounds'.
+It takes every flag of train.py. The bare loop has its batch on the device already. It only does forward, backward, clipping
+and the optimizer's step. train.py runs unchanged on random tokens in a temporary folder. Its seconds are wall-clock time of the
+whole loop. They include the saves of last.pt (every --checkpoint-interval iterations, and at the end) and the rows of
+metrics.jsonl. Evaluations, with their sample and loss.png, are excluded because both loops would need them. The two take
+turns in this process for several rounds; the ratio is the median over the rounds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: F401  (the first: it decides which train.py is imported below)
 import numpy as np
 import torch
 
@@ -27,6 +27,7 @@ from config import TrainConfig
 from internals import report
 from internals.cli import parse
 from internals.files import write_json
+from internals.machine import Machine
 from internals.shards import META_FORMAT, ShardWriter
 from model import GPT
 
@@ -52,13 +53,13 @@ def random_data(folder: Path, vocab_size: int, tokens: int) -> None:
     write_json(folder / "meta.json", meta)
 
 
-def bare_loop(cfg: TrainConfig, machine: train.Machine) -> float:
-    """Seconds of the bare loop."""
+def bare_loop(cfg: TrainConfig, machine: Machine) -> float:
+    """Run the bare loop. Returns its seconds."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg.model).to(machine.device)
     optimizer = train.make_optimizer(model, cfg, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    forward, _ = train.make_forward(model, cfg, machine)
+    forward, _ = train.training_model(model, cfg, machine)
     steps = cfg.accumulation_steps(processes=1)
     window = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size + 1), device=machine.device)
     inputs, targets = window[:, :-1], window[:, 1:]
@@ -78,13 +79,13 @@ def bare_loop(cfg: TrainConfig, machine: train.Machine) -> float:
 
 
 class Stopwatch:
-    """Wall-clock seconds of train.py's loop, from its first iteration on, without its evaluations."""
+    """Wall-clock seconds of train.py's loop from its first iteration on, evaluations excluded."""
 
     def __init__(self):
         self.begin, self.outside = 0.0, 0.0
         self.get_lr = train.get_lr
         train.get_lr = self.start
-        for module, name in ((train, "evaluate"), (train, "sample_text"), (report, "plot")):
+        for module, name in ((train, "evaluate"), (train, "print_sample"), (report, "plot")):
             setattr(module, name, self.leave_out(getattr(module, name)))
 
     def start(self, it: int, cfg: TrainConfig) -> float:
@@ -119,11 +120,11 @@ def main() -> None:
             eval_interval=cfg.max_iters, model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
         )  # fmt: skip
         short = dataclasses.replace(cfg, max_iters=2)
-        for count in range(-1, ROUNDS):  # the first one warms up
+        for count in range(-1, ROUNDS):  # round -1 warms up
             bare = bare_loop(cfg if count >= 0 else short, machine)
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 train.train(cfg if count >= 0 else short)
-            if "Done." not in out.getvalue():  # stopped by a signal, which train.py takes for itself
+            if "Done." not in out.getvalue():  # stopped by a signal, which train.py handles itself
                 sys.exit(130)
             ours = stopwatch.seconds()
             if count >= 0:

@@ -1,34 +1,32 @@
-"""A race: train.py's own parts, in several settings, and nanoGPT's, on the same text, taking turns on one machine.
+"""A race: train.py's parts in several settings, and nanoGPT, taking turns on the same text and machine.
 
     python benchmarks/race.py --data-dir DIR --vocab-size 4096 --nanogpt DIR \\
         --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
         --run="" --run="--max-iters 200" --run="--optimizer adamw"
 
-Each `--run` is a string of train.py's flags, after those of `--shape`. nanoGPT (a checkout of it, not part of this
-project) trains with its own model, optimizer, schedule and sampling of batches, as its train.py has them, once for each of
-`--nanogpt-learning-rates`. Printed are validation loss against tokens and against seconds (evaluation not counted).
-`--vocab-size` keeps the text's most frequent tokens and makes all others one, which lets a CPU race in minutes.
+Each `--run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not part of this project)
+trains with its own model, optimizer, schedule and sampling of batches, once for each of `--nanogpt-learning-rates`. The output
+is validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens
+and merges all others into one, so that a CPU can race in minutes.
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
 import shlex
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import common  # the first: it decides which train.py is imported below
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from config import TrainConfig
 from internals.cli import parse
+from internals.files import write_json
+from internals.run import Run, TrainState
 from internals.shards import read_meta
 from internals.start import run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -40,57 +38,59 @@ VAL_BATCH = 64
 @dataclass(frozen=True)
 class Race:
     data_dir: str = "data/wikipedia"  # token shards, from prepare_data.py
-    vocab_size: int | None = None  # keep so many tokens, the last one for all that are rarer; None: all
-    shape: str = ""  # flags of train.py for the model and the run, for all
-    run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py of one of our runs; repeat for others
-    seeds: tuple[int, ...] = (1337,)  # each run once with each
+    vocab_size: int | None = None  # tokens to keep, the last one for all rarer ones; None: all
+    shape: str = ""  # flags of train.py for every run: model and length
+    run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py for one of our runs; repeat it for more
+    seeds: tuple[int, ...] = (1337,)  # every run is done once per seed
     nanogpt: str | None = None  # folder of a checkout of nanoGPT
-    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # its GPT-2 recipe's; others to be fair to small models
-    evaluations: int = 8  # in a run, at equal distances
+    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # 6e-4 is its GPT-2 recipe's; small models may need others
+    evaluations: int = 8  # per run, evenly spaced
     out: str | None = None  # file for the curves, as JSON
 
 
 class Ours:
-    """train.py's loop without what it tells and saves."""
+    """train.py's loop without logging and saving."""
 
     def __init__(self, name: str, cfg: TrainConfig, train_stream: TokenStream, val_stream: TokenStream):
         self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
-        self.machine = train.make_machine(cfg)
-        self.windows = TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
-        self.val_windows = ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
+        machine = train.make_machine(cfg)
+        windows = TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
+        val_windows = ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
+        self.training_run = Run(cfg, {}, machine, windows, val_windows)
         torch.manual_seed(cfg.seed)
-        self.model = GPT(cfg.model).to(self.machine.device)
-        self.optimizer = train.make_optimizer(self.model, cfg, self.machine.device)
-        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=self.machine.dtype == torch.float16)
-        self.forward, _ = train.make_forward(self.model, cfg, self.machine)
+        model = GPT(cfg.model).to(machine.device)
+        optimizer = train.make_optimizer(model, cfg, machine.device)
+        scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        self.state = TrainState(model, optimizer, scaler)
+        self.forward, _ = train.training_model(model, cfg, machine)
         self.tokens_per_iter = cfg.tokens_per_iter
 
     def step(self, it: int) -> None:
-        cfg = self.cfg
-        for group in self.optimizer.param_groups:
+        cfg, state = self.cfg, self.state
+        for group in state.optimizer.param_groups:
             group["lr"] = train.get_lr(it, cfg) * group["lr_scale"]
-        numbers = train.micro_steps(it * cfg.tokens_per_iter, cfg, cfg.batch_size, self.machine)
-        losses = train.forward_backward(self.forward, self.scaler, self.windows, numbers, self.machine)
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        state.tokens = it * cfg.tokens_per_iter
+        losses = train.forward_backward(cfg.batch_size, self.forward, self.training_run, state)
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
         losses.tolist()  # waits, as train.py does
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
 
     def evaluate(self) -> float:
-        return train.evaluate(self.model, self.val_windows, VAL_BATCH, self.machine)
+        return train.evaluate(VAL_BATCH, self.state.model, self.training_run.val_windows, self.training_run.machine)
 
 
 class NanoGPT:
-    """nanoGPT's model and recipe, bf16 and compiled on a GPU, float32 and eager on a CPU, as it runs there."""
+    """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
     def __init__(self, folder: str, rate: float, cfg: TrainConfig, train_stream: Any, val_stream: Any):
         self.name, self.rate, self.cfg, self.max_iters = f"nanoGPT {rate:g}", rate, cfg, cfg.max_iters
         self.tokens_per_iter = cfg.tokens_per_iter
         self.machine = train.make_machine(cfg)
         self.cuda = self.machine.device.type == "cuda"
-        module = load_nanogpt(folder)
+        module = common.load_nanogpt(folder)
         c = cfg.model
         torch.manual_seed(cfg.seed)
         shape = module.GPTConfig(
@@ -107,7 +107,7 @@ class NanoGPT:
         self.val_windows = ValidationWindows(val_stream, c.block_size, cfg.eval_tokens)
 
     def loss(self, array: np.ndarray) -> torch.Tensor:
-        inputs, targets = self.machine.windows(array)
+        inputs, targets = self.machine.to_device(array)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.cuda):
             return self.forward(inputs, targets.contiguous())[1]
 
@@ -138,17 +138,8 @@ class NanoGPT:
         return total / count
 
 
-def load_nanogpt(folder: str) -> Any:
-    """nanoGPT's model.py, under another name than ours."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
-    """Training and validation tokens, and how many different ones there are."""
+    """Training and validation tokens, and the size of the vocabulary."""
     train_stream, val_stream = (TokenStream.open(args.data_dir, split) for split in ("train", "val"))
     vocab_size = read_meta(args.data_dir)["vocab_size"]
     if args.vocab_size is None:
@@ -163,7 +154,7 @@ def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
 
 
 def compete(runners: list[Any], evaluations: int) -> dict[str, list[tuple[int, float, float]]]:
-    """Train all, taking turns; for each its (tokens, seconds, validation loss) at every evaluation."""
+    """Train all in turns. Returns (tokens, seconds, validation loss) of each at every evaluation."""
     curves: dict[str, list[tuple[int, float, float]]] = {runner.name: [] for runner in runners}
     seconds = dict.fromkeys(curves, 0.0)
     for part in range(evaluations):
@@ -201,9 +192,9 @@ def main() -> None:
         ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
         losses = ", ".join(f"{end[2]:.4f}" for end in ends)
         mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
-        print(f"{name or '(as it is)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
+        print(f"{name or '(no flags)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
     if args.out:
-        Path(args.out).write_text(json.dumps(curves, indent=1) + "\n")
+        write_json(args.out, curves)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,35 @@
-"""Make a finished run of a preset the reference that train.py shows beside everybody else's: reference/PRESET.json.
+"""Save the losses of a finished run as sample/PRESET.json. train.py prints them next to yours.
 
     python train.py --preset demo
     python benchmarks/reference.py checkpoints/demo --hardware "2 cores of an AMD EPYC"
 
-The run must have the preset's own settings, and the working tree must be committed: the file names the commit.
+The run must use the preset's own settings. The working tree must be committed, because the file records the commit.
 """
 
 import dataclasses
-import json
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from common import REPO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import TrainConfig
 from internals import checkpoint, report
 from internals.cli import with_preset
+from internals.files import write_json
 from internals.start import UserError, run
 
 
 @dataclass(frozen=True)
 class Reference:
     out_dir: tyro.conf.Positional[str]  # of the finished run
-    hardware: str  # that it ran on, in words
+    hardware: str  # what it ran on, in words
 
 
 def git(*command: str) -> str:
-    return subprocess.run(
-        ["git", *command], cwd=report.REFERENCES.parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", *command], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -41,13 +38,17 @@ def main() -> None:
     settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
     preset = last["config"]["preset"]
     own = dataclasses.asdict(with_preset(TrainConfig, preset))
-    own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # which is the data's
+    own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # vocab_size follows from the data
     if changed := [name for name in settings if settings[name] != own[name]]:
-        raise UserError(f"{args.out_dir}: is no run of the preset {preset} as it is ({', '.join(changed)})")
+        raise UserError(
+            f"{args.out_dir}: this run does not use the settings of the preset {preset} ({', '.join(changed)}); train it again without flags"
+        )
     if last["iter"] != settings["max_iters"]:
-        raise UserError(f"{args.out_dir}: stands at iteration {last['iter']:,} of {settings['max_iters']:,}")
+        raise UserError(
+            f"{args.out_dir}: this run is at iteration {last['iter']:,} of {settings['max_iters']:,}; finish it first"
+        )
     if git("status", "--porcelain", "--untracked-files=no"):
-        raise UserError("the working tree has changes that are not committed; commit them, and train again")
+        raise UserError("the working tree has uncommitted changes; commit them and train again")
     rows = report.read_metrics(Path(args.out_dir) / "metrics.jsonl")
     contents = {
         "preset": preset,
@@ -61,8 +62,7 @@ def main() -> None:
         "data_sha256": last["data"]["sha256"],
     }
     path = report.REFERENCES / f"{preset}.json"
-    path.parent.mkdir(exist_ok=True)
-    report.write_text(path, json.dumps(contents, indent=1) + "\n")
+    write_json(path, contents)
     print(f"{path}: {len(contents['val_loss'])} evaluations, the last {rows[-1]['val_loss']:.4f}")
 
 

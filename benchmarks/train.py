@@ -1,17 +1,15 @@
-"""Training speed: tokens per second and peak memory of this project and of its peers, taking turns on one machine.
+"""Training speed: tokens per second and peak memory of this project and its peers, taking turns on one machine.
 
     python benchmarks/train.py --nanogpt DIR                     the default shape, 16 sequences of 256 tokens
     python benchmarks/train.py --device cuda --batch-size 64     on a GPU: everyone bf16 and compiled
 
-Peers are transformers' GPT-2 and, where `--nanogpt` names a checkout, nanoGPT. Each competitor lives in a process of its
-own, which gives it a peak memory of its own, and in every round each one makes a micro-step (forward and backward, on the
-same random tokens) and a step of its optimizer, with clipping, in turn. Printed are the medians over the rounds, and the
-tokens per second that follow for an iteration of `--tokens-per-iter`: so many micro-steps and one optimizer step.
+Peers are transformers' GPT-2 and, if `--nanogpt` names a checkout, nanoGPT. Each competitor runs in its own process, so that
+its peak memory is its own. In every round they take turns: each makes a micro-step (forward and backward on the same random
+tokens) and a step of its optimizer with clipping. The output is the medians over the rounds, and the tokens per second that
+follow for an iteration of `--tokens-per-iter` tokens: several micro-steps and one optimizer step.
 """
 
 import dataclasses
-import importlib.util
-import json
 import multiprocessing
 import statistics
 import sys
@@ -19,36 +17,36 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+import common  # the first: it decides which train.py is imported below
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import train
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
-from internals.machine import resolve_device
+from internals.files import write_json
+from internals.machine import Machine, peak_memory, resolve_device
 from internals.start import run
 
 
 @dataclass(frozen=True)
 class Comparison:
-    nanogpt: str | None = None  # folder of a checkout of nanoGPT; None: without it
+    nanogpt: str | None = None  # folder of a checkout of nanoGPT; None: leave it out
     device: str = "cpu"  # cpu or cuda
     batch_size: int = 16  # sequences in a micro-step
-    tokens_per_iter: int = 65_536  # tokens for one step of the optimizer
-    rounds: int = 5  # steps of each, after one to warm up
-    preset: str = "wikipedia"  # whose shape
-    n_layer: int | None = None  # another number of layers than the preset's
+    tokens_per_iter: int = 65_536  # tokens per step of the optimizer
+    rounds: int = 5  # steps of each competitor, after one to warm up
+    preset: str = "wikipedia"  # its shape is used
+    n_layer: int | None = None  # number of layers, if not the preset's
     out: str | None = None  # file for the figures, as JSON
-    only: tuple[str, ...] = ()  # the competitors whose names begin so; none given: all
+    only: tuple[str, ...] = ()  # competitors by the beginnings of their names; empty: all
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Competitors: each makes two functions, a micro-step on (B, T) inputs and targets, and the optimizer's step
+# Competitors: each returns two functions, a micro-step on (B, T) inputs and targets, and the optimizer's step
 
 
 def ours(
@@ -62,7 +60,7 @@ def ours(
     machine = train.make_machine(cfg)
     gpt = model.GPT(shape).to(machine.device)
     optimizer = train.make_optimizer(gpt, cfg, machine.device)
-    forward, _ = train.make_forward(gpt, cfg, machine)
+    forward, _ = train.training_model(gpt, cfg, machine)
 
     def micro_step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         with machine.autocast():
@@ -107,10 +105,7 @@ def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> t
 
 def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) -> tuple[Callable, Callable]:
     """nanoGPT's model with its own optimizer; as its train.py runs it on a CPU, float32."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(args.nanogpt) / "model.py")
-    source = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = source
-    spec.loader.exec_module(source)
+    source = common.load_nanogpt(args.nanogpt)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     module = source.GPT(
         source.GPTConfig(
@@ -123,8 +118,8 @@ def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) ->
 
 
 def competitors(args: Comparison) -> dict[str, tuple[Callable, dict[str, Any]]]:
-    """Name -> the function that makes it and its arguments."""
-    if args.device == "cuda":  # where everyone compiles, and bf16 is everyone's default
+    """Name -> the function that builds it, and its arguments."""
+    if args.device == "cuda":  # here everyone compiles, and bf16 is the default
         everyone = {
             "ours": (ours, {"dtype": "bfloat16", "compiled": True}),
             "ours, AdamW": (ours, {"dtype": "bfloat16", "compiled": True, "optimizer": "adamw"}),
@@ -152,8 +147,8 @@ def competitors(args: Comparison) -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 
 def compete(connection: Connection, name: str, args: Comparison, shape: ModelConfig) -> None:
-    """In a process of its own: a micro-step and an update, and the seconds of both, for every message, until that is
-    None; then the peak memory."""
+    """The process of one competitor. For every message it makes a micro-step and an update and sends the seconds of both.
+    After None it sends its peak memory."""
     make, arguments = competitors(args)[name]
     torch.manual_seed(0)
     micro_step, optimize = make(args, shape, **arguments)
@@ -169,7 +164,7 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
 
     while connection.recv():
         connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
-    connection.send(train.peak_memory(train.Machine(resolve_device(args.device), torch.float32, "", 0, 1))[0])
+    connection.send(peak_memory(Machine(resolve_device(args.device), torch.float32, "", 0, 1)).peak)
 
 
 def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
@@ -188,7 +183,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
         connections[name].send(True)
         return connections[name].recv()
 
-    for name in processes:  # the first step makes buffers and compiles
+    for name in processes:  # the first step allocates buffers and compiles
         turn(name)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
     for _ in range(args.rounds):
@@ -207,7 +202,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
 
 
 def table(results: dict[str, tuple[float, float, float, float]]) -> str:
-    """The figures, and how the first one's compare with each."""
+    """The figures, and the ratio of the first row to each row."""
     first = next(iter(results.values()))
     rows = [
         f"{'':28}{'tokens/s':>10}{'first is':>10}{'peak MiB':>10}{'first has':>10}{'micro-step s':>14}{'update s':>10}"
@@ -225,7 +220,7 @@ def main() -> None:
     results = compare(args)
     print(table(results))
     if args.out:
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
 }
 
-REFERENCES = Path(__file__).resolve().parents[1] / "reference"
+REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
 # it a little, and a reference has one seed.
 NOT_LEARNING = {

@@ -1,0 +1,22 @@
+"""What several benchmarks share.
+
+Importing this module puts the repository's root at the front of the path, so that `train` and `generate` are the commands
+and not the benchmarks of the same names. Import it before them.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+
+def load_nanogpt(folder: str) -> ModuleType:
+    """model.py of a checkout of nanoGPT, under another name than our own model.py."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
