@@ -24,13 +24,13 @@ from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_s
 
 import prepare_data
 from config import PrepareConfig
-from internals import text_files
+from internals import progress, text_files
 from internals.shards import read_meta
 from internals.start import UserError
-from internals.text_files import articles, read_chunks
+from internals.text_files import read_chunks
 from internals.tokenizer import PIECE, encode, load_tokenizer
 from internals.windows import TokenStream
-from prepare_data import Job, prepare, tokenize
+from prepare_data import prepare, tokenize
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and file-size limits are POSIX")
 WORDS = [
@@ -172,7 +172,7 @@ def test_every_file_type_makes_the_same_tokens(tmp_path, monkeypatch):
     (tmp_path / "e.jsonl").write_bytes(data.rstrip(b"\n").replace(b"\n", b"\r\n\r\n"))
     got = {}
     for path in sorted(tmp_path.iterdir()):
-        parts = [tokenize(chunk, Job("bytes", "text", 0.2)) for chunk in read_chunks(path, path.name, "text")]
+        parts = [tokenize(chunk, "bytes", 0.2) for chunk in read_chunks(path, path.name, "text")]
         assert len(parts) > 1
         got[path.name] = np.concatenate([part.tokens for part in parts]).tobytes()
         assert sum(len(part.lengths) for part in parts) == len(rows)
@@ -281,7 +281,7 @@ def test_real_articles_come_back_exactly(tmp_path):
 
 
 def tokens_of(path, tokenizer="bytes"):
-    return [tokenize(chunk, Job(tokenizer, "text", 0.2)) for chunk in read_chunks(path, path.name, "text")]
+    return [tokenize(chunk, tokenizer, 0.2) for chunk in read_chunks(path, path.name, "text")]
 
 
 ODD = {
@@ -394,7 +394,7 @@ def test_ids_and_titles_of_other_kinds(tmp_path):
     )
     pq.write_table(table, tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.parquet"):
-        got = [a for chunk in read_chunks(tmp_path / name, name, "text") for a in articles(chunk, "text")]
+        got = [a for chunk in read_chunks(tmp_path / name, name, "text") for a in chunk.articles()]
         assert [(key, title or "", text) for key, title, text in got] == [
             (b"7", "", "a"),
             (None, "", "b"),
@@ -564,9 +564,9 @@ def tmpfs(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def assert_it_went_on(tmp_path, folder, result):
-    """After the disk was full, and room was made: all is as if nothing had happened."""
-    assert_user_error(result, "--data-dir", "the disk is full", "make space")
+def assert_resumes_after(reason, tmp_path, folder, result):
+    """The message names the reason. With room on the disk, the same command makes what it would have made at once."""
+    assert_user_error(result, "--data-dir", f"could not be written ({reason})", "make room", "the same command resumes")
     assert not list(folder.glob("*.bin"))
     result = run_script(*command(folder, tmp_path / "a.jsonl"))
     assert result.returncode == 0, result.stderr
@@ -581,7 +581,7 @@ def test_a_file_that_may_not_grow_is_one_message_and_then_it_goes_on(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))}
     result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"), **limit)
-    assert_it_went_on(tmp_path, tmp_path / "out", result)
+    assert_resumes_after("File too large", tmp_path, tmp_path / "out", result)
 
 
 @posix
@@ -590,13 +590,13 @@ def test_a_full_disk_is_one_message_and_then_it_goes_on(tmp_path, tmpfs):
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
     result = run_script(*command(disk / "out", tmp_path / "a.jsonl"))
     make_room()
-    assert_it_went_on(tmp_path, disk / "out", result)
+    assert_resumes_after("No space left on device", tmp_path, disk / "out", result)
 
 
 def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
-    monkeypatch.setattr(prepare_data, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(progress, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"GB more are needed.*--max-tokens"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
@@ -612,7 +612,7 @@ def test_ctrl_c(tmp_path, seconds):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     assert stderr.strip().splitlines() == [
-        "error: stopped; the same command goes on where it stood (with --overwrite, from the start)"
+        "error: stopped; the same command resumes here (with --overwrite, it starts again)"
     ]
 
 
