@@ -58,7 +58,7 @@ def thread_tokenizer(name: str) -> tiktoken.Encoding:
     """This thread's own copy of a tokenizer.
 
     tiktoken releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other
-    inside its regular expression, and two are slower than one (benchmarks/prepare.py, `ours`).
+    inside its regular expression: two are slower than one (docs/experiments.md; measured by benchmarks/prepare.py).
     """
     if not hasattr(per_thread, name):
         setattr(per_thread, name, copy.copy(load_tokenizer(name)))
