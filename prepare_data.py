@@ -66,6 +66,7 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
+    """`prepare`, in a folder that no other process prepares."""
     # 1. The source, and what the folder holds already
     if cfg.source == "wikipedia":
         source = HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir / "downloads")
@@ -83,12 +84,11 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     load_tokenizer(cfg.tokenizer)  # before anything is written
 
     # 2. Where to begin
+    progress = Progress()
     if (data_dir / "progress.json").exists():
         progress = Progress.load(data_dir / "progress.json", cfg, source)
-        source.restore(progress.resolved)
         print(f"resuming {data_dir}: {progress.tokens:,} tokens are done")
-    else:
-        progress = Progress(resolved=source.resolve())
+    progress.resolved = source.resolve(progress.resolved)
     pipeline = Pipeline(cfg, source, progress)
     print(source.summary())
 
@@ -100,11 +100,11 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     # 4. The result
     clean_up(data_dir, source)
     if progress.end == "max_tokens":
-        print(f"stopped at --max-tokens {cfg.max_tokens:,}: not all of the source is in")
+        print(f"stopped at --max-tokens {cfg.max_tokens:,}: the rest of the source is left out")
     if progress.empty:
         print(f"left out {progress.empty:,} articles without text")
     if progress.repaired:
-        print(f"in {progress.repaired:,} articles put U+FFFD in place of invalid Unicode")
+        print(f"replaced invalid Unicode with U+FFFD in {progress.repaired:,} articles")
     for name, split in progress.splits.items():
         print(f"{name}: {split.tokens:,} tokens, {split.articles:,} articles, {split.bytes:,} bytes of text")
 

@@ -29,6 +29,8 @@ class Split:
 
 @dataclass
 class Progress:
+    """How far a folder is. `progress.json` holds this and the settings of the command."""
+
     file: int = 0  # source files done
     row: int = 0  # rows (lines, pieces) done of the next file
     end: str = ""  # why there is no more: "source" (all is done) or "max_tokens"; empty: there is more
@@ -42,7 +44,6 @@ class Progress:
         return sum(split.tokens for split in self.splits.values())
 
     def save(self, path: Path, cfg: PrepareConfig, source: Source) -> None:
-        """Write `progress.json`: the command's settings, and how far it is."""
         values = dataclasses.asdict(self)
         if not self.resolved:
             del values["resolved"]
@@ -55,7 +56,7 @@ class Progress:
             check_same(cfg, source, noted, "is half done,")
             values = {name: noted[name] for name in ("file", "row", "end", "empty", "repaired")}
             splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is damaged ({error}); --overwrite starts again") from error
         return cls(**values, splits=splits, resolved=noted.get("resolved", {}))
 
@@ -98,7 +99,7 @@ class Display:
         self.cfg, self.source, self.progress = cfg, source, progress
         self.source_bytes = sum(file.bytes for file in source.files)
         self.bar = tqdm(initial=progress.tokens, unit=" tokens", unit_scale=True, desc="tokenizing", disable=None)
-        self.began, self.tokens_before = 0.0, 0  # when the measurement began
+        self.began, self.tokens_before = 0.0, 0  # time and tokens when the measurement began
         self.needs_printed = False
 
     def update(self, position: int) -> None:
@@ -122,12 +123,12 @@ class Display:
         total = self.estimate(position)
         left = total - self.progress.tokens
         seconds, disk = left / max(1.0, tokens_per_second), 2 * left
-        text = f"needs about {2 * total / 1e9:,.2f} GB on disk for {total / 1e6:,.0f} million tokens"
+        text = f"needs about {2 * total / 1e9:,.2f} GB of disk for {total / 1e6:,.0f} million tokens"
         if passing := self.source.peak_bytes:
             download = left * position // max(1, self.progress.tokens)
             seconds = max(seconds, download * self.source.seconds_per_byte)
             disk += passing - self.source.bytes_on_disk
-            text += f", {passing / 1e9:,.2f} GB more in passing, {download / 1e9:,.2f} GB of download from here"
+            text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
         free = shutil.disk_usage(self.cfg.data_dir).free
         tqdm.write(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free")
         if disk > free:

@@ -49,12 +49,9 @@ class Source:
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
 
-    def resolve(self) -> dict[str, Any]:
-        """Find out what must stay the same in later runs. Returns plain data for `restore`."""
+    def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Find out what must stay the same in later runs, unless an earlier run did. Takes and returns plain data."""
         return {}
-
-    def restore(self, resolved: dict[str, Any]) -> None:
-        """Use what an earlier run resolved."""
 
     def release(self, before: int) -> None:
         """The files before this number are not needed any more."""
@@ -153,12 +150,12 @@ class Article(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring articles of a file, not parsed yet. Or a piece of one document that is too long for a chunk."""
+    """Neighbouring articles of a file, not parsed yet, or one piece of a long document."""
 
     reader: "Reader"
     first: int  # the row, line or piece of the file that it begins with, from 0
     count: int  # rows, lines or pieces in it
-    position: int  # bytes of the file up to its end, about
+    position: int  # bytes of the file read so far, about
     data: pa.RecordBatch | bytes | Article  # of parquet, of jsonl, of txt
     starts: bool = True  # False: it continues the article of the chunk before
     ends: bool = True  # False: the next chunk continues its article
@@ -246,7 +243,7 @@ class ParquetReader(Reader):
 
 
 def halves(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch, halved until no part is larger than four chunks."""
+    """The batch, halved until each part is at most four chunks long or one row."""
     if batch.nbytes <= 4 * CHUNK_BYTES or batch.num_rows == 1:
         yield batch
     else:
@@ -283,7 +280,7 @@ class JsonlReader(Reader):
             raise UserError(f"{where}: invalid JSON ({error}); fix or delete that line") from error
         if not isinstance(row, dict):
             raise UserError(
-                f'{where}: not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
+                f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
             )
         if self.text_column not in row:
             raise UserError(

@@ -49,16 +49,13 @@ class HubWikipedia(Source):
         self.commit, self.files = "", []
         self._downloads: dict[int, Future] = {}
 
-    def resolve(self) -> dict[str, Any]:
+    def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         find = functools.partial(answer_within, ANSWER_SECONDS, self._find_files)
-        resolved = patiently(f"{REPOSITORY} {self.config}", find)
-        self.restore(resolved)
-        return resolved
-
-    def restore(self, resolved: dict[str, Any]) -> None:
+        resolved = known or patiently(f"{REPOSITORY} {self.config}", find)
         self.commit, self.files = resolved["commit"], [SourceFile(**file) for file in resolved["files"]]
         for path in self.folder.rglob("*.incomplete"):  # of a killed download; huggingface_hub would not resume it
             path.unlink()
+        return resolved
 
     def _find_files(self) -> dict[str, Any]:
         import datasets

@@ -237,9 +237,10 @@ def test_another_command_is_refused_half_way(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))  # fixed, but now it is another source
     with pytest.raises(UserError, match="another source"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
-    (tmp_path / "out" / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"progress\.json"):
-        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    for damaged in ("{", "{}", "[]"):
+        (tmp_path / "out" / "progress.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"progress\.json: is damaged"):
+            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
     assert files(tmp_path / "out") == files(tmp_path / "once")
