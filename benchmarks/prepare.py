@@ -1,14 +1,14 @@
-"""How fast prepare_data.py is, against the tokenizer alone and against the usual way, and what memory it takes.
+"""How fast prepare_data.py is and how much memory it takes, next to tiktoken alone and to the usual way.
 
     TIKTOKEN_CACHE_DIR=... WIKIPEDIA_SAMPLE_DIR=FOLDER_OF_PARQUET_FILES python benchmarks/prepare.py
 
     ours     the whole command `prepare_data.py --source FOLDER`, from the start of Python to its end
-    tiktoken nothing but tiktoken, as it comes, on the same articles, already in memory, in as many processes
-    limit    the same with the pattern of data.py, which cuts alike and is faster
-    usual    load_dataset, Dataset.map(num_proc), np.memmap: as nanoGPT's prepare.py and its descendants do
+    tiktoken tiktoken alone, as it comes, on the same articles, already in memory, in as many processes
+    limit    the same with the pattern of internals/tokenizer.py, which cuts alike and is faster
+    usual    load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
 
-The start of Python is counted in `ours` and `usual` (which `--times 4` makes a small part) and not in the other two.
-All are timed in turns; the tables show the medians and the best of the repetitions, and their ratios.
+`ours` and `usual` include the start of Python, the other two do not. `--times 4` makes that a small part. All are timed
+in turns. The tables show medians and bests of the repetitions, and their ratios.
 """
 
 import argparse
@@ -22,36 +22,42 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
 
-WAYS = ("ours", "tiktoken", "limit", "usual")
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from internals.shards import read_meta  # noqa: E402
 from internals.tokenizer import load_tokenizer  # noqa: E402
 
 
-def ours(source: Path, workers: int, folder: Path) -> tuple[int, float, int]:
-    """(tokens, seconds, peak resident bytes)"""
-    command = [sys.executable, "prepare_data.py", "--source", source, "--data-dir", folder, "--workers", str(workers)]
-    began = time.perf_counter()
+@dataclass(frozen=True)
+class Timing:
+    tokens: int
+    seconds: float
+    peak_bytes: int = 0  # resident
+
+
+def run_ours(source: Path, workers: int, folder: Path) -> Timing:
+    command = [sys.executable, "prepare_data.py", "--source", source, "--data-dir", folder, "--workers", workers]
+    start = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.DEVNULL)
     peaks = [0]
     watch = threading.Thread(target=watch_memory, args=(process, peaks))
     watch.start()
     status = process.wait()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     watch.join()
     assert status == 0, f"prepare_data.py ended with {status}"
-    return sum(split["tokens"] for split in read_meta(folder)["splits"].values()), seconds, max(peaks)
+    return Timing(sum(split["tokens"] for split in read_meta(folder)["splits"].values()), seconds, max(peaks))
 
 
 def watch_memory(process: subprocess.Popen, peaks: list[int]) -> None:
-    """The kernel's own peak (VmHWM), asked for while the process lives; on Linux alone."""
+    """Append the kernel's own peak (VmHWM) in bytes while the process lives. Works on Linux only."""
     while process.poll() is None:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -60,41 +66,41 @@ def watch_memory(process: subprocess.Popen, peaks: list[int]) -> None:
         time.sleep(0.1)
 
 
-def read_articles(source: Path, share: int, shares: int) -> list[tuple[str, str]]:
-    rows = []
+def read_texts(source: Path, with_titles: bool) -> list[str]:
+    texts = []
     for path in sorted(source.glob("*.parquet")):
-        table = pq.read_table(path, columns=["title", "text"])
-        rows += zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
-    return rows[share::shares]
+        for row in pq.read_table(path, columns=["title", "text"]).to_pylist():
+            texts.append(f"{row['title']}\n\n{row['text']}" if with_titles else row["text"])
+    return texts
 
 
-def tokenizer_alone(source: Path, share: int, shares: int, way: str, with_titles: bool, barrier, results) -> None:
-    encoding = load_tokenizer("gpt2") if way == "limit" else tiktoken.get_encoding("r50k_base")  # gpt2's, in one file
-    articles = [f"{title}\n\n{text}" if with_titles else text for title, text in read_articles(source, share, shares)]
+def encode_share(way: str, texts: list[str], barrier, results) -> None:
+    """One process: encode its share of the texts, once all processes are ready."""
+    encoding = load_tokenizer("gpt2") if way == "limit" else tiktoken.get_encoding("r50k_base")  # gpt2 in one file
     barrier.wait()
-    began = time.perf_counter()
-    tokens = sum(len(encoding.encode_to_numpy(text, disallowed_special=())) + 1 for text in articles)
-    results.put((tokens, time.perf_counter() - began))
+    start = time.perf_counter()
+    tokens = sum(len(encoding.encode_to_numpy(text, disallowed_special=())) + 1 for text in texts)
+    results.put(Timing(tokens, time.perf_counter() - start))
 
 
-def alone(source: Path, workers: int, way: str, with_titles: bool = True) -> tuple[int, float]:
-    """(tokens with an end-of-text each, seconds of the slowest process)"""
+def run_alone(way: str, source: Path, workers: int, with_titles: bool = True) -> Timing:
+    """tiktoken alone: its tokens plus an end-of-text per article, the seconds of the slowest process."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(workers), context.Queue()
+    texts = read_texts(source, with_titles)
     processes = [
-        context.Process(target=tokenizer_alone, args=(source, n, workers, way, with_titles, barrier, results))
-        for n in range(workers)
+        context.Process(target=encode_share, args=(way, texts[n::workers], barrier, results)) for n in range(workers)
     ]
     for process in processes:
         process.start()
-    got = [results.get() for _ in processes]
+    timings = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return sum(tokens for tokens, _ in got), max(seconds for _, seconds in got)
+    return Timing(sum(timing.tokens for timing in timings), max(timing.seconds for timing in timings))
 
 
 def usual(source: Path, workers: int, folder: Path) -> None:
-    """The script of the usual way, in 20 lines."""
+    """The usual script, in 20 lines."""
     import datasets
 
     encoding = tiktoken.get_encoding("r50k_base")
@@ -121,15 +127,23 @@ def usual(source: Path, workers: int, folder: Path) -> None:
     print(sum(os.path.getsize(folder / f"{name}.bin") for name in tokenized) // 2)
 
 
-def run_usual(source: Path, workers: int, folder: Path) -> tuple[int, float]:
-    """(tokens, seconds), as a command of its own, with empty caches."""
+def run_usual(source: Path, workers: int, folder: Path) -> Timing:
+    """`usual` in a process of its own, with empty caches."""
     command = [sys.executable, __file__, "--usual", folder, "--source", source, "--workers", workers]
     env = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     assert result.returncode == 0, result.stderr
-    return int(result.stdout.split()[-1]), seconds
+    return Timing(int(result.stdout.split()[-1]), seconds)
+
+
+WAYS = {
+    "ours": run_ours,
+    "tiktoken": lambda source, workers, folder: run_alone("tiktoken", source, workers),
+    "limit": lambda source, workers, folder: run_alone("limit", source, workers),
+    "usual": run_usual,
+}
 
 
 def cpu_name() -> str:
@@ -147,10 +161,12 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--times", type=int, default=1, help="so many times the source's files, one after another")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--scaling", action="store_true", help="instead: memory and time at 1, 2 and 4 times the input")
-    parser.add_argument("--usual", type=Path, help=argparse.SUPPRESS)  # the folder in which the usual way works
+    parser.add_argument("--times", type=int, default=1, help="read the files of the source this many times")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure memory and time at 1, 2 and 4 times the input instead"
+    )
+    parser.add_argument("--usual", type=Path, help=argparse.SUPPRESS)  # the folder where `usual` writes
     args = parser.parse_args()
     if args.source is None:
         parser.error("give --source, or set WIKIPEDIA_SAMPLE_DIR")
@@ -165,7 +181,7 @@ def main() -> None:
 
 
 def repeated(source: Path, times: int, folder: Path) -> Path:
-    """A folder in which the source's files are there so many times."""
+    """A folder with `times` links to each file of the source."""
     links = folder / f"in{times}"
     links.mkdir()
     for copy in range(times):
@@ -176,26 +192,20 @@ def repeated(source: Path, times: int, folder: Path) -> Path:
 
 def measure_speed(args: argparse.Namespace, folder: Path) -> None:
     if args.times == 1:
-        tokens_of_texts, _ = alone(args.source, args.workers, "tiktoken", with_titles=False)
-        print(f"tokens of the texts alone, with an end-of-text each: {tokens_of_texts:,}")
+        without_titles = run_alone("tiktoken", args.source, args.workers, with_titles=False)
+        print(f"tokens of the texts without titles, with an end-of-text each: {without_titles.tokens:,}")
     source = repeated(args.source, args.times, folder)
-    seconds: dict[str, list[float]] = {way: [] for way in args.ways}
-    tokens: dict[str, int] = {}
+    timings: dict[str, list[Timing]] = {way: [] for way in args.ways}
     for repetition in range(args.repetitions):
-        for way in seconds:
+        for way in args.ways:
             out = folder / f"{way}{repetition}"
             out.mkdir()
-            if way == "ours":
-                tokens[way], took, _ = ours(source, args.workers, out)
-            elif way == "usual":
-                tokens[way], took = run_usual(source, args.workers, out)
-            else:
-                tokens[way], took = alone(source, args.workers, way)
-            seconds[way].append(took)
-            print(f"{way:8} {tokens[way]:,} tokens in {took:.2f} s", flush=True)
-    assert len(set(tokens.values())) == 1, tokens
+            timing = WAYS[way](source, args.workers, out)
+            timings[way].append(timing)
+            print(f"{way:8} {timing.tokens:,} tokens in {timing.seconds:.2f} s", flush=True)
+    assert len({timing.tokens for several in timings.values() for timing in several}) == 1, timings
     for name, pick in (("median", statistics.median), ("best", min)):  # the best is the least disturbed by others
-        rates = {way: tokens[way] / pick(times) for way, times in seconds.items()}
+        rates = {way: several[0].tokens / pick(t.seconds for t in several) for way, several in timings.items()}
         print(f"\n{name:8}{'M tokens/s':>12}{args.ways[0] + ' / it':>12}")
         for way, rate in rates.items():
             print(f"{way:8}{rate / 1e6:12.2f}{rates[args.ways[0]] / rate:12.2f}")
@@ -204,9 +214,8 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> None:
 def measure_scaling(args: argparse.Namespace, folder: Path) -> None:
     print(f"{'input':>8}{'tokens':>14}{'seconds':>10}{'peak, MB':>12}")
     for times in (1, 2, 4):
-        source = repeated(args.source, times, folder)
-        tokens, seconds, peak = ours(source, args.workers, folder / f"out{times}")
-        print(f"{times:>7}x{tokens:>14,}{seconds:>10.1f}{peak / 1e6:>12.0f}", flush=True)
+        ours = run_ours(repeated(args.source, times, folder), args.workers, folder / f"out{times}")
+        print(f"{times:>7}x{ours.tokens:>14,}{ours.seconds:>10.1f}{ours.peak_bytes / 1e6:>12.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shard format: read, write, verify."""
+"""Token shards on the disk: write, read and verify them."""
 
 import json
 import os
@@ -11,10 +11,8 @@ from tqdm import tqdm
 from internals.files import sha256
 from internals.start import UserError
 
-MAGIC, VERSION = 20240520, 1
-
+MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
-
 META_FORMAT = 1
 
 
@@ -29,71 +27,74 @@ def shard_header(tokens: int) -> bytes:
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a shard, (N,) uint16, mapped and not read: only what is looked at comes from the disk.
-
-    Raises:
-        UserError: the file is missing, no shard, or not as long as its header says.
-    """
+    """The tokens of a shard, (N,) uint16. The file is mapped: only the parts that are used are read from the disk."""
     try:
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; prepare the data again (prepare_data.py)") from error
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path}: is no token shard; prepare the data again (prepare_data.py --overwrite)")
+        raise UserError(f"{path}: is not a token shard; prepare the data again (prepare_data.py --overwrite)")
     tokens = int(header[2])
     if size != HEADER_BYTES + 2 * tokens:
         raise UserError(
-            f"{path}: has {size:,} bytes where its {tokens:,} tokens need {HEADER_BYTES + 2 * tokens:,}; it was cut "
+            f"{path}: has {size:,} bytes, but its {tokens:,} tokens need {HEADER_BYTES + 2 * tokens:,}; the file was cut "
             "short or damaged: prepare the data again (prepare_data.py --overwrite)"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
 
 class ShardWriter:
-    """The shards of one split while they grow: each `FILE.partial` until `finish`, and full before the next begins.
+    """Appends tokens to the shards of one split.
 
-    How far a split has come is one number, its tokens: opened with it, a writer drops whatever lies behind.
+    A shard is called `FILE.partial` until `finish`. It is filled up before the next one begins, so one number says how
+    far a split is: its tokens. A writer that is opened with that number drops everything after it.
 
     Raises:
-        UserError: the files hold fewer tokens than they should.
+        UserError: the files hold fewer tokens than that.
     """
 
     def __init__(self, data_dir: str | Path, split: str, shard_tokens: int, tokens: int = 0):
         self.data_dir, self.split, self.shard_tokens, self.tokens = Path(data_dir), split, shard_tokens, tokens
         self._file: BinaryIO | None = None
-        for path in self.data_dir.glob(f"{split}_*.bin"):  # a run was stopped while it finished
-            os.replace(path, self._partial(path))
-        for path in sorted(self.data_dir.glob(f"{split}_*.bin.partial")):
-            first = int(path.name.removeprefix(f"{split}_").removesuffix(".bin.partial")) * shard_tokens
-            if first >= tokens:
+        for path in self.data_dir.glob(f"{split}_*.bin"):  # the last run was stopped in `finish`
+            os.replace(path, path.with_name(path.name + ".partial"))
+        for path in self.data_dir.glob(f"{split}_*.bin.partial"):
+            index = int(path.name.removeprefix(f"{split}_").removesuffix(".bin.partial"))
+            if index >= self.count:
                 path.unlink()
-            elif path.stat().st_size > (size := HEADER_BYTES + 2 * min(shard_tokens, tokens - first)):
-                os.truncate(path, size)
+            elif path.stat().st_size > self._size(index):
+                os.truncate(path, self._size(index))
         for index in range(self.count):
-            path = self._partial(shard_path(data_dir, split, index))
-            size = HEADER_BYTES + 2 * min(shard_tokens, tokens - index * shard_tokens)
-            if not path.exists() or path.stat().st_size != size:
+            path = self._partial(index)
+            if not path.exists() or path.stat().st_size != self._size(index):
                 raise UserError(f"{path}: is missing or was cut short; prepare the data again (--overwrite)")
-
-    @staticmethod
-    def _partial(path: Path) -> Path:
-        return path.with_name(path.name + ".partial")
 
     @property
     def count(self) -> int:
         """Shards begun."""
         return -(-self.tokens // self.shard_tokens)
 
+    def _partial(self, index: int) -> Path:
+        path = shard_path(self.data_dir, self.split, index)
+        return path.with_name(path.name + ".partial")
+
+    def _length(self, index: int) -> int:
+        """Tokens in a shard."""
+        return min(self.shard_tokens, self.tokens - index * self.shard_tokens)
+
+    def _size(self, index: int) -> int:
+        """Bytes of a shard's file."""
+        return HEADER_BYTES + 2 * self._length(index)
+
     def write(self, tokens: np.ndarray) -> None:
-        """Append (N,) uint16. By `write`, as a full disk is an error here, and the end of the process with a memmap."""
+        """Append (N,) uint16. A plain write: with a memmap, a full disk would kill the process instead of raising."""
         while len(tokens):
             index, filled = divmod(self.tokens, self.shard_tokens)
             if self._file is None:
-                path = self._partial(shard_path(self.data_dir, self.split, index))
-                self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (it stays open)
+                self._file = open(self._partial(index), "ab", buffering=0)  # noqa: SIM115 (it stays open)
                 if filled == 0:
-                    self._write(bytes(HEADER_BYTES))  # the header proper comes last: until then this is no shard
+                    self._write(bytes(HEADER_BYTES))  # `finish` writes the header; until then this is not a shard
             part = tokens[: self.shard_tokens - filled]
             self._write(part.astype("<u2", copy=False).tobytes())
             self.tokens += len(part)
@@ -103,11 +104,11 @@ class ShardWriter:
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
-        while view:  # an unbuffered file may take a part only, and say why at the next one
+        while view:  # an unbuffered file may take only a part; the next call then raises the reason
             view = view[self._file.write(view) :]
 
     def sync(self) -> None:
-        """Return when everything written is on the disk."""
+        """Return when all that was written is on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -123,32 +124,26 @@ class ShardWriter:
         start, parts = self.tokens - length, []
         for index in range(start // self.shard_tokens, self.count):
             skip = max(0, start - index * self.shard_tokens)
-            path = self._partial(shard_path(self.data_dir, self.split, index))
-            parts.append(np.fromfile(path, "<u2", offset=HEADER_BYTES + 2 * skip))
+            parts.append(np.fromfile(self._partial(index), "<u2", offset=HEADER_BYTES + 2 * skip))
         return np.concatenate(parts)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Give every shard its header and its name. Returns what meta.json says of them: file, tokens, sha256."""
+        """Give each shard its header and its name. Returns its entry in meta.json: file, tokens, sha256."""
         self.close()
         entries = []
         for index in range(self.count):
             path = shard_path(self.data_dir, self.split, index)
-            tokens = min(self.shard_tokens, self.tokens - index * self.shard_tokens)
-            with open(self._partial(path), "r+b") as file:
-                file.write(shard_header(tokens))
+            with open(self._partial(index), "r+b") as file:
+                file.write(shard_header(self._length(index)))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(self._partial(path), path)
-            entries.append({"file": path.name, "tokens": tokens, "sha256": sha256(path)})
+            os.replace(self._partial(index), path)
+            entries.append({"file": path.name, "tokens": self._length(index), "sha256": sha256(path)})
         return entries
 
 
 def read_meta(data_dir: str | Path) -> dict[str, Any]:
-    """What `meta.json` says of a finished data folder.
-
-    Raises:
-        UserError: the folder is missing, empty or not finished, or its meta.json is damaged or of another format.
-    """
+    """The `meta.json` of a finished data folder."""
     folder, command = Path(data_dir), "run prepare_data.py (with the same --data-dir, or the same --preset)"
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder}: there is no such folder; {command} first")
@@ -159,18 +154,14 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != META_FORMAT:
-            raise UserError(f"{path}: format {meta['format']}, where this version reads {META_FORMAT}; {command}")
+            raise UserError(f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as meta.json ({error}); {command} --overwrite") from error
     return meta
 
 
 def verify(data_dir: str | Path) -> None:
-    """Check every shard's content against the SHA-256 in meta.json.
-
-    Raises:
-        UserError: a shard is missing, or not what prepare_data.py wrote.
-    """
+    """Check the content of every shard against its SHA-256 in meta.json."""
     shards = [shard for split in read_meta(data_dir)["splits"].values() for shard in split["shards"]]
     for shard in tqdm(shards, desc="verifying shards", unit="shard", leave=False, disable=None):
         path = Path(data_dir) / shard["file"]

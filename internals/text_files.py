@@ -1,4 +1,4 @@
-"""Text files: a file -> chunks -> articles."""
+"""Text files: a source is files, a file is read in chunks, a chunk is parsed into articles."""
 
 import codecs
 import contextlib
@@ -6,12 +6,11 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,276 +18,298 @@ from tqdm import tqdm
 
 from internals.files import sha256
 from internals.start import UserError, first_line
+from internals.tokenizer import last_cut
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
-
 FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 
-CHUNK_BYTES = 1 << 20  # text in a chunk, about: large against the cost of giving it to a thread, small against memory
-
+CHUNK_BYTES = 1 << 20  # about the text in a chunk: much work for a thread, little memory
 CHUNK_ROWS = 256
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A source: which files there are
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    name: str  # relative to the source's folder or to the hub's repository
+    bytes: int
+    sha256: str | None
+
+
+class Source:
+    """Where text comes from: `fetch(number)` returns the path of `files[number]`, `summary()` a line for the person.
+
+    The defaults below are those of files that are already on this machine.
+    """
+
+    identity: dict[str, Any]  # what was asked for; a folder of shards resumes only with the same
+    files: list[SourceFile]
+    peak_bytes = 0  # the most that downloads take on the disk at one time
+    bytes_on_disk = 0  # what they take now
+    seconds_per_byte = 0.0  # of the last download
+
+    def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Find out what must stay the same in later runs, unless an earlier run did. Takes and returns plain data."""
+        return {}
+
+    def release(self, before: int) -> None:
+        """The files before this number are not needed any more."""
+
+    def is_one_document(self, text_column: str) -> bool:
+        """Whether the source is a single article. Then its tokens are split, as there are no articles to choose from."""
+        return False
+
+    def provenance(self) -> dict[str, Any]:
+        """What meta.json says of the source."""
+        return self.identity
+
+
+class LocalFiles(Source):
+    """A file, a folder or a glob; `sample` is the embedded one. Contents are hashed, so no change goes unnoticed."""
+
+    def __init__(self, source: str):
+        found = Found(SAMPLE.parent, [SAMPLE]) if source == "sample" else find_files(source)
+        paths = [path for path in found.paths if file_type(path.name)]
+        if not paths:
+            raise UserError(f"--source {source}: holds no file that ends in {', '.join(FILE_TYPES)}")
+        self.source, self.root, self.left_out, self.files = source, found.root, len(found.paths) - len(paths), []
+        total = sum(path.stat().st_size for path in paths)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False, delay=1) as bar:
+            for path in paths:
+                name, size = path.relative_to(self.root).as_posix(), path.stat().st_size
+                with reading(name):
+                    self.files.append(SourceFile(name, size, sha256(path)))
+                bar.update(size)
+        listing = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)  # what `sha256sum FILE...` prints
+        self.identity = {
+            "kind": "sample" if source == "sample" else "files",
+            "files": len(paths),
+            "bytes": total,
+            "sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+        }
+
+    def fetch(self, number: int) -> Path:
+        return self.root / self.files[number].name
+
+    def is_one_document(self, text_column: str) -> bool:
+        if len(self.files) > 1:
+            return False
+        chunks = islice(read_chunks(self.fetch(0), self.files[0].name, text_column), 2)
+        beginnings = [chunk for chunk in chunks if chunk.starts]
+        return len(beginnings) == 1 and sum(1 for _ in beginnings[0].articles()) == 1
+
+    def summary(self) -> str:
+        text = f"{self.source}: {counted(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
+        if self.left_out:
+            text += f" (left out {counted(self.left_out, 'file')} that end in none of {', '.join(FILE_TYPES)})"
+        return text
+
+
+class Found(NamedTuple):
+    root: Path  # names of files are relative to it
+    paths: list[Path]  # sorted, of any type
+
+
+def find_files(source: str) -> Found:
+    """The files that `--source` names. In a folder, hidden files and those in hidden folders do not count."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        return Found(path, sorted(p for p in inside if p.is_file()))
+    if path.is_file():
+        return Found(path.parent, [path])
+    paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+    if not paths:
+        raise UserError(
+            f"--source {source}: there is no such file or folder, and no file matches; "
+            f"give wikipedia, sample, or a file, folder or glob of {', '.join(FILE_TYPES)}"
+        )
+    return Found(Path(os.path.commonpath([p.parent for p in paths])), paths)
+
+
+def counted(number: int, noun: str) -> str:
+    """`counted(4, "file") -> "4 files"`"""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A file: chunks, and the articles in them. Each file type has its reader.
+
+
+class Article(NamedTuple):
+    id: bytes | None  # decides the split; None: the text does
+    title: str | None
+    text: str  # invalid UTF-8 is kept as lone surrogates; empty if there is no text
+
+    @classmethod
+    def from_row(cls, id: Any, title: Any, text: str | None) -> "Article":
+        id = None if id is None or id == "" else str(id).encode("utf-8", "surrogatepass")
+        return cls(id, title if isinstance(title, str) else None, text or "")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring articles of a source file, not yet taken apart.
+    """Neighbouring articles of a file, not parsed yet, or one piece of a long document."""
 
-    kind      parquet: `data` is some rows. jsonl: whole lines. txt: a piece of the one document.
-    first     the row, line or piece of the file that it begins with, counted from 0; `count`: how many it has
-    position  bytes of the file that are read when this chunk is
-    key       txt: what decides the document's split; `ends`: this is its last piece
-    """
+    reader: "Reader"
+    first: int  # the row, line or piece of the file that it begins with, from 0
+    count: int  # rows, lines or pieces in it
+    position: int  # bytes of the file read so far, about
+    data: pa.RecordBatch | bytes | Article  # of parquet, of jsonl, of txt
+    starts: bool = True  # False: it continues the article of the chunk before
+    ends: bool = True  # False: the next chunk continues its article
 
-    kind: str
-    name: str
-    first: int
-    count: int
-    data: pa.RecordBatch | bytes | str
-    position: int
-    key: bytes | None = None
-    ends: bool = True
+    def articles(self) -> Iterator[Article]:
+        """Raises UserError, with the file and the line, if a row is not an article."""
+        return self.reader.articles(self)
 
 
 def file_type(name: str) -> str:
-    """.parquet, .jsonl or .txt, also in front of a compression's suffix; empty where it is none of them."""
+    """`.parquet`, `.jsonl` or `.txt`, compressed or not; empty for any other file."""
     ending = next((ending for ending in FILE_TYPES if name.lower().endswith(ending)), "")
     return ending.removesuffix(".gz").removesuffix(".zst")
 
 
 def read_chunks(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
-    """The chunks of the file at `path`, called `name` in messages.
+    """The chunks of the file at `path`, which messages call `name`."""
+    with reading(name):
+        yield from READERS[file_type(name)](path, name, text_column).chunks()
 
-    Raises:
-        UserError: the file is damaged, cannot be read, or lacks the column.
-    """
-    reader = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".txt": _read_txt}[file_type(name)]
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn a failure to read a file of the source into a UserError."""
     try:
-        yield from reader(path, name, text_column)
+        yield
     except (OSError, pa.ArrowException) as error:  # Arrow reports damage as either
         raise UserError(f"{name}: cannot be read, it may be cut short or damaged ({first_line(error)})") from error
 
 
-def _read_parquet(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
-    with pq.ParquetFile(path) as file:
-        have = file.schema_arrow.names
-        if text_column not in have:
-            raise UserError(f"{name}: has no column {text_column!r}; give --text-column one of: {', '.join(have)}")
-        columns = [column for column in ("id", "title", text_column) if column in have]
-        size, rows, done = os.path.getsize(path), file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns, use_threads=False):
-            for part in _split(batch):
-                first, done = done, done + part.num_rows
-                yield Chunk("parquet", name, first, part.num_rows, part, size * done // rows)
+class Block(NamedTuple):
+    data: bytes  # decompressed
+    position: int  # bytes of the file read so far, as it is on the disk
 
 
-def _split(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    if batch.nbytes <= 4 * CHUNK_BYTES or batch.num_rows == 1:
-        yield batch
-    else:
-        half = batch.num_rows // 2
-        yield from _split(batch.slice(0, half))
-        yield from _split(batch.slice(half))
+@dataclass(frozen=True)
+class Reader:
+    """Reads one file: `chunks()` in the main thread, `articles(chunk)`, which parses, in the worker threads."""
+
+    path: Path
+    name: str
+    text_column: str
+
+    def blocks(self) -> Iterator[Block]:
+        codec = {".gz": "gzip", ".zst": "zstd"}.get(self.path.suffix.lower())
+        with pa.OSFile(str(self.path)) as file, pa.CompressedInputStream(file, codec) if codec else file as content:
+            while data := content.read(CHUNK_BYTES):
+                yield Block(data, file.tell())
 
 
-@contextlib.contextmanager
-def _open_stream(path: Path) -> Iterator[tuple[pa.NativeFile, pa.NativeFile]]:
-    """(the file, decompressed where its name says so; the file as it is, which tells how much of it is read)."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    with pa.OSFile(str(path)) as raw:
-        if codec is None:
-            yield raw, raw
-        else:
-            with pa.CompressedInputStream(raw, codec) as stream:
-                yield stream, raw
+class ParquetReader(Reader):
+    def chunks(self) -> Iterator[Chunk]:
+        with pq.ParquetFile(self.path) as file:
+            have = file.schema_arrow.names
+            if self.text_column not in have:
+                raise UserError(
+                    f"{self.name}: has no column {self.text_column!r}; give --text-column one of: {', '.join(have)}"
+                )
+            columns = [column for column in ("id", "title", self.text_column) if column in have]
+            size, rows, first = os.path.getsize(self.path), file.metadata.num_rows, 0
+            for batch in file.iter_batches(batch_size=CHUNK_ROWS, columns=columns, use_threads=False):
+                for part in halves(batch):
+                    done = first + part.num_rows
+                    yield Chunk(self, first, part.num_rows, size * done // rows, part)
+                    first = done
 
+    def articles(self, chunk: Chunk) -> Iterator[Article]:
+        columns = (self.column(chunk, name) for name in ("id", "title", self.text_column))
+        for row in zip(*columns, strict=True):
+            yield Article.from_row(*row)
 
-def _read_jsonl(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
-    with _open_stream(path) as (stream, raw):
-        parts, first = [], 0
-        while block := stream.read(CHUNK_BYTES):
-            head, newline, rest = block.rpartition(b"\n")
-            if not newline:  # a line longer than the block
-                parts.append(block)
-                continue
-            data = b"".join([*parts, head])
-            count = data.count(b"\n") + 1
-            yield Chunk("jsonl", name, first, count, data, raw.tell())
-            parts, first = [rest], first + count
-        if data := b"".join(parts):
-            yield Chunk("jsonl", name, first, 1, data, raw.tell())
-
-
-def _read_txt(path: Path, name: str, text_column: str) -> Iterator[Chunk]:
-    digest = hashlib.sha256()  # the split is decided by all of the text, so it is read twice
-    with _open_stream(path) as (stream, _):
-        while block := stream.read(CHUNK_BYTES):
-            digest.update(block)
-    key = digest.digest()
-    with _open_stream(path) as (stream, raw):
-        text, piece, decoder = "", 0, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-        while block := stream.read(CHUNK_BYTES):
-            if text and ((cut := last_cut(text)) < len(text) or cut > 4 * CHUNK_BYTES):
-                yield Chunk("txt", name, piece, 1, text[:cut], raw.tell(), key, ends=False)
-                text, piece = text[cut:], piece + 1
-            text += decoder.decode(block)
-        text += decoder.decode(b"", final=True)
-        yield Chunk("txt", name, piece, 1, text, raw.tell(), key)
-
-
-def last_cut(text: str) -> int:
-    """Where to cut a text that is too long for one piece: before the last single blank or newline between two words,
-    if there is one near the end. GPT-2's pattern never looks across such a place, so the tokens of the pieces are those
-    of the whole. Else the end: what follows is another piece, and its tokens still decode to the exact text.
-    """
-    offset = max(0, len(text) - 4096)
-    cuts = [match.start() for match in re.finditer(r"(?<=\S)[ \n](?=\S)", text[offset:])]
-    return offset + cuts[-1] if cuts else len(text)
-
-
-# (what decides the split: the id, None where there is none; the title, None where there is none; the text)
-Article = tuple[bytes | None, str | None, str]
-
-
-def articles(chunk: Chunk, text_column: str) -> Iterator[Article]:
-    """The chunk's articles. What is no UTF-8 stands in them as lone surrogates; what has no text, as empty text.
-
-    Raises:
-        UserError: a row is not what it should be; the message names file and line.
-    """
-    parse = {"parquet": _parse_parquet, "jsonl": _parse_jsonl, "txt": _parse_txt}[chunk.kind]
-    return parse(chunk, text_column)
-
-
-def _parse_parquet(chunk: Chunk, text_column: str) -> Iterator[Article]:
-    def column(name: str) -> list[Any]:
+    def column(self, chunk: Chunk, name: str) -> list[Any]:
+        """A column as Python values, all None if there is no such column."""
         if name not in chunk.data.schema.names:
             return [None] * chunk.count
         values = chunk.data.column(name)
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            data = values.cast(pa.large_binary()).to_pylist()  # decoded here: Arrow would stop at what is no UTF-8
+            data = values.cast(pa.large_binary()).to_pylist()  # decoded here: Arrow would stop at invalid UTF-8
             return [value and value.decode("utf-8", "surrogateescape") for value in data]
-        if name == text_column:
-            raise UserError(f"{chunk.name}: column {name!r} is no text ({values.type}); give another --text-column")
+        if name == self.text_column:
+            raise UserError(f"{self.name}: column {name!r} is not text ({values.type}); give another --text-column")
         return values.to_pylist()
 
-    for key, title, text in zip(column("id"), column("title"), column(text_column), strict=True):
-        yield _article(key, title, text)
+
+def halves(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch, halved until each part is at most four chunks long or one row."""
+    if batch.nbytes <= 4 * CHUNK_BYTES or batch.num_rows == 1:
+        yield batch
+    else:
+        half = batch.num_rows // 2
+        yield from halves(batch.slice(0, half))
+        yield from halves(batch.slice(half))
 
 
-def _parse_jsonl(chunk: Chunk, text_column: str) -> Iterator[Article]:
-    for number, line in enumerate(chunk.data.split(b"\n"), chunk.first + 1):
-        if not line.strip():
-            continue  # an empty line is no row
-        where = f"{chunk.name}, line {number}"
+class JsonlReader(Reader):
+    def chunks(self) -> Iterator[Chunk]:
+        parts, first = [], 0
+        for block in self.blocks():
+            head, newline, rest = block.data.rpartition(b"\n")
+            if not newline:  # a line longer than the block
+                parts.append(block.data)
+                continue
+            data = b"".join([*parts, head])
+            count = data.count(b"\n") + 1
+            yield Chunk(self, first, count, block.position, data)
+            parts, first = [rest], first + count
+        if data := b"".join(parts):
+            yield Chunk(self, first, 1, os.path.getsize(self.path), data)
+
+    def articles(self, chunk: Chunk) -> Iterator[Article]:
+        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first + 1):
+            if line.strip():
+                row = self.parse(line, f"{self.name}, line {number}")
+                yield Article.from_row(row.get("id"), row.get("title"), row[self.text_column])
+
+    def parse(self, line: bytes, where: str) -> dict[str, Any]:
         try:
             row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is no JSON ({error}); mend or delete that line") from error
+            raise UserError(f"{where}: invalid JSON ({error}); fix or delete that line") from error
         if not isinstance(row, dict):
             raise UserError(
-                f'{where}: is no JSON object such as {{"title": ..., "text": ...}}; mend or delete that line'
+                f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
             )
-        if text_column not in row:
-            raise UserError(f"{where}: has no {text_column!r}; mend it, or give --text-column one of: {', '.join(row)}")
-        if not isinstance(row[text_column], str | None):
-            raise UserError(f"{where}: {text_column!r} is no text; mend it, or give another --text-column")
-        yield _article(row.get("id"), row.get("title"), row[text_column])
+        if self.text_column not in row:
+            raise UserError(
+                f"{where}: has no {self.text_column!r}; fix that line, or give --text-column one of: {', '.join(row)}"
+            )
+        if not isinstance(row[self.text_column], str | None):
+            raise UserError(f"{where}: {self.text_column!r} is not text; fix that line, or give another --text-column")
+        return row
 
 
-def _parse_txt(chunk: Chunk, text_column: str) -> Iterator[Article]:
-    yield chunk.key, None, chunk.data
+class TxtReader(Reader):
+    """The file is one document. Its content decides the split, so it is read twice."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block.data)
+        text, piece, decoder = "", 0, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        for block in self.blocks():
+            if text and ((cut := last_cut(text)) < len(text) or cut > 4 * CHUNK_BYTES):
+                article = Article(digest.digest(), None, text[:cut])
+                yield Chunk(self, piece, 1, block.position, article, starts=piece == 0, ends=False)
+                text, piece = text[cut:], piece + 1
+            text += decoder.decode(block.data)
+        article = Article(digest.digest(), None, text + decoder.decode(b"", final=True))
+        yield Chunk(self, piece, 1, os.path.getsize(self.path), article, starts=piece == 0)
+
+    def articles(self, chunk: Chunk) -> Iterator[Article]:
+        yield chunk.data
 
 
-def _article(key: Any, title: Any, text: str | None) -> Article:
-    key = None if key is None or key == "" else str(key).encode("utf-8", "surrogatepass")
-    return key, title if isinstance(title, str) else None, text or ""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    name: str  # below the source's folder, or in the hub's repository
-    bytes: int
-    sha256: str | None
-
-
-class LocalFiles:
-    """A file, a folder or a glob; also the embedded sample.
-
-    `identity` is what meta.json says of the source: names and contents, so that nothing that changed goes unnoticed.
-
-    Raises:
-        UserError: there is nothing there, or nothing of a known type.
-    """
-
-    def __init__(self, source: str):
-        is_sample = source == "sample"
-        self.root, paths, self.left_out = (SAMPLE.parent, [SAMPLE], 0) if is_sample else self._find(source)
-        self.source, self.files = source, []
-        total = sum(path.stat().st_size for path in paths)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="looking", disable=None, leave=False, delay=1) as bar:
-            for path in paths:
-                size = path.stat().st_size
-                self.files.append(SourceFile(path.relative_to(self.root).as_posix(), size, sha256(path)))
-                bar.update(size)
-        listing = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
-        self.identity = {
-            "kind": "sample" if is_sample else "files",
-            "files": len(paths),
-            "bytes": total,
-            "sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),  # of `sha256sum FILE...`
-        }
-
-    @staticmethod
-    def _find(source: str) -> tuple[Path, list[Path], int]:
-        """(their folder, the files, how many there are of other types)"""
-
-        def is_hidden(path: Path, root: Path) -> bool:
-            return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-        path = Path(source).expanduser()
-        if path.is_dir():
-            root, found = path, sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p, path))
-        elif path.is_file():
-            root, found = path.parent, [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
-            if not found:
-                raise UserError(
-                    f"--source {source}: there is no such file or folder, and no file matches; "
-                    f"give wikipedia, sample, or a file, folder or glob of {', '.join(FILE_TYPES)}"
-                )
-            root = Path(os.path.commonpath([p.parent for p in found]))
-        taken = [p for p in found if file_type(p.name)]
-        if not taken:
-            raise UserError(f"--source {source}: holds no file that ends in {', '.join(FILE_TYPES)}")
-        return root, taken, len(found) - len(taken)
-
-    def summary(self) -> str:
-        text = f"{self.source}: {count(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
-        if self.left_out:
-            text += f" (left out {count(self.left_out, 'file')} that end in none of {', '.join(FILE_TYPES)})"
-        return text
-
-    def provenance(self) -> dict[str, Any]:
-        return self.identity
-
-    def fetch(self, number: int) -> Path:
-        return self.root / self.files[number].name
-
-    def release(self, before: int) -> None:
-        """The files before this one are done with. They are the user's: nothing to do."""
-
-    def is_one_document(self, text_column: str) -> bool:
-        """Whether all is a single article: it is split where it ends, as there are no articles to split between."""
-        if len(self.files) > 1:
-            return False
-        first = list(islice(read_chunks(self.fetch(0), self.files[0].name, text_column), 2))
-        if file_type(self.files[0].name) == ".txt":
-            return True
-        return len(first) == 1 and sum(1 for _ in articles(first[0], text_column)) == 1
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+READERS = {".parquet": ParquetReader, ".jsonl": JsonlReader, ".txt": TxtReader}

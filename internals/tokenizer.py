@@ -1,32 +1,35 @@
-"""Tokenizers by name, and many texts through one of them at once."""
+"""Tokenizers by name, and many texts encoded in one call."""
 
 import copy
 import functools
 import itertools
+import re
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import tiktoken_ext.openai_public
 
 from internals.start import UserError
-from internals.text_files import last_cut
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's pattern, which cuts a text into the pieces that are encoded one by one, with a bracket around all that does not
-# look ahead: tiktoken's engine of regular expressions (fancy-regex) hands such a part to an automaton, and walks through
-# the rest step by step. The pieces are the same, and encoding takes two thirds of the time.
+PIECE = 1 << 16  # characters per call of the tokenizer: tiktoken's core fails at a run of a million blanks
+
+# GPT-2's pattern cuts a text into pieces, which are then encoded one by one. The bracket is ours. It holds everything
+# that does not look ahead, so fancy-regex runs that part as an automaton and only the rest step by step. The pieces are
+# the same and encoding takes two thirds of the time (benchmarks/prepare.py, `tiktoken` against `limit`).
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 
 
 @functools.cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name: `gpt2` (50,257 tokens) or `bytes` (the 256 bytes and end-of-text; no download).
+    """`gpt2` (50,257 tokens) or `bytes` (257 tokens: the 256 bytes and end-of-text; needs no download).
 
     Raises:
-        UserError: no tokenizer has that name, or GPT-2's vocabulary can neither be fetched nor found on this machine.
+        UserError: the name is unknown, or GPT-2's vocabulary is neither on this machine nor within reach.
     """
     if name == "bytes":
         return tiktoken.Encoding(
@@ -37,9 +40,9 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         )
     if name == "gpt2":
         try:
-            # The same ranks and special token as those of "gpt2", in one file, loaded five times faster.
+            # The ranks and the special token of tiktoken's "gpt2", but in one file, which loads five times faster.
             encoding = tiktoken_ext.openai_public.r50k_base()
-        except Exception as error:  # requests' and tiktoken's own errors have no common base
+        except Exception as error:  # the errors of requests and tiktoken have no common base
             raise UserError(
                 f"the gpt2 tokenizer's vocabulary could not be fetched ({type(error).__name__}). Go online once, or "
                 "point TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes"
@@ -48,26 +51,30 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     raise UserError(f"no tokenizer is called {name!r}: there are gpt2 and bytes")
 
 
-PIECE = 1 << 16  # characters that the tokenizer gets at once: far below the runs of one letter that make it fail
-
-# tiktoken works without Python's lock, so threads use all cores. But they must not share a tokenizer: the copies of its
-# regular expression that it keeps for them wait for each other, and two threads are slower than one.
-own = threading.local()
+per_thread = threading.local()
 
 
-def own_tokenizer(name: str) -> tiktoken.Encoding:
-    """This thread's own copy of a tokenizer."""
-    if not hasattr(own, name):
-        setattr(own, name, copy.copy(load_tokenizer(name)))
-    return getattr(own, name)
+def thread_tokenizer(name: str) -> tiktoken.Encoding:
+    """This thread's own copy of a tokenizer.
+
+    tiktoken releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other
+    inside its regular expression: two are slower than one (docs/experiments.md; measured by benchmarks/prepare.py).
+    """
+    if not hasattr(per_thread, name):
+        setattr(per_thread, name, copy.copy(load_tokenizer(name)))
+    return getattr(per_thread, name)
 
 
-def encode(encoding: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all texts, with an end-of-text behind each, (N,) uint16, and how many are whose, (texts,) int64.
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # (N,) uint16: all texts, each followed by end-of-text
+    lengths: np.ndarray  # (texts,) int64: tokens per text, end-of-text included
 
-    Many texts are one call, joined by end-of-text, at which tiktoken cuts first of all. Where that makes too many of
-    them, a text holds what looks like one, which is text, too: then it is one call for each. A long text is cut:
-    tiktoken's core gives up on a run of a million blanks, and not by an ordinary exception.
+
+def encode(encoding: tiktoken.Encoding, texts: list[str]) -> Encoded:
+    """Encode many texts. What looks like end-of-text inside a text is encoded as plain text.
+
+    Texts are joined by end-of-text and encoded in one call. If that gives more ends than texts, one of the texts
+    contains the characters of an end-of-text, and each text gets a call of its own. Long texts are cut into pieces.
     """
     parts = []
     for is_long, group in itertools.groupby(texts, lambda text: len(text) > PIECE):
@@ -81,7 +88,7 @@ def encode(encoding: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, n
             parts += [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
             parts.append(np.array([encoding.eot_token], np.uint32))
     tokens = np.concatenate(parts or [np.zeros(0)], dtype=np.uint16, casting="unsafe")
-    return tokens, np.diff(np.flatnonzero(tokens == encoding.eot_token), prepend=-1)
+    return Encoded(tokens, np.diff(np.flatnonzero(tokens == encoding.eot_token), prepend=-1))
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -92,3 +99,15 @@ def pieces(text: str) -> Iterator[str]:
             piece = piece[: last_cut(piece)]
         yield piece
         start += len(piece)
+
+
+def last_cut(text: str) -> int:
+    """Where to cut a text that is too long for one piece: `"one two three" -> 7`.
+
+    The cut is before the last single blank or newline between two words, if there is one in the last 4,096 characters.
+    GPT-2's pattern never matches across such a place, so the pieces have the tokens of the whole text. Otherwise the
+    cut is at the end: the tokens may differ there, but they still decode to the exact text.
+    """
+    offset = max(0, len(text) - 4096)
+    cuts = [match.start() for match in re.finditer(r"(?<=\S)[ \n](?=\S)", text[offset:])]
+    return offset + cuts[-1] if cuts else len(text)

@@ -1,8 +1,9 @@
-"""Reading a split: the token stream, and the windows of training and validation."""
+"""Windows of a split: which tokens a training step or an evaluation sees."""
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from internals.start import UserError
 
 
 class TokenStream:
-    """The shards of a split as one long row of tokens."""
+    """The shards of a split as one sequence of tokens."""
 
     def __init__(self, shards: Sequence[np.ndarray]):
         self.shards = shards
@@ -19,18 +20,14 @@ class TokenStream:
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> "TokenStream":
-        """The split's shards, each checked for its size.
-
-        Raises:
-            UserError: a shard is missing, damaged, or not as long as meta.json says.
-        """
+        """A split of a finished data folder. Each shard is checked for its size."""
         shards = []
         for entry in read_meta(data_dir)["splits"][split]["shards"]:
             path = Path(data_dir) / entry["file"]
             shards.append(read_shard(path))
             if len(shards[-1]) != entry["tokens"]:
                 raise UserError(
-                    f"{path}: holds {len(shards[-1]):,} tokens where meta.json says {entry['tokens']:,}; "
+                    f"{path}: holds {len(shards[-1]):,} tokens, but meta.json says {entry['tokens']:,}; "
                     "prepare the data again (prepare_data.py --overwrite)"
                 )
         return cls(shards)
@@ -39,7 +36,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length`, (length,) uint16, across the borders of shards."""
+        """Tokens `start` to `start + length - 1`, (length,) uint16, across the borders of shards."""
         parts = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while length > 0:
@@ -50,62 +47,58 @@ class TokenStream:
         return np.concatenate(parts)
 
 
+class Epoch(NamedTuple):
+    offset: int  # tokens of the split before its first window
+    order: np.ndarray  # (per_epoch,) uint32: a permutation of the windows
+
+
 class TrainingWindows:
-    """The order in which training visits a split: a pure function of (seed, sequence number).
+    """The order in which training visits a split: a pure function of the seed and a window's id.
 
-    A window is `block_size + 1` neighbouring tokens: the first `block_size` are inputs, the last `block_size` their
-    targets. Every epoch visits every window once, in a fresh permutation and from a fresh offset, so that windows are
-    cut differently each time. Nothing has to be saved to go on after a stop, and nothing to be skipped; which numbers
-    are whose (iteration, micro-step, process) is the caller's arithmetic, so 1 or 8 processes visit the same windows.
-
-    Raises:
-        UserError: the split is shorter than two windows.
+    A window is `block_size + 1` neighbouring tokens. The first `block_size` are inputs, the last `block_size` are their
+    targets. Every epoch visits every window once, in a new permutation and from a new offset, so the text is cut
+    differently each time. An id counts windows from the start of training, across epochs. The caller maps iteration,
+    micro-step and process to ids, so a resumed run has nothing to skip, and 1 or 8 processes visit the same windows.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
         self.stream, self.block_size, self.seed = stream, block_size, seed
-        self.per_epoch = (len(stream) - block_size) // block_size  # as many as fit behind the largest offset
+        self.per_epoch = (len(stream) - block_size) // block_size  # windows that fit after the largest offset
         if self.per_epoch < 1:
             raise UserError(
                 f"the training split has {len(stream):,} tokens, too few for --block-size {block_size}; prepare more "
                 "text, or take a smaller --block-size"
             )
-        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)  # a batch may straddle two epochs
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)  # 2: a batch may cross from one to the next
 
-    def _epoch_order(self, epoch: int) -> tuple[int, np.ndarray]:
-        rng = np.random.default_rng([self.seed, epoch])
+    def _make_epoch(self, number: int) -> Epoch:
+        rng = np.random.default_rng([self.seed, number])
         offset = int(rng.integers(self.block_size))
-        return offset, rng.permutation(np.arange(self.per_epoch, dtype=np.uint32))
+        return Epoch(offset, rng.permutation(np.arange(self.per_epoch, dtype=np.uint32)))
 
-    def start(self, number: int) -> int:
-        """Where in the split the window with this sequence number begins, in tokens."""
-        epoch, place = divmod(number, self.per_epoch)
-        offset, order = self._order(epoch)
-        return offset + int(order[place]) * self.block_size
+    def start(self, window_id: int) -> int:
+        """Where in the split a window begins, in tokens."""
+        number, place = divmod(window_id, self.per_epoch)
+        epoch = self._epoch(number)
+        return epoch.offset + int(epoch.order[place]) * self.block_size
 
-    def batch(self, numbers: Sequence[int]) -> np.ndarray:
-        """The windows with these sequence numbers, (len(numbers), block_size + 1) int64."""
-        return np.stack([self.stream.read(self.start(n), self.block_size + 1) for n in numbers]).astype(np.int64)
+    def batch(self, window_ids: Sequence[int]) -> np.ndarray:
+        """Windows with these ids, (len(window_ids), block_size + 1) int64."""
+        return read_windows(self.stream, [self.start(window_id) for window_id in window_ids], self.block_size)
 
 
 class ValidationWindows:
-    """The windows that every evaluation uses: the whole split, or where that has more than `eval_tokens`, so many
-    windows at equal distances all through it.
-
-    Raises:
-        UserError: the split is shorter than a window.
-    """
+    """The windows of every evaluation: all of the split, or if that has more than `eval_tokens`, evenly spaced ones."""
 
     def __init__(self, stream: TokenStream, block_size: int, eval_tokens: int):
         self.stream, self.block_size = stream, block_size
-        available = (len(stream) - 1) // block_size
-        if available < 1:
+        self.available = (len(stream) - 1) // block_size
+        if self.available < 1:
             raise UserError(
                 f"the validation split has {len(stream):,} tokens, too few for --block-size {block_size}; prepare with "
                 "a larger --val-fraction, or take a smaller --block-size"
             )
-        self.count = min(available, max(1, eval_tokens // block_size))
-        self.available = available
+        self.count = min(self.available, max(1, eval_tokens // block_size))
 
     def __len__(self) -> int:
         return self.count
@@ -113,4 +106,8 @@ class ValidationWindows:
     def batch(self, first: int, last: int) -> np.ndarray:
         """Windows `first` to `last - 1`, (last - first, block_size + 1) int64."""
         starts = [n * self.available // self.count * self.block_size for n in range(first, last)]
-        return np.stack([self.stream.read(start, self.block_size + 1) for start in starts]).astype(np.int64)
+        return read_windows(self.stream, starts, self.block_size)
+
+
+def read_windows(stream: TokenStream, starts: Sequence[int], block_size: int) -> np.ndarray:
+    return np.stack([stream.read(start, block_size + 1) for start in starts]).astype(np.int64)

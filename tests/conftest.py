@@ -51,25 +51,27 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in unboxed(result.stderr), f"{word!r} is not in:\n{result.stderr}"
 
 
-def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000, val_tokens: int = 500) -> Path:
-    """A finished data folder of random tokens with a pattern to learn, made without prepare_data.py."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", train_tokens), ("val", val_tokens)):
-        tokens = (np.cumsum(rng.integers(0, 3, count)) % 64 + 32).astype(np.uint16)
-        writer = ShardWriter(folder, split, shard_tokens=700)
+def write_splits(
+    folder: Path, splits: dict[str, np.ndarray], tokenizer: str = "bytes", shard_tokens: int = 700
+) -> Path:
+    """A finished data folder with these tokens, made without prepare_data.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"format": META_FORMAT, "tokenizer": tokenizer, "vocab_size": 257, "source": {"name": "test"}, "splits": {}}
+    for split, tokens in splits.items():
+        writer = ShardWriter(folder, split, shard_tokens)
         writer.write(tokens)
-        splits[split] = {"tokens": count, "bytes": count, "articles": 10, "shards": writer.finish()}
-    meta = {
-        "format": META_FORMAT,
-        "tokenizer": tokenizer,
-        "vocab_size": 257,
-        "source": {"name": "test"},
-        "splits": splits,
-    }
+        counts = {"tokens": len(tokens), "bytes": len(tokens), "articles": 10}
+        meta["splits"][split] = {**counts, "shards": writer.finish()}
     write_json(folder / "meta.json", meta)
     return folder
+
+
+def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000, val_tokens: int = 500) -> Path:
+    """A finished data folder of random tokens with a pattern to learn."""
+    rng = np.random.default_rng(0)
+    counts = {"train": train_tokens, "val": val_tokens}
+    splits = {name: (np.cumsum(rng.integers(0, 3, n)) % 64 + 32).astype(np.uint16) for name, n in counts.items()}
+    return write_splits(folder, splits, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,17 @@
-"""A loopback stand-in for the Hugging Face hub: serves one folder as one dataset repository, with faults on request.
+"""A local stand-in for the Hugging Face hub. It serves a folder as a dataset repository, with faults on request.
 
 usage: hub.py FOLDER [--repo wikimedia/wikipedia] [--port 0] [--faults error drop stall truncate corrupt ...]
 
-Prints the port it listens on. FOLDER holds README.md, whose `configs:` YAML names the parquet files, and those files.
-Then, before Python imports datasets: HF_ENDPOINT=http://127.0.0.1:PORT HF_HOME=an-empty-folder.
+Prints its port. FOLDER holds parquet files and a README.md whose `configs:` YAML names them. A client sets, before it
+imports datasets, HF_ENDPOINT=http://127.0.0.1:PORT and HF_HOME=an-empty-folder.
 
-The faults befall the downloads in their order, one each; after them all goes well:
+Each download takes the next fault. After the last fault, all downloads succeed:
 
-    ok          nothing
-    error       the answer is 500
-    drop        the connection ends half-way
-    stall       nothing more comes half-way, and the connection stays
-    truncate    half of the file, as if it were all
+    ok          no fault
+    error       status 500
+    drop        the connection closes half-way
+    stall       the connection stays open, but no data comes after half of the file
+    truncate    half of the file, announced as the whole
     corrupt     the right number of bytes, some of them wrong
 """
 
@@ -24,16 +24,16 @@ import os
 import re
 import urllib.parse
 
-SHA = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"  # any 40 hex digits will do
+SHA = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"  # any 40 hex digits
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder = repo = ""
-    commit = SHA  # what every branch points to
+    commit = SHA  # of every branch
     faults: collections.deque = collections.deque()  # noqa: RUF012
-    unanswered = 0  # so many questions about the repository get no answer at all
-    downloads: list = []  # noqa: RUF012  (file, revision) of each one asked for
+    unanswered = 0  # this many requests about the repository get no answer
+    downloads: list = []  # noqa: RUF012  (file, revision) of each request
 
     def files(self):
         for top, _, names in os.walk(self.folder):
@@ -145,7 +145,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         ]  # fmt: skip
         if "lfs" in entry:
             headers += [("X-Linked-Size", str(len(data))), ("X-Linked-Etag", etag)]
-            # As the real hub, it offers Xet too, its newer protocol; whoever takes that here gets no further.
+            # Like the real hub, offer Xet, its newer protocol. A client that takes it fails.
             headers += [("X-Xet-Hash", entry["lfs"]["oid"]), ("X-Xet-Refresh-Route", "/no-xet-here")]
         fault = "ok"
         if self.command == "GET" and "lfs" in entry:
@@ -173,13 +173,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.answer(code, body, "application/octet-stream", headers)
 
     def wait_for_the_end(self):
-        """Say nothing until the client gives up."""
+        """Send nothing until the client gives up."""
         self.close_connection = True
         self.connection.recv(1)
 
 
 def serve(folder, repo="wikimedia/wikipedia", port=0, faults=()) -> http.server.ThreadingHTTPServer:
-    """A server with a handler of its own: `server.RequestHandlerClass` has its faults, downloads and commit."""
+    """A server. Its `RequestHandlerClass` has its faults, downloads and commit."""
     attributes = {"folder": str(folder), "repo": repo, "faults": collections.deque(faults), "downloads": []}
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), type("FolderHub", (Hub,), attributes))
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 
 import pytest
@@ -56,3 +57,11 @@ def test_json_is_written_as_people_read_it(tmp_path):
     write_json(tmp_path / "a.json", {"name": "Zürich"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "name": "Zürich"\n}\n'
     assert sha256(tmp_path / "a.json") == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+
+
+def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "meta.json"
+    write_json(path, {"a": "東京"})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "東京"}

@@ -1,0 +1,144 @@
+"""How far the preparation of a data folder is: noted on the disk, shown to the person."""
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config import PrepareConfig, differences
+from internals.files import write_json
+from internals.shards import META_FORMAT
+from internals.start import UserError
+from internals.text_files import Source
+
+SPLITS = ("train", "val")
+MEASURE_SECONDS = 3.0  # of tokenizing, before the needs of the whole run are estimated
+
+
+@dataclass
+class Split:
+    tokens: int = 0
+    bytes: int = 0  # of text, in UTF-8
+    articles: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a folder is. `progress.json` holds this and the settings of the command."""
+
+    file: int = 0  # source files done
+    row: int = 0  # rows (lines, pieces) done of the next file
+    end: str = ""  # why there is no more: "source" (all is done) or "max_tokens"; empty: there is more
+    splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
+    empty: int = 0  # articles without text, left out
+    repaired: int = 0  # articles with invalid Unicode, replaced
+    resolved: dict[str, Any] = field(default_factory=dict)  # by the source: the hub's commit and files
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+    def save(self, path: Path, cfg: PrepareConfig, source: Source) -> None:
+        values = dataclasses.asdict(self)
+        if not self.resolved:
+            del values["resolved"]
+        write_json(path, {"format": META_FORMAT, "source": source.identity, **shard_settings(cfg), **values})
+
+    @classmethod
+    def load(cls, path: Path, cfg: PrepareConfig, source: Source) -> "Progress":
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            check_same(cfg, source, noted, "is half done,")
+            values = {name: noted[name] for name in ("file", "row", "end", "empty", "repaired")}
+            splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: is damaged ({error}); --overwrite starts again") from error
+        return cls(**values, splits=splits, resolved=noted.get("resolved", {}))
+
+
+def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
+    """What decides the shards, besides the source. Resuming needs the same."""
+    return {
+        "tokenizer": cfg.tokenizer,
+        "text_column": cfg.text_column,
+        "val_fraction": cfg.held_out,
+        "shard_tokens": cfg.shard_tokens,
+        "max_tokens": cfg.max_tokens,
+    }
+
+
+def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state: str) -> None:
+    """Raise UserError if the folder was begun with other settings or another source."""
+    changes = differences(noted, shard_settings(cfg), defaults=shard_settings(PrepareConfig()))
+    differs = [f"with --{name.replace('_', '-')} {old}, not {new}" for name, (old, new) in changes.items()]
+    if not source.identity.items() <= noted["source"].items():
+        differs.insert(0, f"from another source ({describe(noted['source'])}, not {describe(source.identity)})")
+    if differs:
+        raise UserError(
+            f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "
+            "or another --data-dir, or --overwrite to start again"
+        )
+
+
+def describe(source: dict[str, Any]) -> str:
+    if source["kind"] == "hub":
+        return f"{source['repository']} {source['config']}, revision {source['revision']}"
+    what = "the sample" if source["kind"] == "sample" else f"{source['files']} files of {source['bytes']:,} bytes"
+    return f"{what}, SHA-256 {source['sha256'][:8]}"
+
+
+class Display:
+    """A progress bar and, after a few seconds, what the whole run needs."""
+
+    def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress):
+        self.cfg, self.source, self.progress = cfg, source, progress
+        self.source_bytes = sum(file.bytes for file in source.files)
+        self.bar = tqdm(initial=progress.tokens, unit=" tokens", unit_scale=True, desc="tokenizing", disable=None)
+        self.began, self.tokens_before = 0.0, 0  # time and tokens when the measurement began
+        self.needs_printed = False
+
+    def update(self, position: int) -> None:
+        """Show the progress after `position` bytes of the source."""
+        now, tokens = time.monotonic(), self.progress.tokens
+        if not self.began:  # the first chunk is done, so all workers are busy
+            self.began, self.tokens_before = now, tokens
+        elif not self.needs_printed and now - self.began > MEASURE_SECONDS:
+            self.print_needs((tokens - self.tokens_before) / (now - self.began), position)
+            self.needs_printed = True
+        self.bar.total = self.estimate(position)
+        self.bar.update(tokens - self.bar.n)
+
+    def estimate(self, position: int) -> int:
+        """Tokens of the whole run, if the rest of the source is like its first `position` bytes."""
+        tokens = self.progress.tokens * self.source_bytes // max(1, position)
+        return min(tokens, self.cfg.max_tokens or tokens)
+
+    def print_needs(self, tokens_per_second: float, position: int) -> None:
+        """Print the time and the disk space that the whole run needs. Raises UserError if the disk is too small."""
+        total = self.estimate(position)
+        left = total - self.progress.tokens
+        seconds, disk = left / max(1.0, tokens_per_second), 2 * left
+        text = f"needs about {2 * total / 1e9:,.2f} GB of disk for {total / 1e6:,.0f} million tokens"
+        if passing := self.source.peak_bytes:
+            download = left * position // max(1, self.progress.tokens)
+            seconds = max(seconds, download * self.source.seconds_per_byte)
+            disk += passing - self.source.bytes_on_disk
+            text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
+        free = shutil.disk_usage(self.cfg.data_dir).free
+        tqdm.write(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free")
+        if disk > free:
+            fits = int(self.progress.tokens + 0.8 * free / 2)
+            raise UserError(
+                f"--data-dir {self.cfg.data_dir}: {disk / 1e9:,.2f} GB more are needed there, and {free / 1e9:,.2f} GB "
+                f"are free; make room and give the same command, or start again with --overwrite --max-tokens {fits}"
+            )
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

@@ -1,0 +1,118 @@
+"""internals/shards.py: the shard format, the writer, and meta.json."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from conftest import write_splits
+
+from internals.shards import ShardWriter, read_meta, read_shard, shard_header
+from internals.start import UserError
+from internals.windows import TokenStream
+
+
+def write_shards(folder, split, tokens, shard_tokens=100):
+    writer = ShardWriter(folder, split, shard_tokens)
+    for start in range(0, len(tokens), 37):  # these pieces do not fit the shards
+        writer.write(tokens[start : start + 37])
+    return writer.finish()
+
+
+def random_tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
+
+
+def test_shards_have_the_layout_of_llm_c(tmp_path):
+    tokens = random_tokens(250)
+    entries = write_shards(tmp_path, "train", tokens)
+    assert [(e["file"], e["tokens"]) for e in entries] == [
+        ("train_000000.bin", 100), ("train_000001.bin", 100), ("train_000002.bin", 50),
+    ]  # fmt: skip
+    got = []
+    for entry in entries:
+        raw = (tmp_path / entry["file"]).read_bytes()
+        header = [int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, 1024, 4)]
+        assert header == [20240520, 1, entry["tokens"], *[0] * 253]
+        got += [int.from_bytes(raw[i : i + 2], "little") for i in range(1024, len(raw), 2)]
+        assert entry["sha256"] == hashlib.sha256(raw).hexdigest()
+    assert got == tokens.tolist()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [e["file"] for e in entries]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 99, 100, 101, 200, 249])
+def test_a_writer_resumes_from_any_length(tmp_path, kept):
+    tokens = random_tokens(250)
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.write(tokens)
+    writer.close()
+    writer = ShardWriter(tmp_path, "train", 100, tokens=kept)
+    writer.write(tokens[kept:])
+    writer.finish()
+    stream = TokenStream([read_shard(path) for path in sorted(tmp_path.glob("*.bin"))])
+    assert np.array_equal(stream.read(0, 250), tokens)
+
+
+def test_a_writer_resumes_after_a_stop_in_finish(tmp_path):
+    tokens = random_tokens(250)
+    entries = write_shards(tmp_path, "train", tokens)
+    (tmp_path / "train_000001.bin").rename(tmp_path / "train_000001.bin.partial")
+    assert ShardWriter(tmp_path, "train", 100, tokens=250).finish() == entries
+
+
+def test_a_writer_refuses_files_that_are_too_short(tmp_path):
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.write(random_tokens(150))
+    writer.close()
+    with pytest.raises(UserError, match=r"train_000001\.bin"):
+        ShardWriter(tmp_path, "train", 100, tokens=151)
+
+
+def test_the_tail_of_a_split(tmp_path):
+    tokens = random_tokens(350)
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.write(tokens)
+    for length in (1, 50, 51, 149, 150, 151, 350):
+        assert np.array_equal(writer.tail(length), tokens[-length:])
+
+
+@pytest.mark.parametrize("name", ["cut", "long", "empty", "other", "missing", "unfinished"])
+def test_a_file_that_is_not_a_whole_shard_is_refused(tmp_path, name):
+    path = tmp_path / "train_000000.bin"
+    whole = shard_header(100) + bytes(200)
+    content = {
+        "cut": whole[:-1], "long": whole + b"\0\0", "empty": b"", "other": b"x" * 2000, "unfinished": bytes(1024) + bytes(200),
+    }  # fmt: skip
+    if name != "missing":
+        path.write_bytes(content[name])
+    with pytest.raises(UserError, match=r"train_000000\.bin"):
+        read_shard(path)
+    path.write_bytes(whole)
+    assert len(read_shard(path)) == 100
+
+
+def test_meta_of_a_finished_folder(tmp_path):
+    write_splits(tmp_path, {"train": random_tokens(250), "val": random_tokens(30)}, shard_tokens=100)
+    assert read_meta(tmp_path)["splits"]["train"]["tokens"] == 250
+    assert len(TokenStream.open(tmp_path, "train")) == 250
+    assert len(TokenStream.open(tmp_path, "val")) == 30
+
+
+def test_folders_that_are_not_finished(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_meta(tmp_path / "none")
+    with pytest.raises(UserError, match="no prepared data"):
+        read_meta(tmp_path)
+    ShardWriter(tmp_path, "train", 100).write(random_tokens(10))
+    with pytest.raises(UserError, match="not finished"):
+        read_meta(tmp_path)
+    for content in ("{", "[]", "{}", '{"format": 99}'):
+        (tmp_path / "meta.json").write_text(content)
+        with pytest.raises(UserError, match=r"meta\.json"):
+            read_meta(tmp_path)
+
+
+def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):
+    write_splits(tmp_path, {"train": random_tokens(250), "val": random_tokens(30)}, shard_tokens=100)
+    (tmp_path / "train_000001.bin").write_bytes(shard_header(99) + bytes(198))
+    with pytest.raises(UserError, match=r"train_000001\.bin"):
+        TokenStream.open(tmp_path, "train")

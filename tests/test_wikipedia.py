@@ -1,0 +1,186 @@
+"""internals/wikipedia.py: the hub's Wikipedia, with the hub's faults, and killed at random moments.
+
+Two variables make the last test larger: PREPARE_KILLS=50 is the number of kills, and WIKIPEDIA_SAMPLE_DIR together with
+TIKTOKEN_CACHE_DIR takes real articles.
+"""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+
+import hub
+import pytest
+from articles import as_text, command, files, make_articles, posix, start_script, texts, write_parquet
+from conftest import assert_user_error, run_script
+
+from internals.shards import read_meta
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """The repository on the hub: a small Wikipedia in four files."""
+    folder = tmp_path / "hub"
+    config_name = "20231101.simple"
+    folder.mkdir()
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: {config_name}\n  data_files:\n  - split: train\n    path: {config_name}/*\n---\n"
+    )
+    for n in range(4):
+        write_parquet(folder / config_name / f"train-{n:05d}-of-00004.parquet", make_articles(1000, seed=n))
+    return folder
+
+
+@pytest.fixture
+def serve(hub_folder, tmp_path):
+    """`serve(faults)` starts a hub. Returns its handler, and the environment in which commands use it."""
+    servers = []
+
+    def start_hub(faults=()):
+        server = hub.serve(hub_folder, faults=faults)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        home = tmp_path / f"home{len(servers)}"
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+        return server.RequestHandlerClass, env
+
+    yield start_hub
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def hub_command(folder, *more):
+    return command(folder, "wikipedia", "--language", "simple", *more)
+
+
+def without_pauses(arguments, first=""):
+    """The command without its pauses between retries. `first`: a line of Python to run before it."""
+    code = "import time; time.sleep = lambda seconds: None; from config import PrepareConfig; from internals import cli, start; import prepare_data"
+    return [
+        "-c",
+        f"{code}\n{first}\nstart.run(lambda: prepare_data.prepare(cli.parse(PrepareConfig, '')))",
+        *arguments[1:],
+    ]
+
+
+def test_the_hub(tmp_path, serve, hub_folder):
+    handler, env = serve()
+    handler.commit = "1" * 40
+    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert "4 files" in result.stdout
+    meta = read_meta(tmp_path / "out")
+    assert meta["source"] == {
+        "kind": "hub", "repository": "wikimedia/wikipedia", "config": "20231101.simple", "revision": "main",
+        "commit": "1" * 40, "files": 4,
+        "bytes": sum(path.stat().st_size for path in hub_folder.rglob("*.parquet")),
+    }  # fmt: skip
+    want = [as_text(row) for n in range(4) for row in make_articles(1000, seed=n)]
+    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(want)
+    assert len(handler.downloads) == 4
+    assert {revision for _, revision in handler.downloads} == {"1" * 40}
+    names = [name for name, _ in handler.downloads]
+    assert sorted(files(tmp_path / "out")) == ["meta.json", "train_000000.bin", "val_000000.bin"]
+    again = run_script(*hub_command(tmp_path / "out"), env={**env, "HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0 and "finished" in again.stdout  # without asking the hub
+    assert [name for name, _ in handler.downloads] == names
+
+
+def test_faults_of_the_hub_are_overcome(tmp_path, serve):
+    _, env = serve()
+    assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
+    faults = ["error", "drop", "stall", "truncate", "corrupt", "ok", "corrupt"]
+    faults += ["error", "stall", "drop", "truncate", "drop"]
+    handler, env = serve(faults)
+    handler.unanswered = 1
+    code = without_pauses(
+        hub_command(tmp_path / "out"), "from internals import wikipedia; wikipedia.ANSWER_SECONDS = 5"
+    )
+    result = run_script(*code, env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    assert result.returncode == 0, result.stderr
+    assert not handler.faults and not handler.unanswered  # each one happened
+    assert "no answer in 5 s; trying again" in result.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+@pytest.mark.parametrize("fault", ["error", "corrupt"])
+def test_a_hub_that_stays_broken_is_one_message_and_the_run_resumes(tmp_path, serve, fault):
+    _, env = serve()
+    assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
+    handler, env = serve(["ok", "ok"] + [fault] * 1000)
+    result = run_script(*without_pauses(hub_command(tmp_path / "out")), env=env)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "tried 6 times" in errors[0] and "Traceback" not in result.stderr
+    state = json.loads((tmp_path / "out" / "progress.json").read_text())
+    assert state["file"] >= 2  # the two whole files are done
+    handler.faults.clear()
+    handler.downloads.clear()
+    handler.commit = "2" * 40  # the branch moves, the folder keeps its commit
+    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+    assert len(handler.downloads) <= 2 and {revision for _, revision in handler.downloads} == {hub.SHA}
+
+
+def test_what_the_hub_does_not_have(tmp_path, serve):
+    _, env = serve()
+    for flags, words in (
+        (["--language", "xx"], ["--language", "20231101.xx"]),
+        (["--dump", "20200101"], ["--dump", "20231101"]),
+        (["--revision", "nowhere"], ["--revision"]),
+    ):
+        assert_user_error(run_script(*hub_command(tmp_path / "out", *flags), env=env), *words)
+    result = run_script(*hub_command(tmp_path / "out"), env={**env, "HF_HUB_OFFLINE": "1"})
+    assert_user_error(result, "HF_HUB_OFFLINE")
+
+
+def test_files_in_the_hugging_face_cache_are_used_and_left_there(tmp_path, serve):
+    handler, env = serve()
+    code = "from huggingface_hub import snapshot_download as s; s('wikimedia/wikipedia', repo_type='dataset')"
+    assert run_script("-c", code, env={**env, "HF_HUB_DISABLE_XET": "1"}).returncode == 0
+    assert len(handler.downloads) == 4
+    cached = files(tmp_path / "home1" / "hub")
+    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(handler.downloads) == 4
+    assert cached.items() <= files(tmp_path / "home1" / "hub").items()
+
+
+@posix
+def test_kills_at_random_moments(tmp_path, serve, hub_folder):
+    kills, more, low, high = int(os.environ.get("PREPARE_KILLS", "6")), [], 0.0, 1.5
+    if "PREPARE_KILLS" in os.environ and "WIKIPEDIA_SAMPLE_DIR" in os.environ and "TIKTOKEN_CACHE_DIR" in os.environ:
+        for path in hub_folder.rglob("*.parquet"):
+            path.unlink()
+            path.symlink_to(os.path.join(os.environ["WIKIPEDIA_SAMPLE_DIR"], path.name))
+        more, low, high = ["--tokenizer", "gpt2"], 0.0, 4.0
+    _, env = serve()
+    arguments = hub_command(tmp_path / "out", "--shard-tokens", "1000000", *more)
+    once = run_script(*hub_command(tmp_path / "once", "--shard-tokens", "1000000", *more), env=env)
+    assert once.returncode == 0, once.stderr
+    want, rng, survived, finished = files(tmp_path / "once"), random.Random(0), 0, 0
+    while survived < kills:
+        process = start_script(arguments, env=env)
+        # Count the seconds from the lock. Before it, there is nothing to harm.
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / ".lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(low, high))
+        if process.poll() is None:
+            process.kill()
+            survived += 1
+        _, stderr = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        if process.returncode == 0:
+            assert files(tmp_path / "out") == want
+            finished += 1
+            for path in (tmp_path / "out").iterdir():
+                path.unlink()
+    result = run_script(*arguments, env=env)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "out") == want
+    print(f"{survived} kills survived, {finished + 1} preparations finished")
