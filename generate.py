@@ -74,9 +74,8 @@ def read_prompt(cfg: GenerateConfig) -> str:
         try:
             return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
-            ) from error
+            message = f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
+            raise UserError(message) from error
     try:
         cfg.prompt.encode("utf-8")
     except UnicodeEncodeError as error:  # Python passes bytes that it could not decode as lone surrogates
@@ -228,10 +227,7 @@ def generate(
         logits = context.logits()  # (1, V) at first, then (R, V)
         if step == 0:
             if not logits.isfinite().all():
-                raise UserError(
-                    "the model computes infinite or NaN logits: its training failed, or --dtype is too narrow "
-                    "(try float32)"
-                )
+                raise UserError("logits are infinite or NaN: training failed, or --dtype is too narrow (try float32)")
             logits = logits.expand(len(samples), -1)
             context.select([0] * len(samples))
         next_ids = sample(logits, sampling)  # (R,)
@@ -259,6 +255,7 @@ class Context:
         self.restart()
 
     def restart(self) -> None:
+        """Compute all tokens again, from position 0."""
         self.cache, self.new = KeyValueCache(self.model.config), self.ids
 
     def logits(self) -> Tensor:

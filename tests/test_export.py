@@ -65,7 +65,7 @@ def greedy(model: GPT, prompt: list[int], steps: int) -> list[int]:
 
 def every_kind_of_text() -> list[str]:
     """Over 2,000 texts: every character that Unicode has room for, in order, and a thousand of mixed kinds."""
-    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]  # surrogates are no characters
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]  # without surrogates
     blocks = [("", " ", "a")[i // 1000 % 3].join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     rng = random.Random(0)
     kinds = [
@@ -402,7 +402,7 @@ def test_import_undoes_export_bit_for_bit(exported):
 
 @pytest.fixture(scope="module")
 def foreign():
-    """A randomly initialised GPT-2 of transformers' own, with other sizes than ours, in training's way nowhere near 0."""
+    """A random GPT-2 of transformers, with sizes unlike ours and weights far from 0."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(2)

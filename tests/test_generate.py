@@ -261,7 +261,7 @@ def test_draws_agree_with_the_exact_probabilities(temperature, top_k, top_p):
 
 
 def test_top_k_keeps_exactly_k_of_equals():
-    # The first two are in; one of the three equals behind them is, always the same one.
+    # The first two are in. Of the three equals after them one is, always the same one.
     counts = draw([2.0, 1.0, 0.0, 0.0, 0.0, -1.0], 1.0, 3, 1.0)
     chosen = [token for token, count in enumerate(counts) if count]
     assert len(chosen) == 3 and chosen[:2] == [0, 1] and chosen[2] in (2, 3, 4)
@@ -451,7 +451,7 @@ def test_a_megabyte_on_stdin(best):
 
 def test_interactive_answers_line_by_line(best):
     greedy = ["--temperature", 0, "--max-new-tokens", 4]
-    bad = "one \udcff\ntwo\n"  # a byte that is no UTF-8 is no reason to leave
+    bad = "one \udcff\ntwo\n"  # a byte that is not UTF-8 does not end the session
     run = command(best, "--interactive", *greedy, input=bad, encoding="utf-8", errors="surrogateescape")
     assert run.returncode == 0, run.stderr
     single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
