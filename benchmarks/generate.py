@@ -1,15 +1,18 @@
-"""How fast text is generated, beside transformers, a loop without a cache, and what the memory allows.
+"""The speed of generating text, compared with transformers, with a loop without a cache, and with the memory's limit.
 
     python benchmarks/generate.py
 
-The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights, 200 new
-tokens behind a prompt of 8, sampled as generate.py's defaults do. Everything runs in this one process, in turn, several
-times; printed are the median speed and, of the ratio within a round, which a machine that slows down for a while hardly
-changes, the median and both ends. The limit is what reading all weights once per token would take at the bandwidth
-measured in the same round. The second table is the time per token of longer texts, past the end of the context, the
-third the time from the command to its first character. Needs transformers and the GPT-2 vocabulary.
+The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights continues a
+prompt of 8 tokens by 200, sampled with generate.py's defaults. All candidates run in this process, in turn, 9 rounds.
+The first table shows the median speed, and of the ratio within a round the median and both ends. A machine that slows
+down for a while hardly changes these ratios. "Not packed" is the same code without `pack_weights`. The limit is the speed
+of reading all weights once per token at the bandwidth measured in the same round.
+
+The second table shows the time per token of longer texts, past the end of the context. The third shows the time from the
+command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
+import copy
 import dataclasses
 import statistics
 import subprocess
@@ -24,9 +27,10 @@ import torch
 import transformers
 
 from config import GenerateConfig, ModelConfig
-from generate import generate, sample
+from generate import Sampling, generate, sample
 from internals import checkpoint
-from internals.machine import fastest_dtype, resolve_device
+from internals.cpu_kernels import pack_weights
+from internals.machine import resolve_device, resolve_dtype
 from internals.start import run
 from internals.tokenizer import load_tokenizer
 from model import GPT
@@ -34,7 +38,7 @@ from model import GPT
 REPO = Path(__file__).resolve().parent.parent
 ROUNDS, NEW, PROMPT = 9, 200, 8
 DEFAULTS = GenerateConfig()
-SAMPLING = {"temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k, "top_p": DEFAULTS.top_p}
+SAMPLING = Sampling(DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -44,7 +48,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
-    """The same weights in transformers' GPT-2, whose vocabulary has no padded rows."""
+    """The same weights in transformers' GPT-2, without the padded rows of the embedding."""
     c = model.config
     config = transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
@@ -63,15 +67,15 @@ def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
 
 @torch.inference_mode()
 def without_cache(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> None:
-    """The plain loop: all that is there goes through the model for every token."""
+    """The plain loop: the whole text goes through the model for every token."""
     for _ in range(max_new_tokens):
         logits = model.forward(idx)[:, -1]
-        idx = torch.cat((idx, sample(logits, **SAMPLING, generator=None).unsqueeze(1)), dim=1)
+        idx = torch.cat((idx, sample(logits, SAMPLING).unsqueeze(1)), dim=1)
     idx.tolist()  # waits for a GPU
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading memory, from sums over 256 MiB (more than any cache holds)."""
+    """Bytes per second of reading memory, from sums over 256 MiB, which no cache holds."""
     numbers = torch.ones(1 << 26, device=device)
     return numbers.nbytes / statistics.median(seconds(lambda: numbers.sum().item()) for _ in range(20))
 
@@ -105,51 +109,9 @@ def start_up(model: GPT) -> None:
             print(f"{name:44s} {statistics.median(row[name] for row in times):9.2f}")
 
 
-def main() -> None:
-    load_tokenizer("gpt2")  # now, not after minutes: the command that is timed in the end needs it
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    device = resolve_device("auto")
-    model32 = GPT(ModelConfig()).eval()
-    peer32 = as_transformers(model32).to(device)
-    dtype, why = fastest_dtype(device)
-    model = GPT(ModelConfig()).eval()
-    model.load_state_dict(model32.state_dict())
-    model, model32, peer = model.to(device, dtype), model32.to(device), as_transformers(model32).to(device, dtype)
-    idx = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
-    print(
-        f"{torch.__version__}, transformers {transformers.__version__}, {device}, {torch.get_num_threads()} threads, {dtype}: {why}"
-    )
-
-    def ours(model: GPT, samples: int, new: int = NEW) -> None:
-        for _ in generate(model, idx, new, num_samples=samples, **SAMPLING):
-            pass
-
-    def theirs(model: transformers.GPT2LMHeadModel, samples: int) -> None:
-        model.generate(
-            idx, attention_mask=torch.ones_like(idx), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=True,
-            num_return_sequences=samples, pad_token_id=0, **SAMPLING,
-        ).tolist()  # fmt: skip
-
-    name = str(dtype).removeprefix("torch.")
-    rows: dict[str, tuple[int, Callable[[], object]]] = {  # tokens, run
-        f"generate.py, {name}": (NEW, lambda: ours(model, 1)),
-        "generate.py, float32": (NEW, lambda: ours(model32, 1)),
-        f"generate.py, {name}, 8 samples": (8 * NEW, lambda: ours(model, 8)),
-        f"transformers, {name}": (NEW, lambda: theirs(peer, 1)),
-        "transformers, float32": (NEW, lambda: theirs(peer32, 1)),
-        f"transformers, {name}, 8 samples": (8 * NEW, lambda: theirs(peer, 8)),
-        f"no cache, {name}": (NEW, lambda: without_cache(model, idx, NEW)),
-    }
-    # Each token reads every weight once, but only one row of the position embedding.
-    read = (model.num_parameters()["total"] - model.config.block_size * model.config.n_embd) * dtype.itemsize
-    limit = f"limit: reading {read / 1e6:.0f} MB a token"
-    rates: dict[str, list[float]] = {row: [] for row in (*rows, limit)}  # tokens/s
-    for _ in range(ROUNDS):
-        rates[limit].append(bandwidth(device) / read)
-        for row, (tokens, generating) in rows.items():
-            rates[row].append(tokens / seconds(generating))
-    first = rates[next(iter(rows))]
+def print_rates(rates: dict[str, list[float]]) -> None:
+    """Tokens/s of each candidate per round, and how often the first candidate is as fast."""
+    first = next(iter(rates.values()))
     print(f"\n{'':44s} {'tokens/s':>9s} {'generate.py is':>15s} {'from':>7s} {'to':>7s}")
     for row, each in rates.items():
         ratios = sorted(ours / theirs for ours, theirs in zip(first, each, strict=True))
@@ -157,14 +119,69 @@ def main() -> None:
             f"{row:44s} {statistics.median(each):9.1f} {statistics.median(ratios):14.2f}x {ratios[0]:6.2f}x {ratios[-1]:6.2f}x"
         )
 
+
+def long_texts(generating: Callable[[int], None]) -> None:
+    """Time per token of longer texts, past the end of the context."""
     print(f"\n{'new tokens, one stream':44s} {'ms/token':>9s}")
     lengths: dict[int, list[float]] = {100: [], 1000: [], 5000: []}
     for _ in range(2):
         for new, taken in lengths.items():
-            taken.append(seconds(lambda new=new: ours(model, 1, new)) / new)
+            taken.append(seconds(lambda new=new: generating(new)) / new)
     for new, taken in lengths.items():
         print(f"{new:<44,d} {1e3 * statistics.median(taken):9.2f}")
-    start_up(model32)
+
+
+def main() -> None:
+    load_tokenizer("gpt2")  # fails now rather than after minutes: the command that is timed at the end needs it
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    device = resolve_device("auto")
+    dtype, dtype_reason = resolve_dtype("auto", device, generating=True)
+    saved = GPT(ModelConfig()).eval()
+    plain, plain32 = copy.deepcopy(saved).to(device, dtype), copy.deepcopy(saved).to(device)
+    model, model32 = pack_weights(copy.deepcopy(plain)), pack_weights(copy.deepcopy(plain32))
+    peer, peer32 = as_transformers(saved).to(device, dtype), as_transformers(saved).to(device)
+    idx = torch.randint(saved.config.vocab_size, (PROMPT,), device=device)
+    print(
+        f"{torch.__version__}, transformers {transformers.__version__}, {device}, {torch.get_num_threads()} threads, "
+        f"{dtype}: {dtype_reason}"
+    )
+
+    def ours(model: GPT, samples: int, new: int = NEW) -> None:
+        for _ in generate(model, idx, new, dataclasses.replace(SAMPLING, num_samples=samples)):
+            pass
+
+    def theirs(model: transformers.GPT2LMHeadModel, samples: int) -> None:
+        model.generate(
+            idx[None], attention_mask=torch.ones_like(idx[None]), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=True,
+            num_return_sequences=samples, pad_token_id=0, temperature=SAMPLING.temperature, top_k=SAMPLING.top_k,
+            top_p=SAMPLING.top_p,
+        ).tolist()  # fmt: skip
+
+    name = str(dtype).removeprefix("torch.")
+    rows: dict[str, tuple[int, Callable[[], object]]] = {  # tokens, run
+        f"generate.py, {name}": (NEW, lambda: ours(model, 1)),
+        "generate.py, float32": (NEW, lambda: ours(model32, 1)),
+        f"generate.py, {name}, 8 samples": (8 * NEW, lambda: ours(model, 8)),
+        f"not packed, {name}": (NEW, lambda: ours(plain, 1)),
+        "not packed, float32": (NEW, lambda: ours(plain32, 1)),
+        f"not packed, {name}, 8 samples": (8 * NEW, lambda: ours(plain, 8)),
+        f"transformers, {name}": (NEW, lambda: theirs(peer, 1)),
+        "transformers, float32": (NEW, lambda: theirs(peer32, 1)),
+        f"transformers, {name}, 8 samples": (8 * NEW, lambda: theirs(peer, 8)),
+        f"no cache, {name}": (NEW, lambda: without_cache(plain, idx[None], NEW)),
+    }
+    # Each token reads every weight once, but only one row of the position embedding.
+    read = (saved.num_parameters()["total"] - saved.config.block_size * saved.config.n_embd) * dtype.itemsize
+    limit = f"limit: reading {read / 1e6:.0f} MB a token"
+    rates: dict[str, list[float]] = {row: [] for row in (*rows, limit)}  # tokens/s
+    for _ in range(ROUNDS):
+        rates[limit].append(bandwidth(device) / read)
+        for row, (tokens, generating) in rows.items():
+            rates[row].append(tokens / seconds(generating))
+    print_rates(rates)
+    long_texts(lambda new: ours(model, 1, new))
+    start_up(saved)
 
 
 if __name__ == "__main__":

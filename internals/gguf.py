@@ -1,4 +1,4 @@
-"""llama.cpp's format."""
+"""A model in GGUF, llama.cpp's format."""
 
 from pathlib import Path
 
@@ -9,15 +9,18 @@ from internals.start import UserError
 from internals.tokenizer import END_OF_TEXT
 from model import GPT
 
+USAGE = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```sh
+llama-server -m NAME/model.gguf
+curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "The best thing is", "max_tokens": 100}'
+```"""
+
 
 def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str) -> None:
-    """`model.gguf`, in float32: llama.cpp's llama-quantize makes smaller ones of it.
-
-    Raises:
-        UserError: the gguf package is not installed.
-    """
+    """Write `model.gguf` in float32. llama.cpp's llama-quantize makes smaller files of it."""
     try:
-        import gguf  # here and not above: only those who ask for this format need it
+        import gguf  # imported here: only this format needs it
     except ImportError as error:
         raise UserError("--format gguf: needs the gguf package; pip install gguf") from error
 
@@ -35,13 +38,13 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(list(vocab))
     writer.add_token_types([gguf.TokenType.NORMAL] * tokenizer.eot_token + [gguf.TokenType.CONTROL])
-    # llama.cpp refuses a vocabulary without merges, such as bytes: give it one that no text can lead to.
+    # llama.cpp refuses a vocabulary without merges, such as bytes. This merge never applies to a text.
     writer.add_token_merges(merges(tokenizer) or [f"{END_OF_TEXT} {END_OF_TEXT}"])
     writer.add_bos_token_id(tokenizer.eot_token)
     writer.add_eos_token_id(tokenizer.eot_token)
     writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
-    for gpt2_name, tensor in real_weights(model).items():  # llama.cpp has projections (out, in), like nn.Linear
+    for gpt2_name, tensor in real_weights(model).items():  # projections are (out, in) in llama.cpp, as in nn.Linear
         writer.add_tensor(names.get_name(gpt2_name, try_suffixes=(".weight", ".bias")), tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,8 +1,13 @@
-"""GPT-2 in Hugging Face's format, both ways."""
+"""GPT-2 in Hugging Face's format, both ways.
+
+    write_huggingface    a model -> a folder that transformers opens
+    import_gpt2          a folder, or a model of the hub -> a model to train
+
+Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019), `bytes` being the one without merges.
+"""
 
 import itertools
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +15,21 @@ from typing import Any
 import tiktoken
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from config import GenerateConfig, ModelConfig
-from internals.start import UserError
+from internals.files import as_json
+from internals.start import UserError, first_line
 from internals.tokenizer import END_OF_TEXT, load_tokenizer
 from model import GPT
 
 MAX_VOCAB_SIZE = 2**16  # shards hold uint16
 
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's files have them (in, out), nn.Linear (out, in)
+# Stored as (in, out) in GPT-2's files, where nn.Linear has (out, in)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-# What config.json may say of the architecture, and model.py computes. Where it says nothing, GPT-2's default holds,
-# which is the same.
+# What model.py computes, in the words of config.json. The values are GPT-2's defaults, so a key may be absent there.
 ARCHITECTURE = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",  # the tanh form, like llama.cpp's
@@ -34,50 +40,58 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
 }
 
+USAGE = """```python
+from transformers import pipeline
 
-def byte_alphabet() -> list[str]:
-    """For each byte the character by which GPT-2's vocabulary files write it: itself where it can be printed, else one
-    of those from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+generate = pipeline("text-generation", model="NAME")
+print(generate("The best thing is", max_new_tokens=100)[0]["generated_text"])
+```
+
+`transformers` reads `<|endoftext|>` in a text as the end of an article. With `split_special_tokens=True` its tokenizer
+reads it literally, as in training."""
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out: a model to a folder
 
 
-def vocabulary(tokenizer: tiktoken.Encoding) -> dict[str, int]:
-    """Every token, as GPT-2's vocab.json writes it, with its id; in the order of the ids."""
-    alphabet = byte_alphabet()
-    tokens = (tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token))
-    return {"".join(alphabet[byte] for byte in token): i for i, token in enumerate(tokens)} | {
-        END_OF_TEXT: tokenizer.eot_token
+def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) -> None:
+    """Write what transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline."""
+    c = model.config
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token)
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        **ARCHITECTURE,
+        **{"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner},
+        **{"n_positions": c.block_size, "n_ctx": c.block_size, "vocab_size": c.vocab_size},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout),
+        "dtype": "float32",
+        **ends,
     }
+    # The sampling defaults of generate.py. The default of transformers, greedy text, repeats itself.
+    sampling = {"do_sample": True, "temperature": GenerateConfig.temperature, "top_k": GenerateConfig.top_k}
+    texts = {
+        **tokenizer_files(tokenizer, c.block_size),
+        "generation_config.json": as_json({**ends, "pad_token_id": tokenizer.eot_token, **sampling}),
+        "config.json": as_json(config),
+    }
+    weights = {
+        name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
+        for name, tensor in real_weights(model).items()
+    }
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
 
 
-def merges(tokenizer: tiktoken.Encoding) -> list[str]:
-    """The merges of a byte-level BPE, in order, as GPT-2's merges.txt writes them.
-
-    tiktoken keeps only the tokens, by rank. The merge that made a token joins the two parts that are left when all
-    earlier merges have been applied to its bytes.
-    """
-    alphabet = byte_alphabet()
-    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
-    result = []
-    for token, rank in ranks.items():
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            first = min(range(len(pairs)), key=pairs.__getitem__)
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            result.append(" ".join("".join(alphabet[byte] for byte in part) for part in parts))
-    return result
+def real_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights under GPT-2's names, without the padded rows of the embedding and without the tied head."""
+    weights = dict(model.state_dict())
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
+    return weights
 
 
 def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, str]:
-    """The text of each tokenizer file of a Hugging Face GPT-2 folder, by file name.
-
-    One difference to encoding here: transformers reads `<|endoftext|>` in a text as the end of an article, unless it
-    is called with `split_special_tokens=True`; here it is text like any other.
-    """
+    """The text of each tokenizer file in a Hugging Face GPT-2 folder, by file name."""
     vocab, merge_list = vocabulary(tokenizer), merges(tokenizer)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end_of_text = {"id": tokenizer.eot_token, "content": END_OF_TEXT, "special": True}
@@ -107,64 +121,59 @@ def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, 
     }
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def real_weights(model: GPT) -> dict[str, Tensor]:
-    """The model's weights by GPT-2's names, without the padded rows of the embedding; the tied head is not repeated."""
-    weights = dict(model.state_dict())
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size]
-    return weights
-
-
-def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) -> None:
-    """What transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline."""
-    c = model.config
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token)
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        **ARCHITECTURE,
-        **{"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner},
-        **{"n_positions": c.block_size, "n_ctx": c.block_size, "vocab_size": c.vocab_size},
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout),
-        "dtype": "float32",
-        **ends,
+def vocabulary(tokenizer: tiktoken.Encoding) -> dict[str, int]:
+    """Every token in the notation of GPT-2's vocab.json, with its id: `{"!": 0, ...}`, in the order of the ids."""
+    alphabet = byte_alphabet()
+    tokens = (tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token))
+    return {"".join(alphabet[byte] for byte in token): i for i, token in enumerate(tokens)} | {
+        END_OF_TEXT: tokenizer.eot_token
     }
-    # Sampling as generate.py has it by default: greedy text, which transformers would choose, repeats itself.
-    sampling = {"do_sample": True, "temperature": GenerateConfig.temperature, "top_k": GenerateConfig.top_k}
-    weights = {
-        name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
-        for name, tensor in real_weights(model).items()
-    }
-    texts = {
-        **tokenizer_files(tokenizer, c.block_size),
-        "generation_config.json": as_json({**ends, "pad_token_id": tokenizer.eot_token, **sampling}),
-        "config.json": as_json(config),
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
-    # safetensors makes a file that only its owner may read: give it the permissions that the others have.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
-def import_gpt2(source: str, tokenizer: str, config: ModelConfig) -> GPT:
-    """A GPT-2 in Hugging Face format, for `--init-from`. Undoes an export bit for bit.
+def merges(tokenizer: tiktoken.Encoding) -> list[str]:
+    """The merges of a byte-level BPE in order, in the notation of GPT-2's merges.txt: `["Ġ t", "Ġ a", ...]`.
+
+    tiktoken keeps only the tokens, by rank. Applying all earlier merges to the bytes of a token leaves two parts: the
+    merge that made it.
+    """
+    alphabet = byte_alphabet()
+    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
+    result = []
+    for token, rank in ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            first = min(range(len(pairs)), key=pairs.__getitem__)
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            result.append(" ".join("".join(alphabet[byte] for byte in part) for part in parts))
+    return result
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in GPT-2's vocabulary files: printable ones for themselves, the others
+    for characters from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Back: a folder, or a model of the hub, to a model
+
+
+def import_gpt2(source: str, tokenizer_name: str, cfg: ModelConfig) -> GPT:
+    """Load a GPT-2 in Hugging Face format, for `--init-from`. Undoes an export bit for bit.
 
     Args:
         source: a local folder, or a hub id such as `openai-community/gpt2`.
-        tokenizer: the data's (`gpt2` or `bytes`), which the model must have too.
-        config: its `block_size` (later positions are cut off) and `dropout` are kept, the rest comes from `source`.
+        tokenizer_name: the data's tokenizer, which must be the model's as well.
+        cfg: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
 
     Returns:
-        The model, float32 on the CPU. Its `config` is the one in force.
-
-    Raises:
-        UserError: there is no such model, it is no GPT-2 as model.py computes it, files or tensors are missing or
-            damaged, its tokenizer is another one than the data's, or it has fewer positions than `block_size`.
+        The model, float32 on the CPU, with its own `config`.
     """
-    model_config = gpt2_config(source, tokenizer, config)
+    cfg = gpt2_config(source, tokenizer_name, cfg)
     paths = sorted(fetch(source, ["model*.safetensors"]).glob("model*.safetensors"))
     if not paths:
         raise UserError(f"--init-from {source}: has no model.safetensors (other formats of weights are not read)")
@@ -173,36 +182,34 @@ def import_gpt2(source: str, tokenizer: str, config: ModelConfig) -> GPT:
         try:
             weights |= load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: is damaged, or no safetensors file ({error})") from error
-
-    model = GPT(model_config)
-    fitted = fit_weights(source, weights, model)
-    model.load_state_dict(fitted)
+            raise UserError(f"{path}: is damaged, or not a safetensors file ({first_line(error)})") from error
+    model = GPT(cfg)
+    model.load_state_dict(fit_weights(source, weights, model))
     return model
 
 
-def gpt2_config(source: str, tokenizer: str, config: ModelConfig) -> ModelConfig:
-    """The sizes of a GPT-2 in Hugging Face format. Arguments and errors are those of `import_gpt2`.
+def gpt2_config(source: str, tokenizer_name: str, cfg: ModelConfig) -> ModelConfig:
+    """The sizes of a GPT-2 in Hugging Face format. Arguments as for `import_gpt2`.
 
-    Fetches the small files alone: a model of another kind is refused before gigabytes of it were downloaded.
+    Fetches only the small files, so that a model of another kind is refused before gigabytes are downloaded.
     """
     folder = fetch(source, ["config.json", "tokenizer.json", "vocab.json"])
-    model_config = read_config(source, folder, config)
-    check_vocabulary(source, folder, model_config.vocab_size, tokenizer)
-    return model_config
+    cfg = read_config(source, folder, cfg)
+    check_vocabulary(source, folder, cfg.vocab_size, tokenizer_name)
+    return cfg
 
 
 def fetch(source: str, patterns: list[str]) -> Path:
-    """The folder that holds the files of `source` with these names: itself, or what the hub's client keeps of it."""
+    """The folder with the files of `source` that match: `source` itself, or the cache of the hub's client."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download  # here and not above: local folders do not need it
+    from huggingface_hub import snapshot_download  # imported here: local folders do not need it
 
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # huggingface_hub, and the HTTP library below it, have no common base
+    except Exception as error:  # the errors of huggingface_hub and of its HTTP library have no common base
         raise UserError(
-            f"--init-from {source}: there is no such folder, and the hub did not give it ({type(error).__name__}); "
+            f"--init-from {source}: there is no such folder, and the hub did not provide it ({type(error).__name__}); "
             "check the name, or go online"
         ) from error
 
@@ -213,12 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise UserError(f"{path}: not a JSON object")
     return value
 
 
-def read_config(source: str, folder: Path, config: ModelConfig) -> ModelConfig:
-    """What config.json says of the model's shape, if model.py computes such a model."""
+def read_config(source: str, folder: Path, cfg: ModelConfig) -> ModelConfig:
+    """`cfg` with the sizes in config.json. Refuses a model that model.py does not compute."""
     found = read_json(folder / "config.json")
     for key, value in ARCHITECTURE.items():
         if found.get(key, value) != value:
@@ -227,46 +234,46 @@ def read_config(source: str, folder: Path, config: ModelConfig) -> ModelConfig:
             )
     sizes = {key: found.get(key) for key in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")}
     if sizes["n_inner"] is None and isinstance(sizes["n_embd"], int):
-        sizes["n_inner"] = 4 * sizes["n_embd"]  # as GPT-2 has it
+        sizes["n_inner"] = 4 * sizes["n_embd"]  # GPT-2's default
     for key, value in sizes.items():
         if not isinstance(value, int):
-            raise UserError(f"--init-from {source}: its config.json says {key} = {value!r}, which is no size")
+            raise UserError(f"--init-from {source}: its config.json says {key} = {value!r}, which is not a size")
     if sizes["vocab_size"] > MAX_VOCAB_SIZE:
         raise UserError(
             f"--init-from {source}: its vocabulary of {sizes['vocab_size']:,} tokens does not fit the uint16 of the "
             f"shards (at most {MAX_VOCAB_SIZE:,})"
         )
     positions = sizes.pop("n_positions")
-    if config.block_size > positions:
-        raise UserError(f"--block-size {config.block_size}: {source} has {positions} positions; take at most that many")
+    if cfg.block_size > positions:
+        raise UserError(f"--block-size {cfg.block_size}: {source} has {positions} positions; take at most that many")
     try:
-        return replace(config, **sizes)
+        return replace(cfg, **sizes)
     except ValueError as error:
-        raise UserError(f"--init-from {source}: its config.json makes no model ({error})") from error
+        raise UserError(f"--init-from {source}: its config.json describes no valid model ({error})") from error
 
 
-def check_vocabulary(source: str, folder: Path, vocab_size: int, tokenizer: str) -> None:
-    """Refuse a model whose tokens are not those of the data. Where it brings no tokenizer file, its size must do."""
-    ours = vocabulary(load_tokenizer(tokenizer))
+def check_vocabulary(source: str, folder: Path, vocab_size: int, tokenizer_name: str) -> None:
+    """Refuse a model whose tokens differ from the data's. Without a tokenizer file, only their number is compared."""
+    ours = vocabulary(load_tokenizer(tokenizer_name))
     theirs = None
     if (folder / "tokenizer.json").exists():
         fast = read_json(folder / "tokenizer.json")
         try:
             theirs = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'}: is no BPE tokenizer as GPT-2 has it") from error
+            raise UserError(f"{folder / 'tokenizer.json'}: is not a BPE tokenizer like GPT-2's") from error
     elif (folder / "vocab.json").exists():
         theirs = read_json(folder / "vocab.json")
     if vocab_size != len(ours) or theirs not in (None, ours):
         raise UserError(
-            f"--init-from {source}: its tokenizer ({vocab_size:,} tokens) is not the data's, {tokenizer} "
+            f"--init-from {source}: its tokenizer ({vocab_size:,} tokens) is not the data's, {tokenizer_name} "
             f"({len(ours):,} tokens); prepare the data with the model's tokenizer (prepare_data.py --tokenizer)"
         )
 
 
 def fit_weights(source: str, weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
     """GPT-2's tensors as the state dict of `model`: renamed, transposed, cut to its positions, padded to its rows."""
-    # OpenAI's own files lack the prefix. Old files also hold the causal mask, and some the tied head once more.
+    # OpenAI's own files lack the prefix. Old files also hold the causal mask, and some repeat the tied head.
     weights = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
         for name, tensor in weights.items()
@@ -274,26 +281,26 @@ def fit_weights(source: str, weights: dict[str, Tensor], model: GPT) -> dict[str
     }
     head = weights.pop("lm_head.weight", None)
     expected = model.state_dict()
-    if missing := expected.keys() - weights.keys():
-        raise UserError(f"--init-from {source}: {len(missing)} tensors are missing, {min(missing)} among them")
-    if unknown := weights.keys() - expected.keys():
-        raise UserError(f"--init-from {source}: {len(unknown)} tensors are no GPT-2's, {min(unknown)} among them")
+    for problem, names in (
+        ("missing", expected.keys() - weights.keys()),
+        ("unknown", weights.keys() - expected.keys()),
+    ):
+        if names:
+            raise UserError(f"--init-from {source}: {len(names)} tensors are {problem}: {min(names)} among them")
     if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
         raise UserError(f"--init-from {source}: its output head is not tied to its embedding; only such can be trained")
+    return {name: fit_tensor(source, name, tensor, expected[name], model.config) for name, tensor in weights.items()}
 
-    c = model.config
-    for name, tensor in weights.items():
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.T
-        rows = len(expected[name])
-        if name == "transformer.wpe.weight":
-            tensor = tensor[:rows]
-        elif name == "transformer.wte.weight" and len(tensor) == c.vocab_size:
-            tensor = torch.cat([tensor, tensor.new_zeros(rows - c.vocab_size, c.n_embd)])
-        if tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            raise UserError(
-                f"--init-from {source}: {name} is {weights[name].dtype} of shape {tuple(weights[name].shape)}, which is "
-                "not what its config.json leads to"
-            )
-        weights[name] = tensor.float()
-    return weights
+
+def fit_tensor(source: str, name: str, tensor: Tensor, expected: Tensor, cfg: ModelConfig) -> Tensor:
+    fitted = tensor.T if name.endswith(TRANSPOSED) else tensor
+    if name == "transformer.wpe.weight":
+        fitted = fitted[: cfg.block_size]
+    elif name == "transformer.wte.weight" and len(fitted) == cfg.vocab_size:
+        fitted = torch.cat([fitted, fitted.new_zeros(cfg.padded_vocab_size - cfg.vocab_size, cfg.n_embd)])
+    if fitted.shape != expected.shape or not fitted.is_floating_point():
+        raise UserError(
+            f"--init-from {source}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not fit its "
+            "config.json"
+        )
+    return fitted.float()

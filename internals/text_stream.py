@@ -1,4 +1,4 @@
-"""Tokens as they come -> text that can be printed."""
+"""Tokens to text: characters and stop texts spread over several tokens, and samples printed while they grow."""
 
 import codecs
 import json
@@ -13,19 +13,19 @@ from internals.start import UserError
 
 
 class TextStream:
-    """Turns one sample's tokens into text as they come: never half a character, never a part of a stop text.
+    """The text of one sample while its tokens arrive. It never shows half a character or a part of a stop text.
 
-    A character may be spread over several tokens, so bytes wait here until it is whole. What may be the beginning of a
-    stop text waits until it is clear whether it is.
+    A character may need several tokens: its first bytes wait in `decoder`. What may be the beginning of a stop text waits
+    in `held`.
     """
 
     def __init__(self, tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), ignore_eot: bool = False):
         self.tokenizer, self.stop, self.ignore_eot = tokenizer, stop, ignore_eot
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.pieces: list[str] = []  # what may be printed
-        self.held = ""  # what may still become a stop text
-        self.tokens = 0  # taken so far, end-of-text and those of a stop text included
-        self.begin, self.seconds = time.perf_counter(), 0.0  # how long it took, once it has ended
+        self.pieces: list[str] = []  # the text so far
+        self.held = ""
+        self.tokens = 0  # received, including end-of-text and those of a stop text
+        self.begin, self.seconds = time.perf_counter(), 0.0  # duration, set at the end
         self.ended = False
 
     @property
@@ -33,7 +33,7 @@ class TextStream:
         return "".join(self.pieces)
 
     def push(self, token: int) -> bool:
-        """Take one more token; True where the text ends with it: end-of-text, or a stop text, which is left out."""
+        """Add a token. Returns True if the text ends here: at end-of-text or before a stop text."""
         self.tokens += 1
         if token == self.tokenizer.eot_token and not self.ignore_eot:
             return self.end()
@@ -48,7 +48,7 @@ class TextStream:
         return False
 
     def end(self) -> bool:
-        """Nothing more comes: what waited is text (bytes that make no character become U+FFFD)."""
+        """End the text: what was held belongs to it. Bytes of an unfinished character become U+FFFD. Returns True."""
         if not self.ended:
             self.pieces.append(self.held + self.decoder.decode(b"", final=True))
             self.held, self.ended = "", True
@@ -57,39 +57,20 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+    """The most characters that end `text` and begin `stop`: `overlap("a ban", "banana") -> 3`."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def write(text: str) -> None:
-    """Text to stdout, at once. A reader that has gone (`| head`) ends the program without a word.
-
-    Raises:
-        UserError: it cannot be written (a full disk).
-    """
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
-        if isinstance(error, BrokenPipeError):
-            sys.exit(0)
-        raise UserError(f"the text could not be written to stdout ({error.strerror})") from error
-
-
 def print_text(prompt: str, steps: Iterable[list[TextStream]]) -> None:
-    """Prompt and continuation of each sample, a blank line between samples. The first that has not ended is printed as
-    it comes; those behind it are computed with it and wait for their turn."""
-    current, printed, before = 0, 0, prompt  # the sample being printed, how many of its pieces are, what comes first
+    """Print prompt and continuation of each sample, with a blank line between samples.
+
+    All samples grow together. The first one that has not ended is printed as it grows; later ones wait for their turn.
+    """
+    current, printed, before = 0, 0, prompt  # the sample in turn, its pieces already printed, the text due before them
     for streams in steps:
         while current < len(streams):
             stream = streams[current]
-            after = "\n" if stream.ended else ""
-            if text := before + "".join(stream.pieces[printed:]) + after:
+            if text := before + "".join(stream.pieces[printed:]) + "\n" * stream.ended:
                 write(text)
             printed, before = len(stream.pieces), ""
             if not stream.ended:
@@ -98,7 +79,7 @@ def print_text(prompt: str, steps: Iterable[list[TextStream]]) -> None:
 
 
 def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> None:
-    """A line for each sample, as soon as it and those before it have ended."""
+    """Print one line of JSON per sample, as soon as it and all earlier ones have ended."""
     current = 0
     for streams in steps:
         while current < len(streams) and streams[current].ended:
@@ -113,3 +94,15 @@ def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> Non
             }
             write(json.dumps(row, ensure_ascii=False) + "\n")
             current += 1
+
+
+def write(text: str) -> None:
+    """Write to stdout at once. If the reader has gone (`| head`), the command ends silently."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its exit
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        raise UserError(f"the text could not be written to stdout ({error.strerror})") from error

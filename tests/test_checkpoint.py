@@ -4,6 +4,7 @@ import os
 import pickle
 
 import pytest
+import tiktoken
 import torch
 
 from config import ModelConfig
@@ -59,20 +60,20 @@ def test_a_folder_that_cannot_be(tmp_path):
         checkpoint.save(tmp_path / "file" / "last.pt", content())
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path):
     path = tmp_path / "best.pt"
     with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load(path)
     checkpoint.save(path, content())
     whole = path.read_bytes()
-    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:-1], b"\x80\x02."):
+    for damaged in (b"", b"text", whole[: len(whole) // 10], whole[: len(whole) // 2], whole[:-1], b"\x80\x02."):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="is damaged"):
             checkpoint.load(path)
     for value, message in (
-        ([1, 2], "is no checkpoint of this project's"),
-        ({"model": {}}, "is no checkpoint of this project's"),
-        ({"format": 2}, "has checkpoint format 2, where this version reads 1"),
+        ([1, 2], "is not a checkpoint written by this project"),
+        ({"model": {}}, "is not a checkpoint written by this project"),
+        ({"format": 2}, "has checkpoint format 2, but this version reads 1"),
         ({"format": 1, "model": {}, "config": {}}, r"is damaged \(without iter, tokenizer, tokens, val_loss\)"),
     ):
         torch.save(value, path)
@@ -91,7 +92,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol):
         path.write_bytes(pickle.dumps(content(model=Code())))
     else:
         torch.save(content(model=Code()), path, _use_new_zipfile_serialization=protocol == "zip")
-    with pytest.raises(UserError, match="is damaged, or no checkpoint"):
+    with pytest.raises(UserError, match="is damaged, or not a checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "executed").exists()
 
@@ -105,6 +106,40 @@ def test_weights_that_do_not_fit_their_configuration():
     ):
         with pytest.raises(UserError, match="its weights do not fit its configuration"):
             checkpoint.build_model(content(**changes))
+
+
+def test_a_model_is_loaded_with_its_tokenizer_ready_to_generate(tmp_path):
+    saved = content()
+    checkpoint.save(tmp_path / "best.pt", saved)
+    state = torch.get_rng_state()
+    model, tokenizer, loaded = checkpoint.load_model(tmp_path / "best.pt")
+    assert torch.equal(torch.get_rng_state(), state)  # no weights were drawn to be replaced
+    assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+    assert (tokenizer.name, loaded["iter"]) == ("bytes", 3)
+
+
+def test_a_model_and_a_tokenizer_that_do_not_belong_together(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "best.pt", content())
+    one_token = tiktoken.Encoding("bytes", pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={})
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda name: one_token)
+    with pytest.raises(UserError, match=r"best.pt: is damaged: its model has 257 tokens, its tokenizer \(bytes\) 1"):
+        checkpoint.load_model(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"tokenizer": "runes"}, "'runes'"),
+        ({"config": {"model": vars(ModelConfig(n_layer=2))}}, "do not fit"),
+        ({"format": 2}, "format 2"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, change, words):
+    checkpoint.save(tmp_path / "best.pt", content(**change))
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load_model(tmp_path / "best.pt")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

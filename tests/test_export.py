@@ -1,5 +1,5 @@
-"""What was exported is opened by the tools it is meant for, in processes of their own that know nothing of this project;
-what comes back is compared with our model, and with tiktoken."""
+"""Exported models, opened by the tools they are meant for in processes that know nothing of this project. Their results are
+compared with our model and with tiktoken."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def greedy(model: GPT, prompt: list[int], steps: int) -> list[int]:
 
 def every_kind_of_text() -> list[str]:
     """Over 2,000 texts: every character that Unicode has room for, in order, and a thousand of mixed kinds."""
-    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]  # surrogates are no characters
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]  # without surrogates
     blocks = [("", " ", "a")[i // 1000 % 3].join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     rng = random.Random(0)
     kinds = [
@@ -308,7 +308,7 @@ def test_nothing_is_overwritten(tmp_path, kind):
         if kind == "folder":
             (out_dir / "mine").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir)))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -316,14 +316,11 @@ def test_nothing_is_overwritten(tmp_path, kind):
 KILLED = """
 import os, signal, sys
 import export
-from internals import huggingface
 from config import ExportConfig
-from internals.start import run
+from internals import huggingface
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
-
-from internals import huggingface
 
 module = next(m for m in (export, huggingface, os) if hasattr(m, sys.argv[1]))
 setattr(module, sys.argv[1], die)
@@ -332,7 +329,7 @@ export.export(ExportConfig(checkpoint=sys.argv[2], out_dir=sys.argv[3]))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
-@pytest.mark.parametrize("moment", ["save_file", "model_card", "fsync", "rename"])
+@pytest.mark.parametrize("moment", ["save", "model_card", "fsync", "rename"])
 def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
     save_checkpoint(tmp_path / "best.pt", "bytes")
     out_dir = tmp_path / "my-model"
@@ -347,7 +344,6 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
 FULL_DISK = """
 import resource, signal, sys
 import export
-from internals import huggingface
 from config import ExportConfig
 from internals.start import run
 
@@ -362,7 +358,7 @@ run(lambda: export.export(ExportConfig(checkpoint=sys.argv[1], out_dir=sys.argv[
 def test_full_disk_is_one_message_and_leaves_nothing(tmp_path, file_format):
     save_checkpoint(tmp_path / "best.pt", "bytes")
     result = run_script("-c", FULL_DISK, tmp_path / "best.pt", tmp_path / "my-model", file_format)
-    assert_user_error(result, "my-model", "could not be written")
+    assert_user_error(result, "--out-dir", "my-model", "could not be written", "nothing was left there")
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
@@ -406,7 +402,7 @@ def test_import_undoes_export_bit_for_bit(exported):
 
 @pytest.fixture(scope="module")
 def foreign():
-    """A randomly initialised GPT-2 of transformers' own, with other sizes than ours, in training's way nowhere near 0."""
+    """A random GPT-2 of transformers, with sizes unlike ours and weights far from 0."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(2)
@@ -458,13 +454,13 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: change_config(f, tie_word_embeddings=False), "tie_word_embeddings"),
         (lambda f: change_config(f, n_head=5), "--n-head 5"),
         (lambda f: change_config(f, n_embd="48"), "n_embd = '48'"),
-        (lambda f: change_config(f, n_embd=96), "which is not what its config.json leads to"),
-        (lambda f: change_config(f, n_layer=3), "12 tensors are missing, transformer.h.2.attn.c_attn.bias"),
-        (lambda f: change_config(f, n_layer=1), "12 tensors are no GPT-2's"),
+        (lambda f: change_config(f, n_embd=96), "which does not fit its config.json"),
+        (lambda f: change_config(f, n_layer=3), "12 tensors are missing: transformer.h.2.attn.c_attn.bias among them"),
+        (lambda f: change_config(f, n_layer=1), "12 tensors are unknown: transformer.h.1.attn.c_attn.bias among them"),
         (lambda f: change_config(f, vocab_size=70_000), "70,000 tokens does not fit the uint16"),
         (lambda f: change_config(f, vocab_size=300), r"its tokenizer \(300 tokens\) is not the data's, bytes"),
         (lambda f: (f / "vocab.json").write_text(json.dumps({"a": 0})), "is not the data's"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is no BPE tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is not a BPE tokenizer"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),

@@ -1,4 +1,4 @@
-"""Generating: the cache against no cache and against transformers, sampling against exact probabilities, the stream,
+"""Generating: the cache against no cache and against transformers, sampling against exact probabilities, the text stream,
 and the command as people and pipes use it."""
 
 import dataclasses
@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-import tiktoken
 import torch
 from conftest import REPO, assert_user_error, run_script
 from test_model import transformers_twin
@@ -36,23 +35,40 @@ def random_model(seed: int = 0, **overrides) -> GPT:
     return model
 
 
-def tokens_of(*args, **kwargs) -> list[list[int]]:
-    """All of `generate`'s tokens, row by row."""
-    steps = list(generate.generate(*args, **kwargs))
+def prompt_of(length: int) -> torch.Tensor:
+    return torch.randint(TINY.vocab_size, (length,))
+
+
+def tokens_of(model: GPT, idx: torch.Tensor, new: int, **sampling) -> list[list[int]]:
+    """All of `generate`'s tokens, one list per sample."""
+    steps = list(generate.generate(model, idx, new, generate.Sampling(**sampling)))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
 @torch.no_grad()
-def plain_loop(model: GPT, prompts: torch.Tensor, new: int) -> list[list[int]]:
-    """Greedy and without a cache: what `generate` promises, in its simplest form."""
+def plain_loop(model: GPT, idx: torch.Tensor, new: int, samples: int = 1) -> list[list[int]]:
+    """Without a cache: what `generate` promises, in its simplest form. Greedy, but for `fan`'s first tokens."""
     block_size = model.config.block_size
-    window, out = prompts[:, -block_size:], []
-    for _ in range(new):
+    window = idx[None, -block_size:]
+    out = [model(window)[0, -1].topk(samples).indices]
+    window = window.expand(samples, -1)
+    while len(out) < new:
+        window = torch.cat((window, out[-1][:, None]), dim=1)
         if window.size(1) > block_size:
             window = window[:, -max(1, block_size // 2) :]
         out.append(model(window)[:, -1].argmax(-1))
-        window = torch.cat((window, out[-1][:, None]), dim=1)
     return torch.stack(out, dim=1).tolist()
+
+
+@pytest.fixture
+def fan(monkeypatch):
+    """Make samples differ without chance: each begins with another of the likeliest tokens and is greedy from there."""
+
+    def sample(logits, sampling):
+        first = logits.stride(0) == 0  # all rows are one: the prompt's
+        return logits[0].topk(len(logits)).indices if first else logits.argmax(-1)
+
+    monkeypatch.setattr(generate, "sample", sample)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,28 +106,31 @@ def test_several_tokens_may_be_added_to_a_cache_that_is_not_empty():
 def test_greedy_tokens_are_those_of_transformers_and_of_the_plain_loop():
     model = random_model(block_size=256)
     prompts = torch.randint(TINY.vocab_size, (3, 8))
-    ours = tokens_of(model, prompts, 200, temperature=0)
-    assert ours == plain_loop(model, prompts, 200)
+    ours = [tokens_of(model, prompt, 200, temperature=0)[0] for prompt in prompts]
+    assert ours == [plain_loop(model, prompt, 200)[0] for prompt in prompts]
     assert len({tuple(row) for row in ours}) == 3  # no trivial agreement
     assert all(len(set(row)) > 10 for row in ours)
     theirs = transformers_twin(model).generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=200, pad_token_id=0
     )
     assert ours == theirs[:, 8:].tolist()
-    # One stream, and several samples of one prompt
-    assert tokens_of(model, prompts[:1], 200, temperature=0) == ours[:1]
-    assert tokens_of(model, prompts[:2], 200, temperature=0, num_samples=2) == [ours[0], ours[0], ours[1], ours[1]]
+    for prompt, row in zip(prompts, ours, strict=True):
+        assert tokens_of(model, prompt, 200, temperature=0, num_samples=2) == [row, row]
+
+
+def test_samples_that_differ_are_those_of_the_plain_loop(fan):
+    model, prompt = random_model(block_size=256), prompt_of(8)
+    ours = tokens_of(model, prompt, 200, num_samples=4)
+    assert ours == plain_loop(model, prompt, 200, samples=4)
+    assert len({tuple(row[1:]) for row in ours}) == 4 and all(len(set(row)) > 10 for row in ours)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 16])
 @pytest.mark.parametrize("prompt", [1, 7, 16, 40])
-def test_past_the_context_the_newest_half_goes_on(block_size, prompt):
-    model = random_model(block_size=block_size)
-    idx = torch.randint(TINY.vocab_size, (2, prompt))
-    expected = plain_loop(model, idx, 5 * block_size + 3)
-    assert tokens_of(model, idx, 5 * block_size + 3, temperature=0) == expected
-    twice = tokens_of(model, idx, 5 * block_size + 3, temperature=0, num_samples=2)
-    assert twice == [row for row in expected for _ in range(2)]
+def test_past_the_context_its_newest_half_is_kept(block_size, prompt, fan):
+    model, idx, new = random_model(block_size=block_size), prompt_of(prompt), 5 * block_size + 3
+    assert tokens_of(model, idx, new) == plain_loop(model, idx, new)
+    assert tokens_of(model, idx, new, num_samples=3) == plain_loop(model, idx, new, samples=3)
 
 
 def test_past_the_context_the_work_per_token_does_not_grow():
@@ -119,15 +138,15 @@ def test_past_the_context_the_work_per_token_does_not_grow():
     queries = []
     forward = model.forward
     model.forward = lambda idx, **kwargs: queries.append(idx.size(1)) or forward(idx, **kwargs)
-    list(generate.generate(model, torch.zeros(1, 16, dtype=torch.long), 1 + 8 * 20))
+    tokens_of(model, torch.zeros(16, dtype=torch.long), 1 + 8 * 20)
     # The prompt, then 8 tokens again and again: the newest half at once, and 8 of one token each until it is full
     assert queries == [16] + [8, *[1] * 8] * 17 + [8, *[1] * 6]
 
 
-def test_a_row_that_has_ended_is_computed_no_more_and_disturbs_no_other():
-    model = random_model()
-    idx = torch.randint(TINY.vocab_size, (4, 5))
-    full = tokens_of(model, idx, 40, temperature=0)
+def test_a_sample_that_has_ended_is_not_computed_and_disturbs_no_other(fan):
+    model, idx = random_model(), prompt_of(5)
+    full = tokens_of(model, idx, 40, num_samples=4)
+    assert full == plain_loop(model, idx, 40, samples=4) and len({tuple(row) for row in full}) == 4
     length = [40, 3, 17, 3]
     seen = [0] * 4
 
@@ -139,24 +158,24 @@ def test_a_row_that_has_ended_is_computed_no_more_and_disturbs_no_other():
     batches = []
     forward = model.forward
     model.forward = lambda idx, **kwargs: batches.append(idx.size(0)) or forward(idx, **kwargs)
-    steps = list(generate.generate(model, idx, 40, temperature=0, stop=stop))
+    steps = list(generate.generate(model, idx, 40, generate.Sampling(num_samples=4), stop))
     assert tokens_of(model, idx, 0) == []
     for row in range(4):
         assert [step[row] for step in steps] == full[row][: length[row]] + [None] * (40 - length[row])
-    assert batches == [4] * 3 + [2] * 14 + [1] * 23
+    assert batches == [1] + [4] * 2 + [2] * 14 + [1] * 23
 
 
-def test_it_ends_when_every_row_has_ended():
-    assert (
-        len(list(generate.generate(random_model(), torch.zeros(3, 2, dtype=torch.long), 50, stop=lambda *_: True))) == 1
-    )
+def test_it_ends_when_every_sample_has_ended():
+    sampling = generate.Sampling(num_samples=3)
+    steps = generate.generate(random_model(), prompt_of(2), 50, sampling, stop=lambda row, token: True)
+    assert len(list(steps)) == 1
 
 
 def test_padded_ids_are_never_drawn():
     model = random_model(vocab_size=257)
     with torch.no_grad():
         model.transformer.wte.weight[257:] = 100 * torch.randn(320 - 257, TINY.n_embd)
-    idx = torch.zeros(1, 1, dtype=torch.long)
+    idx = torch.zeros(1, dtype=torch.long)
     for temperature in (0, 1, 1000.0):
         for row in tokens_of(model, idx, 60, num_samples=20, temperature=temperature):
             assert max(row) < 257
@@ -168,9 +187,10 @@ def test_generating_leaves_model_and_global_state_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     draw = torch.Generator().manual_seed(1)
-    idx = torch.zeros(1, 3, dtype=torch.long)
+    idx = torch.zeros(3, dtype=torch.long)
     first = tokens_of(model, idx, 40, generator=draw)
-    for _ in generate.generate(model, idx, 40, generator=draw):  # left in the middle
+    for _ in generate.generate(model, idx, 40, generate.Sampling(generator=draw)):
+        assert model.training and all(module.training for module in model.modules())  # in the middle, too
         break
     assert model.training and all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
@@ -179,15 +199,15 @@ def test_generating_leaves_model_and_global_state_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     # Dropout was off: the same draws make the same tokens in eval mode
     assert tokens_of(model.eval(), idx, 40, generator=torch.Generator().manual_seed(1)) == first
-    # ... and training goes on
+    # ... and training can continue
     model.train()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)).backward()
 
 
-def test_a_model_without_finite_numbers_is_told():
+def test_a_model_with_nan_logits_is_an_error():
     model = random_model()
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
-    with pytest.raises(UserError, match="finite"):
-        tokens_of(model, torch.zeros(1, 3, dtype=torch.long), 5)
+    with pytest.raises(UserError, match="infinite or NaN"):
+        tokens_of(model, torch.zeros(3, dtype=torch.long), 5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,7 +238,7 @@ def chi_square_limit(degrees: int) -> float:
 def draw(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[int]:
     generator = torch.Generator().manual_seed(3)
     rows = torch.tensor(logits).expand(50_000, -1)
-    tokens = generate.sample(rows, temperature, top_k, top_p, generator)
+    tokens = generate.sample(rows, generate.Sampling(temperature, top_k, top_p, generator=generator))
     assert tokens.shape == (50_000,) and tokens.dtype == torch.int64
     return torch.bincount(tokens, minlength=len(logits)).tolist()
 
@@ -241,7 +261,7 @@ def test_draws_agree_with_the_exact_probabilities(temperature, top_k, top_p):
 
 
 def test_top_k_keeps_exactly_k_of_equals():
-    # The first two are in; one of the three equals behind them is, always the same one.
+    # The first two are in. Of the three equals after them one is, always the same one.
     counts = draw([2.0, 1.0, 0.0, 0.0, 0.0, -1.0], 1.0, 3, 1.0)
     chosen = [token for token, count in enumerate(counts) if count]
     assert len(chosen) == 3 and chosen[:2] == [0, 1] and chosen[2] in (2, 3, 4)
@@ -258,7 +278,7 @@ def test_extreme_temperatures_are_no_special_case():
 
 def test_temperature_0_is_greedy():
     assert draw(LOGITS, 0, None, 1.0)[9] == 50_000
-    assert generate.sample(torch.tensor([LOGITS]), 0, 3, 0.1, None).tolist() == [9]
+    assert generate.sample(torch.tensor([LOGITS]), generate.Sampling(0, top_k=3, top_p=0.1)).tolist() == [9]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,22 +289,25 @@ EOT = BYTES.eot_token
 
 
 class Forced(GPT):
-    """A model that says given tokens, one list for each row, whatever it reads."""
+    """A model that says the given tokens, whatever it reads."""
 
-    def __init__(self, *rows: list[int]):
+    def __init__(self, tokens: list[int]):
         super().__init__(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=1024, vocab_size=257))
-        self.rows, self.step = torch.tensor(rows), -1
+        self.tokens, self.step = torch.tensor(tokens), -1
 
     def forward(self, idx, targets=None, cache=None):
         super().forward(idx, cache=cache)  # the cache is used as ever
         self.step += 1
-        if self.step == 0:
-            return self.one_hot(self.rows[:1])
-        self.rows = self.rows[-idx.size(0) :]  # in these tests earlier rows end first
-        return self.one_hot(self.rows)
+        return torch.nn.functional.one_hot(self.tokens[self.step], 257).float().expand(1, 1, -1) * 100
 
-    def one_hot(self, rows):
-        return torch.nn.functional.one_hot(rows[:, self.step : self.step + 1], 257).float() * 100
+
+def texts_of(model: GPT, **options) -> list[str]:
+    """The text of one sample as it grows, from before its first token to its end."""
+    stream = text_stream.TextStream(BYTES, **options)
+    steps = generate.continue_text(model, [1], 1000, generate.Sampling(temperature=0), [stream])
+    texts = [stream.text for _ in steps]
+    assert stream.ended
+    return texts
 
 
 def forced_bytes(text: str) -> list[int]:
@@ -295,16 +318,16 @@ HARD = "naïve 日本語 — 👩‍👩‍👧 🏳️‍🌈 中文维基百�
 
 
 def test_the_stream_never_shows_half_a_character():
-    model = Forced(forced_bytes(HARD))
-    seen = []
-    for (stream,) in generate.continue_text(model, BYTES, [1], 1000, temperature=0):
-        assert HARD.startswith(stream.text)
-        seen.append(stream.text)
-    assert stream.ended and seen[-1] == HARD
-    assert stream.tokens == len(HARD.encode()) + 1
-    assert sorted(set(seen), key=len) == [
-        HARD[:n] for n in range(len(HARD) + 1)
-    ]  # each character as soon as it is whole
+    seen = texts_of(Forced(forced_bytes(HARD)))
+    assert all(HARD.startswith(text) for text in seen) and seen[-1] == HARD
+    # Each character as soon as it is whole
+    assert sorted(set(seen), key=len) == [HARD[:n] for n in range(len(HARD) + 1)]
+
+
+def test_a_stream_counts_its_tokens():
+    stream = text_stream.TextStream(BYTES)
+    list(generate.continue_text(Forced(forced_bytes(HARD)), [1], 1000, generate.Sampling(temperature=0), [stream]))
+    assert stream.ended and stream.tokens == len(HARD.encode()) + 1
 
 
 def test_a_character_cut_off_by_the_end_is_one_replacement_mark():
@@ -327,11 +350,8 @@ def test_a_character_cut_off_by_the_end_is_one_replacement_mark():
     ],
 )
 def test_the_text_ends_before_a_stop_text_and_never_shows_a_part_of_it(text, stop, expected):
-    seen = []
-    for (stream,) in generate.continue_text(Forced(forced_bytes(text)), BYTES, [1], 100, stop=stop, temperature=0):
-        seen.append(stream.text)
-        assert expected.startswith(stream.text)
-    assert seen[-1] == expected
+    seen = texts_of(Forced(forced_bytes(text)), stop=stop)
+    assert all(expected.startswith(text) for text in seen) and seen[-1] == expected
 
 
 def test_end_of_text_ends_the_text_unless_told_otherwise():
@@ -431,7 +451,7 @@ def test_a_megabyte_on_stdin(best):
 
 def test_interactive_answers_line_by_line(best):
     greedy = ["--temperature", 0, "--max-new-tokens", 4]
-    bad = "one \udcff\ntwo\n"  # a byte that is no UTF-8 is no reason to leave
+    bad = "one \udcff\ntwo\n"  # a byte that is not UTF-8 does not end the session
     run = command(best, "--interactive", *greedy, input=bad, encoding="utf-8", errors="surrogateescape")
     assert run.returncode == 0, run.stderr
     single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
@@ -532,33 +552,8 @@ def test_invalid_utf8_on_stdin_is_one_clear_message(best):
     )  # fmt: skip
     assert run.returncode == 2 and run.stdout == b""
     assert run.stderr.decode().splitlines() == [
-        "error: --prompt -: stdin is no UTF-8 text (at byte 2); convert it first"
+        "error: --prompt -: stdin is not UTF-8 text (at byte 2); convert it first"
     ]
-
-
-def load_error(path) -> str:
-    with pytest.raises(UserError) as caught:
-        checkpoint.load_model(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_wrong_checkpoint_is_one_clear_message(tmp_path, best, monkeypatch):
-    assert "there is no checkpoint" in load_error(tmp_path / "none.pt")
-    assert "format 2" in load_error(save_checkpoint(tmp_path / "later.pt", format=2))
-    cut = tmp_path / "cut.pt"
-    for share in (0, 10, 2):
-        cut.write_bytes(best.read_bytes()[: best.stat().st_size // share if share else 0])
-        assert "damaged" in load_error(cut)
-    assert "without tokenizer" in load_error(save_without(tmp_path / "less.pt", best, "tokenizer"))
-    assert "'runes'" in load_error(save_checkpoint(tmp_path / "runes.pt", tokenizer="runes"))
-    other = {"model": dataclasses.asdict(TINY)}
-    assert "do not fit" in load_error(save_checkpoint(tmp_path / "other.pt", config=other))
-    monkeypatch.setattr(
-        "internals.checkpoint.load_tokenizer",
-        lambda name: tiktoken.Encoding(name, pat_str="a", mergeable_ranks={b"a": 0}, special_tokens={}),
-    )
-    assert "257 tokens" in load_error(best)
 
 
 @pytest.mark.parametrize(
@@ -577,23 +572,8 @@ def test_too_little_memory_is_one_clear_message(best, monkeypatch, capsys, error
         generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
 
 
-def save_without(path, best, key: str):
-    contents = checkpoint.load(best)
-    del contents[key]
-    torch.save(contents, path)
-    return path
-
-
 def test_a_tokenizer_that_is_not_at_hand_is_one_clear_message(tmp_path):
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environment |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}  # nobody listens there
     path = save_checkpoint(tmp_path / "gpt2.pt", tokenizer="gpt2")
     assert_user_error(command(path, env=environment), "gpt2", "TIKTOKEN_CACHE_DIR")
-
-
-def test_building_a_model_draws_no_random_numbers(best):
-    state = torch.get_rng_state()
-    contents = checkpoint.load(best)
-    model = checkpoint.build_model(contents)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, contents["model"][name]) for name, value in model.state_dict().items())

@@ -642,7 +642,7 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(data_dir, tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"format": 1, "model": Code()}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match=r"best.pt: is damaged, or no checkpoint"):
+    with pytest.raises(UserError, match=r"best.pt: is damaged, or not a checkpoint"):
         train.train(tiny(data_dir, tmp_path, eval_only=True))
     assert not (tmp_path / "executed").exists()
 

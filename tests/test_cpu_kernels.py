@@ -1,0 +1,129 @@
+"""Packed weights: the same products as before, on the processors that gain from them, and from several threads."""
+
+import os
+import threading
+
+import pytest
+import torch
+from test_generate import TINY, random_model, tokens_of
+from torch import nn
+from torch.nn import functional as F
+
+from internals import cpu_kernels
+from internals.cpu_kernels import PackedLinear, pack_weights
+from model import GPT, KeyValueCache
+
+PROCESSORS = {
+    "AMD": {"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True},
+    "old AMD": {"cpu_name": "AMD Ryzen 7 5800X", "avx512_bf16": False},
+    "AMX": {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True},
+    "another": {"architecture": "arm64"},
+}
+
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="needs oneDNN, and a processor on which it computes in bfloat16",
+)
+
+
+def pretend(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(cpu_kernels, "capabilities", lambda: PROCESSORS[name])
+
+
+def is_packed(model: GPT) -> bool:
+    kinds = {type(module) for module in model.modules()}
+    assert (nn.Linear in kinds) != (PackedLinear in kinds)
+    assert ("head" in vars(model)) == (PackedLinear in kinds)
+    return PackedLinear in kinds
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux's own description of the processor")
+def test_the_processor_is_what_the_system_says():
+    with open("/proc/cpuinfo") as file:
+        text = file.read()
+    assert cpu_kernels.is_amd() == ("AuthenticAMD" in text)
+    for flag in ("amx_bf16", "avx512_bf16"):
+        assert bool(cpu_kernels.capabilities().get(flag)) == (f" {flag} " in text)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_packed_product_is_the_product(dtype, tolerance, with_bias):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 24, dtype=dtype), torch.randn(40, dtype=dtype) if with_bias else None
+    packed = PackedLinear(weight, bias)
+    for shape in [(1, 1), (2, 1), (1, 2), (3, 1), (8, 1), (2, 4), (1, 9), (1,), ()]:
+        x = torch.randn(*shape, 48, dtype=dtype)[..., ::2]  # not contiguous
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                y = packed(x)
+            assert (y.shape, y.dtype) == (expected.shape, dtype) and y.is_contiguous()
+            assert (y - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "name, float32, bfloat16",
+    [("AMD", True, True), ("old AMD", True, False), ("AMX", False, True), ("another", False, False)],
+)
+def test_what_is_packed_follows_from_the_processor(monkeypatch, name, float32, bfloat16):
+    pretend(monkeypatch, name)
+    assert is_packed(pack_weights(random_model())) == float32
+    assert is_packed(pack_weights(random_model().to(torch.bfloat16))) == bfloat16
+    assert not is_packed(pack_weights(random_model().to(torch.float16)))
+    assert not is_packed(pack_weights(random_model().to("meta")))  # as on any device but a CPU
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # as in a PyTorch without oneDNN
+    assert not is_packed(pack_weights(random_model()))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_packed_model_computes_the_same(monkeypatch, dtype, tolerance):
+    """One token at a time, every product by `PackedLinear`, the head included."""
+    pretend(monkeypatch, "AMD")
+    model, exact = pack_weights(random_model().to(dtype)), random_model()
+    assert not model.training and not any(module.training for module in model.modules())
+    called, forward = [], PackedLinear.forward
+    monkeypatch.setattr(
+        PackedLinear, "forward", lambda self, x: called.append(x.shape[:-1].numel()) or forward(self, x)
+    )
+    model.head = model.head.__self__.forward  # the one watched
+    monkeypatch.setattr(F, "linear", None)
+    idx = torch.randint(TINY.vocab_size, (1, 16))
+    cache, logits = KeyValueCache(model.config), []
+    with torch.no_grad():
+        for position in range(16):
+            logits.append(model(idx[:, position : position + 1], cache=cache)[0, 0].float())
+        monkeypatch.undo()
+        expected = exact(idx)[0]
+    assert (torch.stack(logits) - expected).std() / expected.std() < tolerance
+    assert called == [1] * 16 * (4 * 2 + 1)
+    assert torch.equal(model.transformer.wte.weight, random_model().to(dtype).transformer.wte.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["packed", "not packed", "in training"])
+def test_threads_that_share_a_model_get_what_each_alone_gets(dtype, kind):
+    model = random_model(dropout=0.5, block_size=64).to(dtype)
+    if kind == "packed":
+        model = pack_weights(model)
+    if kind == "in training":
+        model.train()
+    prompts = torch.randint(TINY.vocab_size, (4, 5))
+
+    def text(i: int) -> list[list[int]]:
+        draw = torch.Generator().manual_seed(i)
+        return tokens_of(model, prompts[i], 100, num_samples=i + 1, temperature=i, generator=draw)
+
+    alone = [text(i) for i in range(4)]
+    together: list[list[list[int]] | None] = [None] * 4
+    threads = [threading.Thread(target=lambda i=i: together.__setitem__(i, text(i))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    assert torch.backends.mkldnn.enabled
+    assert model.training == (kind == "in training")
