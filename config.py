@@ -12,7 +12,7 @@ or a method.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import tyro
@@ -34,6 +34,9 @@ Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
 Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
+PATH = "path"  # marks a field in which the command line replaces a leading ~
+FilePath = Annotated[str, PATH]
+Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
 
 
 def ranges(annotation: Any) -> Iterator[Range]:
@@ -82,7 +85,7 @@ class Preset(Checked):
 
 @dataclass(frozen=True)
 class DataDir(Preset):
-    data_dir: str = "data/wikipedia"  # folder of token shards: prepare_data.py writes it, train.py reads it
+    data_dir: Folder = "data/wikipedia"  # folder of token shards: prepare_data.py writes it, train.py reads it
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Compute(Preset):
 
 @dataclass(frozen=True)
 class CheckpointFile(Preset):
-    checkpoint: str = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+    checkpoint: Folder = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,23 +154,30 @@ class PrepareConfig(DataDir):
 # python train.py
 
 
+# What a command does and where it works: fields that are no settings of a run
+NOT_SETTINGS = (
+    "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "config",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainConfig(Compute, DataDir):
-    out_dir: str = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
-    resume: bool = False  # continue from out_dir/last.pt, with the same command otherwise
+    out_dir: Folder = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
+    resume: bool = False  # continue from out_dir/last.pt with its settings; flags that are given change them
     auto_resume: bool = False  # continue if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
     check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
-    init_from: str = ""  # start from this GPT-2 in Hugging Face format (a folder or a hub id); it decides the sizes
+    config: FilePath = ""  # start with the settings in this config.json of another run (its folders aside)
+    init_from: FilePath = ""  # start from this GPT-2 in Hugging Face format (folder or hub id); it decides the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
     batch_size: Count = 64  # sequences for one device in one micro-step: as many as its memory holds
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
-    learning_rate: Rate = 1e-3  # the peak, reached when warm-up ends
+    learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
-    min_lr: Rate = 1e-4  # the end of the cosine, reached at max_iters
+    min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
     warmup_iters: Natural = 500  # iterations of linear warm-up; a tenth of the run where that is less
     weight_decay: Rate = 0.1  # on matrices only, not on biases and LayerNorm
     beta1: Fraction = 0.9  # AdamW: decay of the mean of gradients
@@ -189,7 +199,7 @@ class TrainConfig(Compute, DataDir):
     def __post_init__(self):
         super().__post_init__()
         require(
-            self.min_lr <= self.learning_rate,
+            self.final_lr <= self.learning_rate,
             f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
         )
         modes = [name for name in ("resume", "auto_resume", "overwrite", "check", "eval_only") if getattr(self, name)]
@@ -199,7 +209,8 @@ class TrainConfig(Compute, DataDir):
             self.eval_tokens >= self.model.block_size,
             f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
         )
-        self.accumulation_steps(processes=1)
+        if not self.eval_only:
+            self.accumulation_steps(processes=1)
 
     def accumulation_steps(self, processes: int) -> int:
         """Micro-steps in an iteration, on each process. Raises ValueError if it is not a whole number."""
@@ -216,6 +227,34 @@ class TrainConfig(Compute, DataDir):
     def warmup(self) -> int:
         """Iterations of warm-up in use: at most a tenth of the run."""
         return min(self.warmup_iters, self.max_iters // 10)
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the cosine."""
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain data, for last.pt and config.json: `min_lr` is a number there."""
+        return {**asdict(self), "min_lr": self.final_lr}
+
+    def with_settings(self, settings: dict[str, Any]) -> "TrainConfig":
+        """This configuration with the settings of a run, but its own folders and modes. Settings that are missing, because
+        they are newer than the run, stay. Raises TypeError or ValueError if `settings` are not those of a run."""
+        settings = upgrade(settings)
+        model = replace(self.model, **settings["model"])
+        taken = {name: value for name, value in settings.items() if name not in (*NOT_SETTINGS, "model")}
+        if math.isclose(taken.get("min_lr", 0.0), taken.get("learning_rate", 0.0) / 10):
+            taken["min_lr"] = None  # so that it follows a changed learning rate
+        return replace(self, **taken, model=model)
+
+
+def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run in today's fields. What an earlier version computed is spelt out where the default changed."""
+    old = dict(settings)
+    old.setdefault("optimizer", "adamw")  # there was no other
+    if "muon_learning_rate" in old:
+        old["muon_lr_scale"] = old.pop("muon_learning_rate") / old["learning_rate"]
+    return old
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +288,7 @@ class GenerateConfig(Compute, CheckpointFile):
 
 @dataclass(frozen=True)
 class ExportConfig(CheckpointFile):
-    out_dir: Text = tyro.MISSING  # the folder to make; must be new, or empty
+    out_dir: Folder = tyro.MISSING  # the folder to make; must be new, or empty
     format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
 
 
@@ -263,13 +302,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; fits 24 GB.
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
-        "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4, "min_lr": 6e-5,
+        "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {
         "source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
         "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
-        "learning_rate": 4e-3, "min_lr": 4e-4, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
+        "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
     },
 }  # fmt: skip

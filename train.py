@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import contextlib
 import gc
 import math
+import os
 import sys
 import textwrap
 import time
@@ -47,7 +48,7 @@ from internals.machine import (
     training_model,
 )
 from internals.optimizer import get_lr, make_optimizer
-from internals.preflight import preflight
+from internals.preflight import preflight, sanity_advice
 from internals.report import RunLog, evaluation_line, startup, validation_row
 from internals.run import (
     Run,
@@ -59,6 +60,7 @@ from internals.run import (
     lock_run_folder,
     open_run,
     restore,
+    resume_settings,
     save,
 )
 from internals.shards import read_meta
@@ -96,12 +98,15 @@ def train(cfg: TrainConfig) -> None:
         restore(state, saved, machine)
         saved = None  # frees its memory
     machine.print(startup(run, state, compiling))
+    for advice in sanity_advice(run, state):
+        machine.print(f"advice     {advice}")
     if cfg.check:
         return preflight(run, state, forward, forward_backward, evaluate)
 
     # 3. The loop
     tokenizer = load_sample_tokenizer(run)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
+    measure_best_anew(run, state, micro_batch)
     with (
         catch_signals(machine) as stop,
         lock_run_folder(run),
@@ -119,6 +124,7 @@ def train(cfg: TrainConfig) -> None:
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
                     log.write_row(state, evaluating)
                 if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
+                    log.flush()
                     save(run, state, best)
                 if evaluating:
                     log.tell_evaluation(best)
@@ -204,9 +210,24 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
         f"norm {outcome.grad_norm:.3g}). The weights were not changed. The batch: windows of {block_size} tokens of the "
-        f"training split that begin at token {shown}. Go on from the last good checkpoint, {run.out_dir}/last.pt, with "
-        "--resume and a lower --learning-rate, or --dtype float32"
+        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}Go on from the last good checkpoint, "
+        f"{run.out_dir}/last.pt, with --resume and a lower --learning-rate, or --dtype float32"
     )
+
+
+def window_text(run: Run, window_id: int) -> str:
+    """What a training window reads, in one line of a message; empty if the tokenizer cannot be had."""
+    try:
+        tokenizer = load_tokenizer(run.meta["tokenizer"])
+    except UserError:
+        return ""
+    text = tokenizer.decode(run.train_windows.batch([window_id])[0].tolist(), errors="replace")
+    return f'The first reads: "{printable(text).replace(chr(10), " ")[:400]}". '
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,6 +261,21 @@ def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     return best
 
 
+def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
+    """Where a resumed run evaluates on other windows than before, give best.pt its loss on these: only losses of the same
+    windows can be compared."""
+    before = run.val_windows_before
+    if before is None or before == len(run.val_windows) or not (run.out_dir / "best.pt").exists():
+        return
+    block_size = run.cfg.model.block_size
+    best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
+    state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
+    run.machine.print(
+        f"best.pt was chosen on {before * block_size:,} tokens of validation, not {len(run.val_windows) * block_size:,}; "
+        f"on these its loss is {state.best_val_loss:.4f}"
+    )
+
+
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
     """The data's tokenizer, in process 0. None where it cannot be had: training does without sample text."""
     if not run.machine.is_main:
@@ -259,9 +295,7 @@ def print_sample(run: Run, state: TrainState, tokenizer: tiktoken.Encoding | Non
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
     options = {"temperature": 0.8, "top_k": 200, "generator": generator}
     text = prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
-    # An untrained model of bytes writes control characters, too, which a terminal would obey.
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    run.machine.print(textwrap.indent(text.strip(), "    "))
+    run.machine.print(textwrap.indent(printable(text).strip(), "    "))  # an untrained model writes any byte
 
 
 def eval_only(cfg: TrainConfig, machine: Machine) -> None:
@@ -293,6 +327,9 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
 def main(cfg: TrainConfig) -> None:
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
+        cfg, kept = resume_settings(cfg)
+        if os.environ.get("RANK", "0") == "0":
+            print(*kept, sep="\n", end="\n" if kept else "")
         train(cfg)
         if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
             gc.collect()  # DDP holds the process group; while it lives, so do the group's threads

@@ -2,39 +2,89 @@
 
 import dataclasses
 import itertools
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from config import PRESETS, ModelConfig
+from config import PATH, PRESETS, ModelConfig, TrainConfig
+from internals.start import UserError, first_line
 
 C = TypeVar("C")
 
 
-def parse(cls: Callable[..., C], description: str, args: Sequence[str] | None = None) -> C:
-    """The configuration `cls` from the command line. A wrong flag ends in a message on stderr and exit status 2."""
-    args = list(sys.argv[1:] if args is None else args)
-    preset = named_preset(args)  # its values are the defaults that --help shows; tyro checks the name itself
-    return tyro.cli(
-        cls,
-        args=args,
-        description=description,
-        default=with_preset(cls, preset if preset in PRESETS else "wikipedia"),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
+numbers = tyro.constructors.ConstructorRegistry()
+
+
+@numbers.primitive_rule
+def whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """`1e6` is a whole number, too."""
+    if info.type is not int:
+        return None
+
+    def parse(values: list[str]) -> int:
+        number = float(values[0])
+        if not number.is_integer():
+            raise ValueError(f"{values[0]} is not a whole number")
+        return int(number) if "e" in values[0].lower() else int(values[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-def named_preset(args: Sequence[str]) -> str:
-    """The value of the last `--preset` among the arguments."""
-    preset = "wikipedia"
+def parse(cls: type[C], description: str, args: Sequence[str] | None = None, default: C | None = None) -> C:
+    """The configuration `cls` from the command line. A wrong flag ends in a message on stderr and exit status 2.
+
+    Args:
+        args: the command line; None: this process's.
+        default: the values of what is not given; None: those of the preset, or of `--config FILE`.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if default is None:
+        preset = flag_value(args, "--preset", "wikipedia")  # for the defaults that --help shows; tyro checks the name
+        default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
+        if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
+            default = default.with_settings(read_settings(file))
+    parsed = tyro.cli(
+        cls,
+        args=args,
+        description=description,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
+        registry=numbers,
+    )
+    paths = [name for name, kind in get_type_hints(cls, include_extras=True).items() if PATH in get_args(kind)]
+    return dataclasses.replace(parsed, **{name: os.path.expanduser(getattr(parsed, name)) for name in paths})
+
+
+def flag_value(args: Sequence[str], flag: str, default: str) -> str:
+    """The value of the last `flag` among the arguments."""
+    value = default
     for arg, following in itertools.zip_longest(args, args[1:]):
-        if arg == "--preset":
-            preset = following or preset
-        elif arg.startswith("--preset="):
-            preset = arg.removeprefix("--preset=")
-    return preset
+        if arg == flag:
+            value = following or value
+        elif arg.startswith(f"{flag}="):
+            value = arg.removeprefix(f"{flag}=")
+    return value
+
+
+def read_settings(file: str) -> dict[str, Any]:
+    """The settings in a config.json that a run wrote."""
+    try:
+        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        TrainConfig().with_settings(settings)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error
+    return settings
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:

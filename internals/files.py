@@ -5,9 +5,13 @@ import errno
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import lock_descriptor
 
 from internals.start import UserError, first_line
 
@@ -87,3 +91,31 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, held: str, seconds: float = 0.0) -> Iterator[None]:
+    """Keep other commands out of a folder, which is made if need be. The system lifts the lock when the process ends.
+
+    A file system without locks (some network and container file systems) costs a warning, not the folder.
+
+    Args:
+        held: the UserError's text if another process has the lock.
+        seconds: how long to wait for it.
+    """
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + seconds
+        try:
+            while not lock_descriptor(descriptor, blocking=False):
+                if time.monotonic() >= deadline:
+                    raise UserError(held)
+                time.sleep(0.1)
+        except OSError as error:
+            text = f"{folder} cannot be locked ({first_line(error)}): do not start a second command on it"
+            print(f"warning: {text}", file=sys.stderr)
+        yield
+    finally:
+        os.close(descriptor)

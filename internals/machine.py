@@ -116,7 +116,7 @@ def make_machine(cfg: TrainConfig) -> Machine:
         UserError: there is no such device, or fewer GPUs than processes.
     """
     device = resolve_device(cfg.device)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = place_among_processes()
     if processes > 1:
         device = join_processes(device)
     dtype, reason = resolve_dtype(cfg.dtype, device)
@@ -127,6 +127,23 @@ def make_machine(cfg: TrainConfig) -> Machine:
             dtype, reason = torch.float32, "the processes' devices differ in their fastest one"
     torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are any
     return Machine(device, dtype, reason, rank, processes)
+
+
+def place_among_processes() -> tuple[int, int]:
+    """(rank, number of processes), as torchrun tells them by the environment; (0, 1) without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
+        return 0, 1
+    missing = [name for name in names if name not in given]
+    numbers = [os.environ.get(name, "") for name in names[:3]]
+    if missing or not all(number.isdecimal() for number in numbers):
+        raise UserError(
+            f"the environment has {' '.join(f'{name}={os.environ[name]}' for name in given)}"
+            + (f", but no {' and no '.join(missing)}" if missing else "")
+            + "; start several processes with torchrun, or unset these for one"
+        )
+    return int(numbers[0]), int(numbers[1])
 
 
 def join_processes(device: torch.device) -> torch.device:
@@ -327,17 +344,21 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
-    """An event that SIGINT (Ctrl-C) and SIGTERM set: the run then saves and ends after the iteration. A second signal of
-    the same kind ends it at once."""
+    """An event that SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) set: the run then saves and ends after
+    the iteration. A second signal of the same kind ends it at once. A signal that was ignored before stays so (`nohup`).
+    """
     stop = threading.Event()
 
     def handler(number: int, frame: Any) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
-        if machine.is_main:  # os.write, since a signal may arrive in the middle of a print
-            os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
+        if machine.is_main:
+            with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
+                os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield stop
     finally:

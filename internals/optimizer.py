@@ -14,7 +14,7 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
     if it < cfg.warmup:
         return cfg.learning_rate * (it + 1) / (cfg.warmup + 1)
     progress = (it - cfg.warmup) / (cfg.max_iters - cfg.warmup)  # 0 to 1
-    return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return cfg.final_lr + (cfg.learning_rate - cfg.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""`train.py --check`: will this run fit on this machine, how fast will it be, and how long will it take?"""
+"""Before a run: does it make sense (`sanity_advice`), does it fit, and how long will it take (`preflight`, --check)?"""
 
 import dataclasses
 import math
@@ -8,15 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from config import ModelConfig
+from internals.cli import with_preset
 from internals.machine import Machine, MicroBatch, peak_memory
-from internals.report import duration, lines, size, utilisation
+from internals.report import duration, lines, plural, size, utilisation
 from internals.run import Run, TrainState
 from internals.shards import verify
 from internals.start import UserError
 from internals.windows import ValidationWindows
 from model import GPT
+
+MANY_EPOCHS = 50  # from here on the advice is more text, or a shorter run
+FEW_WINDOWS = 10  # of validation: with fewer, the loss says little
+LONG_SECONDS = 24 * 3600  # on a CPU
 
 # The two parts of the loop in train.py: they take a batch size first.
 ForwardBackward = Callable[[int, Callable, Run, TrainState], Tensor]
@@ -115,3 +122,57 @@ def free_disk(out_dir: Path) -> int:
     """Bytes for checkpoints: what is free there, and the checkpoints of an earlier run, which this one replaces."""
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
+
+
+def sanity_advice(run: Run, state: TrainState) -> list[str]:
+    """What makes no sense in a run, and what would: a line each. Most runs have none."""
+    cfg, model, advice = run.cfg, run.cfg.model, []
+    tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
+    epoch = run.train_windows.per_epoch * model.block_size
+    if tokens / epoch > MANY_EPOCHS:
+        iters = max(1, 20 * epoch // cfg.tokens_per_iter)
+        advice.append(
+            f"{tokens / epoch:,.0f} epochs: the run reads the same {epoch:,} tokens that often, and after about 20 times "
+            f"it only learns them by heart; prepare more text, or give --max-iters {iters:,}"
+            + (" and a smaller --tokens-per-iter" if iters < 100 else "")
+        )
+    if run.machine.device.type == "cpu":
+        seconds = state.model.flops_per_token() * tokens / cpu_flops(run.machine.dtype)
+        if seconds > LONG_SECONDS:
+            iters = max(1, int(cfg.max_iters * LONG_SECONDS / 2 / seconds))
+            advice.append(
+                f"about {seconds / 86_400:,.0f} days on this CPU; use a GPU, --preset demo, or about --max-iters {iters:,} "
+                "for half a day (--check measures it)"
+            )
+    if len(run.val_windows) < FEW_WINDOWS:
+        advice.append(
+            f"{plural(len(run.val_windows), 'validation window')} of {model.block_size} tokens: a loss over so few says "
+            "little; prepare with a larger --val-fraction, or give a smaller --block-size or a larger --eval-tokens"
+        )
+    evaluating = len(run.val_windows) * model.block_size / 3  # a forward pass is a third of an iteration's arithmetic
+    if evaluating > cfg.eval_interval * cfg.tokens_per_iter:
+        advice.append(
+            f"evaluations take {evaluating / cfg.eval_interval / cfg.tokens_per_iter:,.1f} times as long as the training "
+            "between them; give a larger --eval-interval or a smaller --eval-tokens"
+        )
+    usual = with_preset(ModelConfig, cfg.preset)
+    if model.n_embd != usual.n_embd and model.n_inner == usual.n_inner != 4 * model.n_embd and not cfg.init_from:
+        advice.append(
+            f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,}, where GPT-2 has "
+            f"4 times; give --n-inner {4 * model.n_embd}"
+        )
+    if cfg.learning_rate > 0.03:
+        advice.append(
+            f"--learning-rate {cfg.learning_rate:g} will most likely diverge; rates lie between 1e-4 and 1e-2"
+        )
+    return advice
+
+
+def cpu_flops(dtype: torch.dtype) -> float:
+    """Floating-point operations a second that training reaches on this CPU, roughly: half of a matrix product's."""
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a  # the first takes longer
+    begin = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return 0.5 * 3 * 2 * 1024**3 / (time.perf_counter() - begin)

@@ -1,18 +1,21 @@
 """What a run tells: the start-up summary, metrics.jsonl, loss.png, and a reference run beside it."""
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from config import TrainConfig, differences
+from config import NOT_SETTINGS, TrainConfig, differences
 from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
 from internals.run import Run, TrainState, describe_data
+from internals.start import first_line
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
 # MFU is shown for these GPUs and no other.
@@ -36,8 +39,8 @@ REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
 # it a little, and a reference has one seed.
 NOT_LEARNING = {
-    "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "device", "dtype",
-    "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval", "sample_prompt", "seed",
+    *NOT_SETTINGS, "device", "dtype", "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval",
+    "sample_prompt", "seed",
 }  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def find_reference(cfg: TrainConfig, data_sha256: str) -> dict[str, Any] | None:
         return None
     reference = json.loads(path.read_text(encoding="utf-8"))
     reference["val_loss"] = {int(iter): loss for iter, loss in reference["val_loss"].items()}  # JSON's keys are texts
-    changed = differences(reference["settings"], dataclasses.asdict(cfg), dataclasses.asdict(TrainConfig()))
+    changed = differences(reference["settings"], cfg.settings(), TrainConfig().settings())
     same = changed.keys() <= NOT_LEARNING and data_sha256 == reference["data_sha256"]
     return reference if same else None
 
@@ -142,8 +145,8 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine
 class RunLog:
     """The progress bar, config.json, metrics.jsonl and loss.png of a run. Does nothing but in process 0.
 
-    metrics.jsonl has a row for each log and each evaluation, on the disk before the checkpoint that follows it. When the
-    run begins, rows after its first iteration are cut off.
+    metrics.jsonl has a row for each log and each evaluation. Nothing here costs the run an iteration: rows that cannot be
+    written wait in memory until the next attempt (`flush`), and each kind of failure is said once.
     """
 
     def __init__(self, run: Run, state: TrainState):
@@ -153,11 +156,11 @@ class RunLog:
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
-        self.path = run.out_dir / "metrics.jsonl"
+        self.failures: set[str] = set()  # kinds of failure that were said
         if self.machine.is_main:
-            write_text(run.out_dir / "config.json", json.dumps(dataclasses.asdict(run.cfg), indent=2) + "\n")
-            self.rows = [row for row in read_metrics(self.path) if row["iter"] <= state.iter]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
+            self.metrics = Metrics(run.out_dir / "metrics.jsonl", until=state.iter)
+            self._attempt("metrics.jsonl", self.metrics.cut)
         quiet = None if self.machine.is_main else True  # None: quiet if there is no terminal
         self.bar = tqdm(total=run.cfg.max_iters, initial=state.iter, unit="it", disable=quiet)
 
@@ -185,34 +188,103 @@ class RunLog:
             **(validation_row(state.val_loss, self.run.meta) if evaluated else {}),
         }
         self.row_seconds, self.row_tokens = 0.0, 0
-        self.rows.append(row)
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.metrics.add(row)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if self.machine.is_main:
+            self._attempt("metrics.jsonl", self.metrics.flush)
 
     def tell_evaluation(self, best: bool) -> None:
         """Print the evaluation of the last row, and draw the curves."""
         if not self.machine.is_main:
             return
-        row = self.rows[-1]
-        plot(self.rows, self.run.out_dir / "loss.png", self.reference)
+        row = self.metrics.rows[-1]
         tqdm.write(evaluation_line(row, best, self.reference.get(row["iter"])))
+        self._attempt("loss.png", lambda: plot(self.metrics.rows, self.run.out_dir / "loss.png", self.reference))
 
     def close(self) -> None:
+        self.flush()
         self.bar.close()
 
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        """Do what may fail without harm to the run. The first failure of each name is said."""
+        try:
+            action()
+        except Exception as error:  # a disk, a font, a backend: nothing of this is worth an iteration
+            if name not in self.failures:
+                self.failures.add(name)
+                tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training goes on")
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A half-written last line is ignored."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+
+class Metrics:
+    """metrics.jsonl: its rows in memory, and those that are not yet in the file.
+
+    A run that begins keeps the rows up to its first iteration. Lines that are not rows of this project (a blank line, a
+    note, a damaged line) stay where they are; only a half-written last line is dropped.
+    """
+
+    def __init__(self, path: Path, until: int):
+        self.path, self.rows = path, []
+        self.lines: list[bytes] = []  # that the file should begin with
+        self.waiting: list[bytes] = []
+        self.torn = False  # the last write failed, perhaps half-way
+        *lines, last = self._read().split(b"\n")
+        for line in [*lines, last] if parse_row(last) else lines:
+            row = parse_row(line)
+            if row is None or row["iter"] <= until:
+                self.lines.append(line + b"\n")
+                self.rows += [row] if row else []
+
+    def _read(self) -> bytes:
+        """The file's content. A file that cannot be read is moved aside: it must not keep a run from resuming."""
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
+            with contextlib.suppress(OSError):
+                os.rename(self.path, aside)
+            tqdm.write(
+                f"{self.path} cannot be read ({first_line(error)}); it is now {aside.name}, and a new one begins"
+            )
+            return b""
+
+    def cut(self) -> None:
+        """Write the file as it is in memory."""
+        with atomic_write(self.path) as file:
+            file.writelines(self.lines)
+        self.torn = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.waiting.append(json.dumps(row).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Append the waiting rows, synced to the disk. Raises what the disk raises; the rows then go on waiting."""
+        if not self.waiting:
+            return
+        if self.torn:
+            self.cut()
+        self.torn = True
+        with writing(self.path), open(self.path, "ab") as file:
+            file.writelines(self.waiting)
+            file.flush()
+            os.fsync(file.fileno())
+        self.torn = False
+        self.lines += self.waiting
+        self.waiting = []
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl. None for any other line."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("iter"), int) else None
 
 
 def evaluation_line(row: dict[str, Any], best: bool = False, reference: float | None = None) -> str:
@@ -228,11 +300,17 @@ def evaluation_line(row: dict[str, Any], best: bool = False, reference: float | 
 
 def plot(rows: list[dict[str, Any]], path: Path, reference: dict[int, float]) -> None:
     """Draw the losses and the learning rate over iterations (lower axis) and tokens (upper axis)."""
-    from matplotlib.figure import Figure  # takes long to import
+    # Jupyter and Colab leave the name of a backend here, which matplotlib may not find; a Figure needs none
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # takes long to import
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats per token)")
-    steps = [row for row in rows if row["train_loss"] is not None]
+    steps = [row for row in rows if row.get("train_loss") is not None]
     if steps:
         iters = [row["iter"] for row in steps]
         axes.plot(iters, [row["train_loss"] for row in steps], color="tab:blue", alpha=0.5, label="training")

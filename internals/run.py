@@ -8,19 +8,21 @@ lock_run_folder    one training at a time in OUT_DIR
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import filelock
 import torch
 import torch.distributed as dist
 
-from config import TrainConfig, differences
+from config import NOT_SETTINGS, PRESETS, TrainConfig, differences, upgrade
 from internals import checkpoint
-from internals.files import writing
+from internals.cli import parse, with_preset
+from internals.files import locked, writing
 from internals.huggingface import gpt2_config, import_gpt2
 from internals.machine import Machine, random_state, set_random_state
 from internals.optimizer import get_lr
@@ -28,9 +30,6 @@ from internals.shards import read_meta
 from internals.start import UserError
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
-
-# Fields that say what the command does or where it works. Resuming may change them without a word.
-NOT_OF_THE_RUN = ("preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Run:
     val_windows: ValidationWindows
     resumed_at: int | None = None  # iteration; None: a new run
     changes: tuple[str, ...] = ()  # what differs from the saved run, in words
+    val_windows_before: int | None = None  # that the saved run evaluated on
 
     @property
     def out_dir(self) -> Path:
@@ -97,7 +97,51 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
         return Run(cfg, meta, machine, train_windows, val_windows)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
-    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes)
+    eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
+    before = len(ValidationWindows(val_windows.stream, cfg.model.block_size, eval_tokens))
+    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
+
+
+class Resumed(NamedTuple):
+    cfg: TrainConfig
+    kept: list[str]  # what the person should know about settings that last.pt decided
+
+
+def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resumed:
+    """The settings of a command that resumes: those of last.pt, changed by the flags that were given.
+
+    Args:
+        cfg: the command as it was parsed.
+        args: its command line; None: this process's.
+    """
+    last = Path(cfg.out_dir, "last.pt")
+    if not (cfg.resume or cfg.auto_resume) or not last.exists():
+        return Resumed(cfg, [])
+    saved = checkpoint.load(last)["config"]
+    preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
+    data_dir = saved.get("data_dir", cfg.data_dir)
+    here = dataclasses.replace(with_preset(TrainConfig, preset), out_dir=cfg.out_dir, data_dir=data_dir)
+    with checkpoint.fitting(f"{last}: its settings are not those of this version"):
+        then = here.with_settings(saved)
+    resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, here))
+    changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
+    silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
+    kept = [
+        f"kept from last.pt: {name} {plain(old)} (config.py: {plain(new)}); "
+        + (
+            "another one needs another --out-dir"
+            if name in (*vars(resumed.model), "optimizer", "init_from")
+            else f"--{name.replace('_', '-')} {plain(new)} changes it"
+        )
+        for name, (old, new) in changed.items()
+        if name not in silent
+    ]
+    return Resumed(resumed, kept)
+
+
+def plain(value: Any) -> str:
+    """A setting as a person gives it."""
+    return f"{value:g}" if isinstance(value, float) else f"{value}" if value != "" else "''"
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
@@ -133,10 +177,35 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
             raise UserError(f"{last}: cannot be resumed from (without {', '.join(sorted(missing))})")
     elif not (cfg.overwrite or cfg.check or cfg.eval_only):
         check_unused(Path(cfg.out_dir))
+    if not (cfg.check or cfg.eval_only):
+        check_own(Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1], device=machine.device)
     if len(machine.gather(seen).unique()) > 1:
         raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
     return saved
+
+
+def check_own(out_dir: Path) -> None:
+    """Raise UserError if files that a run would replace are there, but were not written by a run."""
+    names = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "loss.png")
+    present = [name for name in names if os.path.lexists(out_dir / name)]
+    if present and not is_run_folder(out_dir):
+        raise UserError(
+            f"--out-dir {out_dir} holds {', '.join(present)}, not written by train.py; give another --out-dir, or move "
+            "what is there"
+        )
+
+
+def is_run_folder(out_dir: Path) -> bool:
+    """Whether train.py wrote what is there. Its first file is config.json."""
+    try:
+        if os.path.lexists(out_dir / "config.json"):
+            TrainConfig().with_settings(json.loads((out_dir / "config.json").read_bytes()))
+        else:
+            checkpoint.load(next(out_dir / name for name in ("last.pt", "best.pt") if (out_dir / name).exists()))
+    except (OSError, TypeError, ValueError, KeyError, UserError, StopIteration):
+        return False
+    return True
 
 
 def check_unused(out_dir: Path) -> None:
@@ -175,7 +244,7 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
             f"{last} was trained on other data than {cfg.data_dir} holds; give the --data-dir of that run, or another "
             "--out-dir"
         )
-    changed = differences(saved["config"], dataclasses.asdict(cfg), dataclasses.asdict(TrainConfig()))
+    changed = differences(upgrade(saved["config"]), cfg.settings(), cfg.settings())
     if model := {name: changed[name] for name in vars(cfg.model) if name in changed}:
         values = ", ".join(f"--{name.replace('_', '-')} {old}, now {new}" for name, (old, new) in model.items())
         raise UserError(f"{last} has another model ({values}); give its values, or another --out-dir")
@@ -185,7 +254,7 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
             f"{last} was trained with --optimizer {old}, whose state {new} cannot use; give that, or another --out-dir"
         )
     changed |= differences(saved["machine"], machine.describe(), machine.describe())
-    words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_OF_THE_RUN]
+    words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_SETTINGS]
     if "max_iters" in changed:
         before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
         words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
@@ -217,7 +286,7 @@ def save(run: Run, state: TrainState, best: bool) -> None:
     generating = {
         "format": checkpoint.FORMAT,
         "model": state.model.state_dict(),
-        "config": dataclasses.asdict(run.cfg),
+        "config": run.cfg.settings(),
         "tokenizer": run.meta["tokenizer"],
         "iter": state.iter,
         "tokens": state.tokens,
@@ -266,24 +335,12 @@ def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_run_folder(run: Run) -> Iterator[None]:
-    """Make `out_dir` this run's alone. Deletes half-written files there, and for a new run the files of an earlier one.
-
-    The system lifts the lock when the process ends, however it ends.
-    """
+    """Make `out_dir` this run's alone. Deletes half-written files there, and for a new run the files of an earlier one."""
     if not run.machine.is_main:
         yield
         return
-    lock = filelock.FileLock(run.out_dir / ".lock")
-    with writing(run.out_dir):
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with contextlib.suppress(NotImplementedError):  # a file system without locks
-                lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"--out-dir {run.out_dir}: another training is at work there; give another --out-dir"
-            ) from error
-    try:
+    held = f"--out-dir {run.out_dir}: another training is at work there; give another --out-dir"
+    with locked(run.out_dir, held):
         names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp"]
         if run.resumed_at is None:
             names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
@@ -291,5 +348,3 @@ def lock_run_folder(run: Run) -> Iterator[None]:
             for name in names:
                 (run.out_dir / name).unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()

@@ -5,12 +5,14 @@ run(main)    the command itself: a foreseen problem ends in one line and exit st
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -28,32 +30,115 @@ def first_line(error: BaseException) -> str:
 
 
 def begin() -> None:
-    """Let the imports that follow end as `run` ends. PyTorch takes seconds to import, and Ctrl-C may come meanwhile."""
+    """Prepare the process, and let the imports that follow end as `run` ends.
+
+    PyTorch takes seconds to import, and Ctrl-C may come meanwhile.
+    """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, BrokenPipeError):  # the reader of --help has seen enough
+            os._exit(0)
         status = report_end(error, interrupted="Stopped.")
         if status is None:
             sys.__excepthook__(kind, error, traceback)
             status = 1
         os._exit(status)  # a hook cannot set the exit status; nothing has been made yet that needs closing
 
+    def stop_at_once(number: int, frame: FrameType | None) -> None:
+        report_end(KeyboardInterrupt(), interrupted="Stopped.")
+        os._exit(130)
+
     sys.excepthook = hook
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # an exception may be lost in a library's import
+        signal.signal(signal.SIGINT, stop_at_once)
+    open_closed_streams()
 
 
-def run(main: Callable[[], None], interrupted: str = "Stopped.") -> None:
+def open_closed_streams() -> None:
+    """Give a process that was started with a closed stdin, stdout or stderr (`>&-`) a null device in its place.
+
+    The next file that it opens would otherwise get the free number, and what is meant for the screen end up in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (it stays open)
+
+
+class Forgiving(io.TextIOBase):
+    """A stream whose failures cost nothing but its text: a terminal that is gone, a reader that left, a full disk.
+
+    The first failure is said on the `other` stream. From then on the text is dropped.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        self.stream, self.name, self.failed = stream, name, False
+        self.other: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: (self.stream.write(text), self.stream.flush()))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        if self.failed:
+            return
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self.failed = True
+            silence(self.stream)
+            if self.other is not None and not isinstance(error, BrokenPipeError):
+                self.other.write(f"{self.name} cannot be written ({first_line(error)}); the work goes on\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
+    """Inside, no failure to print ends the command. `stdout_is_output`: what goes to stdout is its work, so only stderr."""
+    streams = sys.stdout, sys.stderr
+    out, err = Forgiving(sys.stdout, "stdout"), Forgiving(sys.stderr, "stderr")
+    out.other, err.other = err, None if stdout_is_output else out
+    sys.stdout, sys.stderr = streams[0] if stdout_is_output else out, err
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def silence(stream: TextIO) -> None:
+    """Send what a broken stream still holds nowhere. Python would try to write it again at the end of the process."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_output: bool = False) -> None:
     """Run a command to its end.
 
     Args:
         interrupted: what to say after Ctrl-C; the exit status is then 130, as shells have it.
+        stdout_is_output: stdout takes the command's work, and a failure to write it must end the command.
     """
     sys.excepthook = sys.__excepthook__
-    try:
-        main()
-    except (UserError, ImportError, KeyboardInterrupt) as error:
-        status = report_end(error, interrupted)
-        if status is None:
-            raise
-        sys.exit(status)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with forgiving_streams(stdout_is_output):
+        try:
+            main()
+        except (UserError, ImportError, KeyboardInterrupt) as error:
+            status = report_end(error, interrupted)
+            if status is None:
+                raise
+            sys.exit(status)
 
 
 def report_end(error: BaseException, interrupted: str) -> int | None:

@@ -152,6 +152,45 @@ def test_differences_count_what_the_older_side_lacks_as_its_default():
     assert differences(then, now, defaults) == {"max_iters": (16_000, 100), "seed": (1337, 7), "dropout": (0.0, 0.5)}
 
 
+def test_the_end_of_the_cosine_follows_the_learning_rate_unless_it_is_given():
+    assert TrainConfig().final_lr == 1e-4
+    for args in (["--lr", "1e-5"], ["--learning-rate=1e-5"]):
+        assert parse(TrainConfig, "", args).final_lr == pytest.approx(1e-6)
+    assert parse(TrainConfig, "", ["--lr", "1e-2", "--min-lr", "0"]).final_lr == 0.0
+    assert parse(TrainConfig, "", ["--preset", "demo", "--lr", "1e-3"]).final_lr == pytest.approx(1e-4)
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(capsys):
+    assert parse(TrainConfig, "", ["--max-iters", "1e6"]).max_iters == 1_000_000
+    assert parse(PrepareConfig, "", ["--max-tokens", "1.2e9"]).max_tokens == 1_200_000_000
+    assert parse(PrepareConfig, "", ["--max-tokens", "1_000"]).max_tokens == 1_000
+    for value in ("1.5", "1.5e0", "e6", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, "", ["--max-iters", value])
+        assert "--max-iters" in unboxed(capsys.readouterr().err)
+
+
+def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse(TrainConfig, "", ["--out-dir=~/run"]).out_dir == "/home/somebody/run"
+    assert parse(PrepareConfig, "", ["--data-dir=~/data"]).data_dir == "/home/somebody/data"
+    assert parse(GenerateConfig, "", ["--checkpoint=~/best.pt"]).checkpoint == "/home/somebody/best.pt"
+    assert parse(TrainConfig, "", ["--init-from=~/gpt2"]).init_from == "/home/somebody/gpt2"
+    for cls, flag in ((TrainConfig, "--out-dir"), (TrainConfig, "--data-dir"), (PrepareConfig, "--data-dir"),
+                      (GenerateConfig, "--checkpoint"), (ExportConfig, "--out-dir")):  # fmt: skip
+        with pytest.raises(SystemExit) as exit:
+            parse(cls, "", [flag, ""])
+        assert exit.value.code == 2 and "not empty" in unboxed(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "99999999999999999999"])
+def test_seeds_are_refused_alike(cls, seed, capsys):
+    with pytest.raises(SystemExit):
+        parse(cls, "", ["--seed", seed])
+    assert "below 2^63" in unboxed(capsys.readouterr().err)
+
+
 def test_the_folders_follow_from_the_preset():
     for cls, name, value in (
         (TrainConfig, "out_dir", "checkpoints/{}"),

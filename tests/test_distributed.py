@@ -1,6 +1,7 @@
 """Training on several processes, as torchrun starts them (gloo, on the CPU): the same run, and it ends together."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,10 +93,8 @@ def threads():
 atexit.register(threads)"""
     result, _ = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
     assert result.returncode == 0, result.stderr
-    assert sorted(line for line in result.stdout.splitlines() if "threads: " in line) == [
-        "threads: 0 []",
-        "threads: 1 []",
-    ]
+    # The processes may write at the same time, so lines may run together
+    assert sorted(re.findall(r"threads: (\d) (\[[^]]*\])", result.stdout)) == [("0", "[]"), ("1", "[]")], result.stdout
 
 
 def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):

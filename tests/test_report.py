@@ -114,7 +114,7 @@ def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
 
 def shipped(monkeypatch, folder, cfg: TrainConfig, data_sha256: str) -> None:
     """A reference of this configuration's preset, in a folder of its own."""
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in report.NOT_LEARNING}
+    settings = {name: value for name, value in cfg.settings().items() if name not in report.NOT_LEARNING}
     run = {"settings": settings, "data_sha256": data_sha256, "val_loss": {"0": 5.6, "10": 5.1}}
     run |= {"hardware": "a pocket calculator", "seed": 1, "date": "2026-01-01"}
     monkeypatch.setattr(report, "REFERENCES", folder)

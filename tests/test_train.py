@@ -4,20 +4,24 @@ More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_t
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, run_script, write_data
+from conftest import REPO, assert_user_error, run_script, write_data
 
 import config
 import train
@@ -26,6 +30,7 @@ from internals import checkpoint, report
 from internals.machine import Machine, MicroBatch, make_machine
 from internals.run import Run, TrainState
 from internals.start import UserError
+from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
@@ -169,7 +174,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
         print(f" [{kills} kills, {amid_a_save} of them amid a save]", end="")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("it", [0, 7, 8, 13, 19])
 def test_a_signal_saves_and_resuming_equals_uninterrupted(
     data_dir, tmp_path, monkeypatch, straight, capsys, it, number
@@ -218,6 +223,17 @@ start.run(lambda: train.main(cli.parse(TrainConfig, "")), "Stopped.")
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 
 
+def stop_at(monkeypatch, data_dir, out_dir, it: int, **changes) -> None:
+    """A run that SIGTERM stops in the iteration after `it`."""
+    get_lr = train.get_lr
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train, "get_lr", lambda i, c: (os.kill(os.getpid(), signal.SIGTERM) if i == it else 0, get_lr(i, c))[1]
+        )
+        train.train(tiny(data_dir, out_dir, **changes))
+    assert checkpoint.load(out_dir / "last.pt")["iter"] == it + 1
+
+
 def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path, capsys):
     train.train(tiny(data_dir, tmp_path, max_iters=6))
     before = (tmp_path / "last.pt").read_bytes()
@@ -257,6 +273,81 @@ def test_a_resumed_run_keeps_its_dtype(data_dir, tmp_path, monkeypatch, capsys):
     assert "dtype bfloat16 -> float32" in capsys.readouterr().out
 
 
+def run_command(data_dir, out_dir, *args) -> str:
+    """stdout of train.py as a command, which must succeed."""
+    result = run_script("train.py", "--data-dir", data_dir, "--out-dir", out_dir, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
+    """A forgotten flag changes nothing; a given one does; and what config.py has otherwise is said once."""
+    out_dir = tmp_path / "run"
+    run_command(data_dir, out_dir, *flags(data_dir, out_dir, max_iters=4)[2:], "--muon-lr-scale=3")
+    assert "is finished (4 iterations)" in run_command(data_dir, out_dir, "--resume")
+    out = run_command(data_dir, out_dir, "--resume", "--max-iters", "6", "--weight-decay", "0.3")
+    saved = checkpoint.load(out_dir / "last.pt")
+    assert saved["iter"] == 6
+    for name, value in {"n_layer": 2, "block_size": 16}.items():
+        assert saved["config"]["model"][name] == value
+    settings = {"learning_rate": 1e-2, "muon_lr_scale": 3.0, "weight_decay": 0.3, "batch_size": 4, "max_iters": 6}
+    assert {name: saved["config"][name] for name in settings} == settings
+    for line in (
+        "kept from last.pt: muon_lr_scale 3 (config.py: 4); --muon-lr-scale 4 changes it",
+        "kept from last.pt: learning_rate 0.01 (config.py: 0.001); --learning-rate 0.001 changes it",
+        "kept from last.pt: n_layer 2 (config.py: 6); another one needs another --out-dir",
+    ):
+        assert out.count(line) == 1, out
+    for name in ("weight_decay", "max_iters", "vocab_size", "out_dir", "seed"):
+        assert f"kept from last.pt: {name}" not in out
+    assert "changed: max_iters 4 -> 6, weight_decay 0.1 -> 0.3" in out
+    again = run_command(data_dir, out_dir, "--auto-resume", "--max-iters=7", "--lr", "5e-3")
+    assert (
+        "learning_rate 0.01 -> 0.005" in again and checkpoint.load(out_dir / "last.pt")["config"]["min_lr"] == 5e-4
+    )  # follows
+
+
+def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_command(data_dir, first, *flags(data_dir, first, max_iters=5)[2:])
+    run_command(data_dir, second, "--config", first / "config.json")
+    assert_same_end(second, first)
+    run_command(data_dir, tmp_path / "third", f"--config={first / 'config.json'}", "--seed", "7")
+    changed = [json.loads((folder / "config.json").read_text()) for folder in (second, tmp_path / "third")]
+    assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"seed", "out_dir"}
+    (tmp_path / "nonsense.json").write_text('{"colour": 1}')
+    for file in ("nonsense.json", "missing.json"):
+        result = run_script("train.py", "--config", tmp_path / file)
+        assert_user_error(result, "--config", file, "not the config.json of a run")
+
+
+def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monkeypatch, capsys):
+    train.train(tiny(data_dir, tmp_path, max_iters=8, eval_tokens=64))
+    best = checkpoint.load(tmp_path / "best.pt")
+    train.train(tiny(data_dir, tmp_path, max_iters=9, eval_tokens=256, resume=True))
+    assert "best.pt was chosen on 64 tokens of validation, not 256" in capsys.readouterr().out
+    cfg = tiny(data_dir, tmp_path)
+    windows = ValidationWindows(TokenStream.open(data_dir, "val"), 16, 256)
+    measured = train.evaluate(4, checkpoint.build_model(best), windows, make_machine(cfg))
+    last = checkpoint.load(tmp_path / "last.pt")
+    assert last["best_val_loss"] == pytest.approx(min(measured, last["val_loss"]), abs=1e-6)
+    assert last["best_val_loss"] != pytest.approx(best["val_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "RANK": "x"}])
+def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
+    result = run_script("train.py", *flags(data_dir, tmp_path / "run"), env={**os.environ, **environment})
+    assert_user_error(result, "the environment has", "start several processes with torchrun, or unset")
+
+
+def test_evaluating_does_not_check_what_only_training_needs(data_dir, tmp_path, straight, capsys):
+    cfg = tiny(data_dir, straight, eval_only=True, batch_size=7)  # 128 tokens are no multiple of 7 windows
+    train.train(cfg)
+    assert "validation loss" in capsys.readouterr().out
+    short = write_data(tmp_path / "short", train_tokens=10)  # too few to train on
+    train.train(tiny(short, straight, eval_only=True))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What must not be resumed, or trained over
 
@@ -275,6 +366,30 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
         train.train(tiny(data_dir, tmp_path))
     train.train(tiny(data_dir, tmp_path, overwrite=True))
     assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("best.pt", b"somebody's own model"),
+        ("last.pt", b"somebody's own"),
+        ("config.json", b'{"colour": "blue"}'),
+        ("config.json", b"no JSON"),
+        ("metrics.jsonl", b'{"iter": 3}\n'),
+        ("loss.png", b"a picture"),
+    ],
+)
+@pytest.mark.parametrize("mode", [{}, {"overwrite": True}, {"auto_resume": True}], ids=["new", "overwrite", "auto"])
+def test_files_that_no_run_wrote_stay(data_dir, tmp_path, name, content, mode):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "thesis.tex").write_bytes(b"years of work")
+    with pytest.raises(UserError, match=name):
+        train.train(tiny(data_dir, tmp_path, **mode))
+    assert (tmp_path / name).read_bytes() == content
+    (tmp_path / name).unlink()
+    train.train(tiny(data_dir, tmp_path, max_iters=1, **mode))
+    train.train(tiny(data_dir, tmp_path, max_iters=1, overwrite=True))
+    assert (tmp_path / "thesis.tex").read_bytes() == b"years of work"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(data_dir, tmp_path, monkeypatch, straight):
@@ -346,7 +461,7 @@ def full_disk(path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["last.pt.tmp", "best.pt.tmp", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["last.pt.tmp", "best.pt.tmp"])
 def test_a_full_disk_keeps_what_was_saved(data_dir, tmp_path, monkeypatch, straight, name):
     before = []
 
@@ -365,10 +480,49 @@ def test_a_full_disk_keeps_what_was_saved(data_dir, tmp_path, monkeypatch, strai
         train.train(tiny(data_dir, tmp_path))
     assert before == [(tmp_path / "last.pt").read_bytes()]
     assert checkpoint.load(tmp_path / "best.pt")["iter"] == (8 if name == "last.pt.tmp" else 0)
-    if name == "metrics.jsonl":  # what stood in it went with the simulation
-        (tmp_path / name).unlink()
-        (tmp_path / name).write_text("".join((straight / name).read_text().splitlines(keepends=True)[:7]))
     train.train(tiny(data_dir, tmp_path, resume=True))
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("until", [9, 14, 99])  # room again before the next save, after it, never
+def test_rows_that_cannot_be_written_wait_and_cost_nothing(data_dir, tmp_path, monkeypatch, straight, capsys, until):
+    """The disk is full for metrics.jsonl alone, from the evaluation at iteration 8 on."""
+    path, open_file = tmp_path / "metrics.jsonl", open
+
+    def full(name, mode="r", *args, **kwargs):
+        last = tmp_path / "last.pt"
+        is_metrics = str(name).startswith(str(path)) and ("a" in mode or "w" in mode)
+        if is_metrics and last.exists() and 8 <= now[0] < until:
+            file = open_file("/dev/full", mode, *args, **kwargs)
+            return file
+        return open_file(name, mode, *args, **kwargs)
+
+    get_lr, now = train.get_lr, [0]
+    monkeypatch.setattr(train, "get_lr", lambda it, cfg: (now.__setitem__(0, it + 1), get_lr(it, cfg))[1])
+    monkeypatch.setattr("builtins.open", full)
+    train.train(tiny(data_dir, tmp_path))
+    assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1  # said once
+    if until == 99:
+        assert [row["iter"] for row in metrics(tmp_path)] == list(range(8))
+        return
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\n\n", b"a note of mine\n", b'"no object"\n', b'{"iter": "three"}\n', b'{"loss": "\xff\xc3"}\n', b"[1, 2]\n"],
+    ids=["blank lines", "a note", "a text", "an odd iter", "no UTF-8", "a list"],
+)
+def test_lines_that_are_no_rows_stay_and_never_stop_a_resume(data_dir, tmp_path, monkeypatch, straight, damage):
+    stop_at(monkeypatch, data_dir, tmp_path, 7)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], damage, *lines[3:], b'{"iter": 8, "tok']))
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    content = path.read_bytes()
+    assert damage in content and b'"tok\n' not in content
+    path.write_bytes(content.replace(damage, b""))
     assert_same_end(tmp_path, straight)
 
 
@@ -405,7 +559,9 @@ def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp
     windows = TrainingWindows(TokenStream.open(data_dir, "train"), 16, seed=1337)
     numbers = range(6 * 8 + 4, 6 * 8 + 8) if where == "loss" else range(6 * 8, 6 * 8 + 8)
     text = str(caught.value)
-    assert "begin at token " + ", ".join(str(windows.start(n)) for n in numbers) + ". Go on" in text
+    assert "begin at token " + ", ".join(str(windows.start(n)) for n in numbers) + ". The first reads: " in text
+    first = load_tokenizer("bytes").decode(windows.batch([numbers[0]])[0].tolist())
+    assert f'The first reads: "{first}"' in text
     rate = f"{train.get_lr(6, tiny(data_dir, tmp_path)):.3g}"
     for words in ("iteration 7 ", f"learning rate {rate}", "gradient norm nan", f"{tmp_path}/last.pt", "--resume"):
         assert words in text
@@ -767,3 +923,113 @@ def test_every_field_is_read():
     for field in dataclasses.fields(TrainConfig):
         if field.name != "preset":
             assert f"cfg.{field.name}" in code or f"self.{field.name}" in code or f'"{field.name}"' in code, field.name
+
+
+def flags(data_dir, out_dir, **changes) -> list[str]:
+    """The run of `tiny` as flags."""
+    cfg = tiny(data_dir, out_dir, **changes)
+    values = {**dataclasses.asdict(cfg), **dataclasses.asdict(cfg.model)}
+    names = [f.name for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig))]
+    switches = ("resume", "auto_resume", "overwrite", "check", "eval_only")
+    given = [
+        f"--{name.replace('_', '-')}={values[name]}" for name in names if name not in (*switches, "model", "vocab_size")
+    ]
+    return [flag for flag in given if not flag.endswith("=")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="uses a POSIX shell")
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "| head -n 1",
+        "> /dev/full",
+        "2> /dev/full",
+        ">&-",
+        "2>&-",
+        "<&- >&- 2>&-",
+        "2>&1 | true",
+        "> /dev/full 2> /dev/full",
+    ],
+)
+def test_a_run_outlives_its_listeners(data_dir, tmp_path, straight, redirection):
+    command = shlex.join([sys.executable, "train.py", *flags(data_dir, tmp_path / "run")])
+    shell = f"{{ {command}; echo $? > {tmp_path}/status; }} {redirection}"
+    result = subprocess.run(["sh", "-c", shell], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "status").read_text() == "0\n", result.stderr
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    assert_same_end(tmp_path / "run", straight)
+    if redirection == "> /dev/full":
+        assert result.stderr.count("stdout cannot be written") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="uses a pseudo-terminal")
+@pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
+def test_a_run_outlives_its_terminal(data_dir, tmp_path, ignored):
+    """The terminal goes away: a hangup saves and ends. With nohup the run goes on, and SIGTERM still saves."""
+    import pty
+
+    slow = (
+        "import time, train; real = train.get_lr; train.get_lr = lambda it, cfg: (time.sleep(0.05), real(it, cfg))[1]"
+    )
+    code = (
+        f"import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN if {ignored} else signal.SIG_DFL)\n{slow}\n"
+        "from config import TrainConfig\nfrom internals import cli, start\nstart.begin()\n"
+        "start.run(lambda: train.main(cli.parse(TrainConfig, '')))"
+    )
+    out_dir = tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(REPO)
+        os.execv(
+            sys.executable, [sys.executable, "-c", code, *flags(data_dir, out_dir, max_iters=4_000, eval_interval=5)]
+        )
+    deadline = time.monotonic() + 60
+    while not (out_dir / "last.pt").exists() and time.monotonic() < deadline:
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    if ignored:
+        saved = (out_dir / "last.pt").stat().st_mtime_ns
+        while (out_dir / "last.pt").stat().st_mtime_ns == saved and time.monotonic() < deadline:
+            time.sleep(0.05)  # it goes on without its terminal
+        os.kill(process, signal.SIGTERM)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    last = checkpoint.load(out_dir / "last.pt")
+    assert 0 < last["iter"] < 4_000
+    rows = metrics(out_dir)
+    assert rows[-1]["iter"] == last["iter"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_of_a_notebook_is_no_obstacle_to_the_curves(tmp_path, backend):
+    code = (
+        "import sys; from pathlib import Path; from internals.report import plot\n"
+        "plot([{'iter': 0, 'tokens': 0, 'train_loss': None, 'val_loss': 5.0}], Path(sys.argv[1]), {})"
+    )
+    result = run_script("-c", code, tmp_path / "loss.png", env={**os.environ, "MPLBACKEND": backend})
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_that_cannot_be_drawn_cost_one_line(data_dir, tmp_path, monkeypatch, straight, capsys):
+    def broken(*args):
+        raise ValueError("Key backend: 'nonsense' is not a valid value\nand a page of others")
+
+    monkeypatch.setattr(report, "plot", broken)
+    train.train(tiny(data_dir, tmp_path))
+    assert (
+        capsys.readouterr().out.count("loss.png could not be written (Key backend: 'nonsense' is not a valid value)")
+        == 1
+    )
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
+def test_a_file_system_without_locks_costs_a_warning(data_dir, tmp_path, monkeypatch, straight, capsys, number):
+    def refuse(descriptor, blocking):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("internals.files.lock_descriptor", refuse)
+    train.train(tiny(data_dir, tmp_path))
+    assert capsys.readouterr().err.count("cannot be locked") == 1
+    assert_same_end(tmp_path, straight)

@@ -1,0 +1,63 @@
+"""What is said before a run that makes no sense; `--check` itself is tried in test_train.py."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config import TrainConfig
+from internals import preflight
+from internals.cli import with_preset
+from internals.machine import Machine
+from internals.run import Run, TrainState
+from model import GPT
+
+CPU = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+GPU = dataclasses.replace(CPU, device=torch.device("cuda"))
+
+
+def advice(machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikipedia", **changes) -> list[str]:
+    cfg = with_preset(TrainConfig, preset)
+    shape = {name: changes.pop(name) for name in list(changes) if hasattr(cfg.model, name)}
+    cfg = dataclasses.replace(cfg, **changes, model=dataclasses.replace(cfg.model, **shape))
+    with torch.device("meta"):
+        model = GPT(cfg.model)
+    windows = SimpleNamespace(per_epoch=train_tokens // cfg.model.block_size)
+    return preflight.sanity_advice(Run(cfg, {}, machine, windows, range(val_windows)), TrainState(model, None, None))
+
+
+@pytest.mark.parametrize("preset", ["wikipedia", "wikipedia-150m"])
+def test_the_presets_need_no_advice_on_a_gpu(preset):
+    assert advice(preset=preset) == []
+
+
+def test_the_demo_needs_no_advice_on_a_cpu():
+    assert advice(CPU, train_tokens=280_000, val_windows=245, preset="demo") == []
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (
+            dict(train_tokens=75_000),
+            ["14,0", "epochs", "prepare more text", "--max-iters 22", "smaller --tokens-per-iter"],
+        ),
+        (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset demo"]),
+        (dict(val_windows=1), ["1 validation window of 256 tokens", "--val-fraction"]),
+        (dict(val_windows=4096, eval_interval=1), ["evaluations take", "--eval-interval"]),
+        (dict(n_embd=768), ["n_inner 1,536 is 2 times n_embd 768", "--n-inner 3072"]),
+        (dict(learning_rate=1.0, min_lr=0.1), ["--learning-rate 1 will most likely diverge"]),
+    ],
+    ids=["epochs", "days", "windows", "evaluations", "n_inner", "learning rate"],
+)
+def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words):
+    monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
+    (line,) = advice(**run)
+    for word in words:
+        assert word in line
+    assert "\n" not in line
+
+
+def test_a_cpus_speed_is_a_rate():
+    assert 1e8 < preflight.cpu_flops(torch.float32) < 1e15
