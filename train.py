@@ -64,7 +64,7 @@ from internals.run import (
     save,
 )
 from internals.shards import read_meta
-from internals.start import UserError
+from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
@@ -294,7 +294,10 @@ def print_sample(run: Run, state: TrainState, tokenizer: tiktoken.Encoding | Non
     prompt = run.cfg.sample_prompt
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
     options = {"temperature": 0.8, "top_k": 200, "generator": generator}
-    text = prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
+    try:
+        text = prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
+    except (UserError, RuntimeError) as error:  # too little memory, say: no reason to end a run
+        text = f"no sample text: {first_line(error)}"
     run.machine.print(textwrap.indent(printable(text).strip(), "    "))  # an untrained model writes any byte
 
 

@@ -105,17 +105,19 @@ def locked(folder: str | Path, held: str, seconds: float = 0.0) -> Iterator[None
     """
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = None
     try:
+        descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + seconds
-        try:
-            while not lock_descriptor(descriptor, blocking=False):
-                if time.monotonic() >= deadline:
-                    raise UserError(held)
-                time.sleep(0.1)
-        except OSError as error:
-            text = f"{folder} cannot be locked ({first_line(error)}): do not start a second command on it"
-            print(f"warning: {text}", file=sys.stderr)
+        while not lock_descriptor(descriptor, blocking=False):
+            if time.monotonic() >= deadline:
+                raise UserError(held)
+            time.sleep(0.1)
+    except OSError as error:
+        text = f"{folder} cannot be locked ({first_line(error)}): do not start a second command on it"
+        print(f"warning: {text}", file=sys.stderr)
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -187,8 +187,8 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
 
 def check_own(out_dir: Path) -> None:
     """Raise UserError if files that a run would replace are there, but were not written by a run."""
-    names = ("config.json", "last.pt", "best.pt", "metrics.jsonl", "loss.png")
-    present = [name for name in names if os.path.lexists(out_dir / name)]
+    names = ["config.json", "last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+    present = [name for name in (*names, *(f"{name}.tmp" for name in names[1:])) if os.path.lexists(out_dir / name)]
     if present and not is_run_folder(out_dir):
         raise UserError(
             f"--out-dir {out_dir} holds {', '.join(present)}, not written by train.py; give another --out-dir, or move "

@@ -377,6 +377,7 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
         ("config.json", b"no JSON"),
         ("metrics.jsonl", b'{"iter": 3}\n'),
         ("loss.png", b"a picture"),
+        ("last.pt.tmp", b"somebody's own, too"),
     ],
 )
 @pytest.mark.parametrize("mode", [{}, {"overwrite": True}, {"auto_resume": True}], ids=["new", "overwrite", "auto"])
@@ -1024,6 +1025,16 @@ def test_curves_that_cannot_be_drawn_cost_one_line(data_dir, tmp_path, monkeypat
     assert_same_end(tmp_path, straight)
 
 
+def test_sample_text_that_fails_costs_one_line(data_dir, tmp_path, monkeypatch, straight, capsys):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "generate_text", fail)
+    train.train(tiny(data_dir, tmp_path))
+    assert "no sample text: CUDA out of memory." in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
 def test_a_file_system_without_locks_costs_a_warning(data_dir, tmp_path, monkeypatch, straight, capsys, number):
     def refuse(descriptor, blocking):
@@ -1033,3 +1044,20 @@ def test_a_file_system_without_locks_costs_a_warning(data_dir, tmp_path, monkeyp
     train.train(tiny(data_dir, tmp_path))
     assert capsys.readouterr().err.count("cannot be locked") == 1
     assert_same_end(tmp_path, straight)
+
+
+def test_a_lock_file_that_cannot_be_opened_costs_a_warning(data_dir, tmp_path, straight, capsys):
+    (tmp_path / ".lock").mkdir()
+    train.train(tiny(data_dir, tmp_path))
+    assert capsys.readouterr().err.count("cannot be locked") == 1
+    assert_same_end(tmp_path, straight)
+
+
+def test_metrics_that_cannot_be_read_are_moved_aside(data_dir, tmp_path, monkeypatch, straight, capsys):
+    stop_at(monkeypatch, data_dir, tmp_path, 7)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert "metrics.jsonl cannot be read" in capsys.readouterr().out
+    assert [row["iter"] for row in metrics(tmp_path)] == list(range(9, 21))
+    assert len(list(tmp_path.glob("metrics.jsonl.unreadable-*"))) == 1

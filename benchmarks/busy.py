@@ -1,0 +1,105 @@
+"""Training and generating on a quiet CPU and beside one busy process, by how long OpenMP's threads spin while they wait.
+
+    python benchmarks/busy.py [--spins default 0 1000 10000] [--seconds 5] [--rounds 3]
+
+A thread that waits for the others either spins, which is quick when they come soon, or sleeps. When another program has
+one of the cores, the threads that spin keep the one they wait for from running. GOMP_SPINCOUNT is the number of turns
+before a thread sleeps; `default` leaves it to the library. Commands set it in internals/start.py. All combinations take
+turns; the table has medians of tokens/s.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from common import REPO
+
+MODELS = ("demo", "wikipedia")
+WORK = ("training", "generating")
+
+
+def measure(work: str, preset: str, seconds: float) -> float:
+    """Tokens/s of this process."""
+    import torch
+
+    from config import ModelConfig, TrainConfig
+    from generate import Sampling, generate
+    from internals.cli import with_preset
+    from internals.cpu_kernels import pack_weights
+    from internals.machine import resolve_dtype
+    from internals.optimizer import make_optimizer
+    from model import GPT
+
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    model, block_size = GPT(with_preset(ModelConfig, preset)), with_preset(ModelConfig, preset).block_size
+    if work == "generating":
+        packed = pack_weights(model.to(resolve_dtype("auto", cpu, generating=True)[0]))
+        prompt = torch.zeros(8, dtype=torch.int64)
+
+        def step() -> int:
+            return sum(1 for _ in generate(packed, prompt, 20, Sampling()))
+    else:
+        optimizer = make_optimizer(model, with_preset(TrainConfig, preset), cpu)
+        idx = torch.randint(model.config.vocab_size, (1024 // block_size, block_size + 1))
+        dtype = resolve_dtype("auto", cpu)[0]
+
+        def step() -> int:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return idx[:, 1:].numel()
+
+    step()
+    tokens, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        tokens += step()
+    return tokens / (time.perf_counter() - begin)
+
+
+def trial(work: str, preset: str, spins: str, busy: bool, seconds: float) -> float:
+    """Tokens/s of a process of its own, with or without a busy one beside it."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if spins != "default":
+        environment["GOMP_SPINCOUNT"] = spins
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        command = [sys.executable, __file__, "--measure", work, preset, "--seconds", str(seconds)]
+        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    finally:
+        if neighbour:
+            neighbour.kill()
+            neighbour.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--spins", nargs="+", default=["default", "0", "1000", "10000"])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each trial")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(measure(*args.measure, args.seconds))
+        return
+    rates: dict[tuple, list[float]] = {}
+    for _ in range(args.rounds):
+        for case in itertools.product(WORK, MODELS, args.spins, (False, True)):
+            rates.setdefault(case, []).append(trial(*case, args.seconds))
+    print(f"{os.cpu_count()} cores, tokens/s, medians of {args.rounds} rounds of {args.seconds:g} s")
+    print(f"{'':32}" + "".join(f"{spins:>12}" for spins in args.spins))
+    for work, preset, busy in itertools.product(WORK, MODELS, (False, True)):
+        row = [statistics.median(rates[work, preset, spins, busy]) for spins in args.spins]
+        name = f"{work}, {preset}, {'busy' if busy else 'quiet'}"
+        print(f"{name:32}" + "".join(f"{rate:12,.1f}" for rate in row))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPO))
+    main()
