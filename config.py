@@ -154,7 +154,7 @@ class PrepareConfig(DataDir):
 # python train.py
 
 
-# What a command does and where it works: fields that are no settings of a run
+# What a command does and where it works: fields that are not settings of a run
 NOT_SETTINGS = (
     "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "config",
 )  # fmt: skip
@@ -178,7 +178,7 @@ class TrainConfig(Compute, DataDir):
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
-    warmup_iters: Natural = 500  # iterations of linear warm-up; a tenth of the run where that is less
+    warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
     weight_decay: Rate = 0.1  # on matrices only, not on biases and LayerNorm
     beta1: Fraction = 0.9  # AdamW: decay of the mean of gradients
     beta2: Fraction = 0.95  # AdamW: decay of the mean of squared gradients

@@ -210,13 +210,13 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
         f"norm {outcome.grad_norm:.3g}). The weights were not changed. The batch: windows of {block_size} tokens of the "
-        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}Go on from the last good checkpoint, "
+        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}Continue from the last good checkpoint, "
         f"{run.out_dir}/last.pt, with --resume and a lower --learning-rate, or --dtype float32"
     )
 
 
 def window_text(run: Run, window_id: int) -> str:
-    """What a training window reads, in one line of a message; empty if the tokenizer cannot be had."""
+    """What a training window reads, in one line of a message; empty if there is no tokenizer."""
     try:
         tokenizer = load_tokenizer(run.meta["tokenizer"])
     except UserError:
@@ -254,7 +254,7 @@ def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     if not math.isfinite(val_loss):
         raise UserError(
             f"the validation loss at iteration {state.iter} is {val_loss}; {run.out_dir}/last.pt holds the run as it was "
-            "before. Go on from there with --resume and a lower --learning-rate, or --dtype float32"
+            "before. Continue from there with --resume and a lower --learning-rate, or --dtype float32"
         )
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
@@ -277,7 +277,7 @@ def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> N
 
 
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
-    """The data's tokenizer, in process 0. None where it cannot be had: training does without sample text."""
+    """The data's tokenizer, in process 0. None if it is not available: training does without sample text."""
     if not run.machine.is_main:
         return None
     try:

@@ -143,7 +143,7 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine
 
 
 class RunLog:
-    """The progress bar, config.json, metrics.jsonl and loss.png of a run. Does nothing but in process 0.
+    """The progress bar, config.json, metrics.jsonl and loss.png of a run. Process 0 alone does anything here.
 
     metrics.jsonl has a row for each log and each evaluation. Nothing here costs the run an iteration: rows that cannot be
     written wait in memory until the next attempt (`flush`), and each kind of failure is said once.
@@ -215,7 +215,7 @@ class RunLog:
         except Exception as error:  # a disk, a font, a backend: nothing of this is worth an iteration
             if name not in self.failures:
                 self.failures.add(name)
-                tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training goes on")
+                tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues")
 
 
 class Metrics:
@@ -263,7 +263,7 @@ class Metrics:
         self.waiting.append(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
-        """Append the waiting rows, synced to the disk. Raises what the disk raises; the rows then go on waiting."""
+        """Append the waiting rows, synced to the disk. Raises what the disk raises; the rows then keep waiting."""
         if not self.waiting:
             return
         if self.torn:

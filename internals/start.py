@@ -94,7 +94,7 @@ class Forgiving(io.TextIOBase):
             self.failed = True
             silence(self.stream)
             if self.other is not None and not isinstance(error, BrokenPipeError):
-                self.other.write(f"{self.name} cannot be written ({first_line(error)}); the work goes on\n")
+                self.other.write(f"{self.name} cannot be written ({first_line(error)}); the work continues\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
