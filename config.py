@@ -96,7 +96,7 @@ class Compute(Preset):
 
 @dataclass(frozen=True)
 class CheckpointFile(Preset):
-    checkpoint: Folder = "checkpoints/wikipedia/best.pt"  # the model, as train.py saved it
+    checkpoint: Folder = "checkpoints/wikipedia/best.pt"  # the model: best.pt, last.pt or their folder; generate.py also takes a GPT-2 in Hugging Face format (a folder or a hub id)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,12 +21,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import tiktoken
+
 from config import ExportConfig
-from internals import files, gguf, huggingface
-from internals.checkpoint import load_model
+from internals import files, gguf, gpt2_reference, huggingface
+from internals.pretrained import open_checkpoint
 from internals.start import UserError
 from model import GPT
 
+PROMPTS = ("The best thing is", "The best", "The", "T")  # of the example, the first that leaves room for an answer
 TEMPLATE = Path(__file__).parent / "internals" / "model_card.md"
 USAGE = {"hf": huggingface.USAGE, "gguf": gguf.USAGE}
 LICENCES = {
@@ -46,25 +49,38 @@ def export(cfg: ExportConfig) -> None:
     out_dir = Path(cfg.out_dir)
     if os.path.lexists(out_dir):
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
-    model, tokenizer, saved = load_model(cfg.checkpoint)
+    model, tokenizer, saved = open_checkpoint(cfg.checkpoint)
+    gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
     with files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as temporary:
+        existing = next(folder for folder in out_dir.absolute().parents if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=existing) as temporary:
             folder = Path(temporary, "incomplete")
             folder.mkdir()
             if cfg.format == "hf":
                 huggingface.write_huggingface(folder, model, tokenizer)
+                written = gpt2_reference.read_huggingface(folder)
             else:
                 gguf.write_gguf(folder, model, tokenizer, out_dir.name)
-            usage = USAGE[cfg.format].replace("NAME", out_dir.name)
+                written = gpt2_reference.read_gguf(folder)
+            gpt2_reference.check(model, written)
+            usage = how_to_load(USAGE[cfg.format], out_dir.name, tokenizer, model.config.block_size)
             (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, usage).encode())
             for path in folder.iterdir():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
             names = ", ".join(sorted(path.name for path in folder.iterdir()))
+            out_dir.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, out_dir)
             files.sync_folder(out_dir.parent)
     print(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}")
+
+
+def how_to_load(usage: str, name: str, tokenizer: tiktoken.Encoding, context: int) -> str:
+    """`usage` with an example that fits the model's context, in tokens."""
+    sizes = {prompt: len(tokenizer.encode_ordinary(prompt)) for prompt in PROMPTS}
+    prompt = next(prompt for prompt in PROMPTS if sizes[prompt] <= context // 2 or prompt == PROMPTS[-1])
+    new_tokens = max(1, min(100, context - sizes[prompt]))
+    return string.Template(usage).substitute(name=name, prompt=prompt, new_tokens=new_tokens, context=f"{context:,}")
 
 
 def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
@@ -85,16 +101,22 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         "training text": "not recorded in the checkpoint",
         "iterations": f"{saved['iter']:,}",
         "tokens seen in training": f"{saved['tokens']:,}",
-        "validation loss": f"{saved['val_loss']:.4f} nats per token, at the latest evaluation",
-        "perplexity": f"{math.exp(saved['val_loss']):.2f} per token",
     }
+    loss = saved["val_loss"]
+    if math.isfinite(loss):
+        perplexity = math.exp(min(loss, 700))  # a float holds no more
+        rows["validation loss"] = f"{figure(loss)} nats per token, at the latest evaluation"
+        rows["perplexity"] = f"{perplexity:.2f} per token" if perplexity < 1e6 else "above a million: the run diverged"
+    else:
+        rows["validation loss"] = f"{loss} at the latest evaluation: not measured, or the run diverged"
     header, licence = {"library_name": "transformers", "pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
     if data:
         source = data["source"]
         described = ", ".join(f"{key} `{value}`" for key, value in source.items())
         rows["training text"] = f"{data['train_tokens']:,} tokens, {data['train_bytes']:,} bytes; source: {described}"
-        bits = saved["val_loss"] / math.log(2) * data["val_tokens"] / data["val_bytes"]
-        rows["bits per byte"] = f"{bits:.4f} of validation text"
+        if math.isfinite(loss):
+            bits = loss / math.log(2) * data["val_tokens"] / data["val_bytes"]
+            rows["bits per byte"] = f"{figure(bits)} of validation text"
         licence = LICENCES.get(source["kind"], LICENCE_UNKNOWN)
         if source["kind"] == "hub":
             header |= {"datasets": source["repository"], "language": source["config"].rpartition(".")[2]}
@@ -105,6 +127,10 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         licence=licence,
     )
+
+
+def figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

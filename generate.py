@@ -20,21 +20,23 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import os
 import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tiktoken
 import torch
 from torch import Tensor
 
 from config import GenerateConfig
-from internals.checkpoint import load_model
+from internals.checkpoint import is_memory_error
 from internals.cpu_kernels import pack_weights
-from internals.machine import is_out_of_memory, resolve_device, resolve_dtype
-from internals.start import UserError
+from internals.machine import resolve_device, resolve_dtype
+from internals.pretrained import open_model
+from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write
 from model import GPT, KeyValueCache
 
@@ -43,25 +45,31 @@ from model import GPT, KeyValueCache
 
 
 def main(cfg: GenerateConfig) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # Windows uses another encoding for pipes
-    prompt = read_prompt(cfg)
-    model, tokenizer, saved = load_model(cfg.checkpoint)
+    prepare_streams()
+    prompt, stop = read_prompt(cfg), tuple(as_utf8("--stop", text) for text in cfg.stop)
+    model, tokenizer, description = open_model(cfg.checkpoint)
     device = resolve_device(cfg.device)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
     say(
-        f"{cfg.checkpoint}: {model.num_parameters()['total'] / 1e6:.1f} million parameters, iteration {saved['iter']:,}; "
-        f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})"
+        f"{description}: {model.num_parameters()['total'] / 1e6:.1f} million parameters; on {device} in "
+        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
     )
-    model = pack_weights(model.to(device, dtype))
+    with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
+        model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
     if cfg.seed is None:
         say(f"--seed {seed} makes the same text again")
-    writer = Writer(cfg, model, tokenizer, torch.Generator(device).manual_seed(seed))
+    writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed))
     if cfg.interactive:
         interact(writer.answer)
     else:
         writer.answer(prompt)
+
+
+def prepare_streams() -> None:
+    """UTF-8 in and out, whatever the environment says: Windows uses another encoding for pipes, PYTHONIOENCODING any."""
+    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 
 def say(message: str) -> None:
@@ -71,16 +79,42 @@ def say(message: str) -> None:
 def read_prompt(cfg: GenerateConfig) -> str:
     """The prompt of the command line. `--prompt -` is all of stdin, without its last line break."""
     if cfg.prompt == "-":
-        try:
-            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            message = f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
-            raise UserError(message) from error
+        return read_stdin().removesuffix("\n").removesuffix("\r")
+    return as_utf8("--prompt", cfg.prompt)
+
+
+def as_utf8(flag: str, text: str) -> str:
+    """A text of the command line. Python passes bytes that the locale cannot decode as lone surrogates."""
     try:
-        cfg.prompt.encode("utf-8")
-    except UnicodeEncodeError as error:  # Python passes bytes that it could not decode as lone surrogates
-        raise UserError("--prompt: not UTF-8 text; convert it first") from error
-    return cfg.prompt
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")  # the locale is not UTF-8, but the text is
+    except UnicodeError as error:
+        raise UserError(f"{flag}: not UTF-8 text; convert it first") from error
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
+        raise UserError(message) from error
+    except OSError as error:
+        raise UserError(f"--prompt -: stdin cannot be read ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def enough_memory(message: str) -> Iterator[None]:
+    """Turn PyTorch's errors for too little memory into a UserError: `MESSAGE (REASON)`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_memory_error(error):
+            raise UserError(f"{message} ({first_line(error)})") from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -100,15 +134,11 @@ class Writer:
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, self.generator)
         streams = [TextStream(self.tokenizer, cfg.stop, cfg.ignore_eot) for _ in range(cfg.num_samples)]
         steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
-        try:
+        with enough_memory(f"--num-samples {cfg.num_samples}: too many for the memory; take fewer"):
             if cfg.json:
                 print_json(prompt, self.generator.initial_seed(), steps)
             else:
                 print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise UserError(f"--num-samples {cfg.num_samples}: too many for the memory; take fewer") from error
-            raise
 
 
 def interact(answer: Callable[[str], None]) -> None:
@@ -313,4 +343,4 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
 
 
 if __name__ == "__main__":
-    start.run(lambda: main(CFG))
+    start.run(lambda: main(CFG), stdout_is_output=True)

@@ -35,8 +35,7 @@ from torch import Tensor
 
 from config import TrainConfig
 from generate import generate_text
-from internals import checkpoint
-from internals.huggingface import import_gpt2
+from internals import checkpoint, pretrained
 from internals.machine import (
     Machine,
     MicroBatch,
@@ -306,7 +305,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
         name, iteration = cfg.init_from, 0
-        model = import_gpt2(name, meta["tokenizer"], complete_config(cfg, meta, None).model)
+        model = pretrained.initial_model(name, meta["tokenizer"], complete_config(cfg, meta, None).model)
     else:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)

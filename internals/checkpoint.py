@@ -1,6 +1,9 @@
 """The checkpoint format: save atomically, load safely, rebuild a model."""
 
 import contextlib
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig
-from internals.files import atomic_write, writing
+from internals.files import atomic_write, system_error, writing
+from internals.machine import is_out_of_memory
+from internals.shards import MAGIC as SHARD_MAGIC
 from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 from model import GPT
@@ -31,14 +36,9 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """Read the checkpoint at `path`, with its tensors on the CPU. Runs no code from the file."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: there is no checkpoint; train one first (train.py), or name another with --checkpoint"
-        )
-    try:
+    check_file(path)
+    with reading(path, "is damaged, or not a checkpoint written by this project"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own errors for a damaged or foreign file
-        raise UserError(f"{path}: is damaged, or not a checkpoint written by this project") from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint written by this project")
     if checkpoint["format"] != FORMAT:
@@ -46,6 +46,74 @@ def load(path: str | Path) -> dict[str, Any]:
     if missing := REQUIRED - checkpoint.keys():
         raise UserError(f"{path}: is damaged (without {', '.join(sorted(missing))})")
     return checkpoint
+
+
+def check_file(path: Path) -> None:
+    """Refuse what cannot be a checkpoint, and say what it is."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as file:
+                head, size = file.read(16), os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "train one first (train.py), or name another with --checkpoint"
+        if (path.parent / "model.safetensors").exists():
+            hint = f"{path.parent} is in Hugging Face format: give that folder to --init-from, or to generate.py --checkpoint"
+        raise UserError(f"{path}: there is no checkpoint; {hint}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder; name the checkpoint in it, best.pt or last.pt")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is not a file; name a checkpoint that train.py wrote")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        raise UserError(
+            f"{path}: is a safetensors file; give the folder that holds it, its config.json and its tokenizer"
+        )
+    if head[:4] == b"GGUF":
+        raise UserError(
+            f"{path}: is a GGUF file, which only llama.cpp reads; give the checkpoint that it was made from"
+        )
+    if head[:4] == SHARD_MAGIC.to_bytes(4, "little"):
+        raise UserError(f"{path}: is a shard of tokens, not a checkpoint; its folder is for --data-dir")
+
+
+@contextlib.contextmanager
+def reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Turn a failure to read `path` into a UserError.
+
+    What the system says (permission, disk, network drive) and too little memory keep their own words: nobody should
+    delete a good file over them. Only the rest is what `otherwise` says, `is damaged ...`.
+    """
+    try:
+        yield
+    except Exception as error:  # zip, pickle, torch, JSON and safetensors each have their own errors for a damaged file
+        if is_memory_error(error):
+            message = (
+                f"does not fit into the memory ({first_line(error)}); close other programs or take a larger machine"
+            )
+        elif cause := refusal_to_read(path, error):
+            message = f"cannot be read ({cause.strerror or first_line(cause)})"
+        else:
+            message = otherwise + (" (it is empty)" if os.path.getsize(path) == 0 else "")
+        raise UserError(f"{path}: {message}") from error
+
+
+def is_memory_error(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or is_out_of_memory(error)
+
+
+def refusal_to_read(path: Path, error: Exception) -> OSError | None:
+    """What the system said against reading the file, if it did. PyTorch and safetensors may hide it: so it is read again."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as refusal:
+        return refusal
+    cause = system_error(error)
+    damaged = cause is None or cause.errno == errno.EINVAL  # the end of a zip file sought before its beginning
+    return None if damaged else cause
 
 
 def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
@@ -56,7 +124,7 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]
     """
     saved = load(path)
     tokenizer = load_tokenizer(saved["tokenizer"])
-    model = build_model(saved).eval()
+    model = build_model(saved, str(path)).eval()
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(
             f"{path}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
@@ -65,9 +133,9 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]
     return model, tokenizer, saved
 
 
-def build_model(checkpoint: dict[str, Any]) -> GPT:
-    """The model of a loaded checkpoint, float32 on the CPU."""
-    with fitting("the checkpoint is damaged: its weights do not fit its configuration"):
+def build_model(checkpoint: dict[str, Any], name: str = "the checkpoint") -> GPT:
+    """The model of a loaded checkpoint, float32 on the CPU. `name` is for messages."""
+    with fitting(f"{name}: its weights do not fit its configuration, or model.py has changed since"):
         with WithoutInit():
             model = GPT(ModelConfig(**checkpoint["config"]["model"]))
         model.load_state_dict(checkpoint["model"], assign=True)
@@ -92,5 +160,7 @@ def fitting(message: str) -> Iterator[None]:
     """Turn PyTorch's errors for weights or states that do not fit into a UserError: `MESSAGE (REASON)`."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        if is_memory_error(error):
+            raise UserError(f"the model does not fit into the memory ({first_line(error)})") from error
         raise UserError(f"{message} ({first_line(error)})") from error

@@ -12,8 +12,8 @@ from model import GPT
 USAGE = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
 
 ```sh
-llama-server -m NAME/model.gguf
-curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "The best thing is", "max_tokens": 100}'
+llama-server -m $name/model.gguf
+curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens": $new_tokens}'
 ```"""
 
 

@@ -1,30 +1,19 @@
-"""GPT-2 in Hugging Face's format, both ways.
-
-    write_huggingface    a model -> a folder that transformers opens
-    import_gpt2          a folder, or a model of the hub -> a model to train
+"""A model as a Hugging Face folder, which transformers opens. `huggingface_import.py` is the way back.
 
 Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019), `bytes` being the one without merges.
 """
 
 import itertools
-import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tiktoken
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from config import GenerateConfig, ModelConfig
+from config import GenerateConfig
 from internals.files import as_json
-from internals.start import UserError, first_line
-from internals.tokenizer import END_OF_TEXT, load_tokenizer
+from internals.tokenizer import END_OF_TEXT
 from model import GPT
-
-MAX_VOCAB_SIZE = 2**16  # shards hold uint16
 
 # Stored as (in, out) in GPT-2's files, where nn.Linear has (out, in)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -43,21 +32,20 @@ ARCHITECTURE = {
 USAGE = """```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", model="NAME")
-print(generate("The best thing is", max_new_tokens=100)[0]["generated_text"])
+generate = pipeline("text-generation", model="$name")
+print(generate("$prompt", max_new_tokens=$new_tokens)[0]["generated_text"])
 ```
+
+A prompt and its continuation have $context tokens at most, the model's context. A larger `max_new_tokens` ends in an error.
 
 `transformers` reads `<|endoftext|>` in a text as the end of an article. With `split_special_tokens=True` its tokenizer
 reads it literally, as in training."""
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Out: a model to a folder
 
 
 def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) -> None:
     """Write what transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline."""
     c = model.config
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_token)
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **ARCHITECTURE,
@@ -69,9 +57,11 @@ def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) ->
     }
     # The sampling defaults of generate.py. The default of transformers, greedy text, repeats itself.
     sampling = {"do_sample": True, "temperature": GenerateConfig.temperature, "top_k": GenerateConfig.top_k}
+    # Without a limit the pipeline of transformers adds 256 tokens, and fails with an IndexError where the context is full.
+    limit = {"max_length": c.block_size}
     texts = {
         **tokenizer_files(tokenizer, c.block_size),
-        "generation_config.json": as_json({**ends, "pad_token_id": tokenizer.eot_token, **sampling}),
+        "generation_config.json": as_json({**ends, **limit, **sampling}),
         "config.json": as_json(config),
     }
     weights = {
@@ -111,7 +101,8 @@ def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, 
         "model_max_length": block_size,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "padding_side": "left",  # generating adds tokens on the right
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
     }
     return {
         "tokenizer.json": as_json(fast),
@@ -156,151 +147,3 @@ def byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Back: a folder, or a model of the hub, to a model
-
-
-def import_gpt2(source: str, tokenizer_name: str, cfg: ModelConfig) -> GPT:
-    """Load a GPT-2 in Hugging Face format, for `--init-from`. Undoes an export bit for bit.
-
-    Args:
-        source: a local folder, or a hub id such as `openai-community/gpt2`.
-        tokenizer_name: the data's tokenizer, which must be the model's as well.
-        cfg: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
-
-    Returns:
-        The model, float32 on the CPU, with its own `config`.
-    """
-    cfg = gpt2_config(source, tokenizer_name, cfg)
-    paths = sorted(fetch(source, ["model*.safetensors"]).glob("model*.safetensors"))
-    if not paths:
-        raise UserError(f"--init-from {source}: has no model.safetensors (other formats of weights are not read)")
-    weights = {}
-    for path in paths:
-        try:
-            weights |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: is damaged, or not a safetensors file ({first_line(error)})") from error
-    model = GPT(cfg)
-    model.load_state_dict(fit_weights(source, weights, model))
-    return model
-
-
-def gpt2_config(source: str, tokenizer_name: str, cfg: ModelConfig) -> ModelConfig:
-    """The sizes of a GPT-2 in Hugging Face format. Arguments as for `import_gpt2`.
-
-    Fetches only the small files, so that a model of another kind is refused before gigabytes are downloaded.
-    """
-    folder = fetch(source, ["config.json", "tokenizer.json", "vocab.json"])
-    cfg = read_config(source, folder, cfg)
-    check_vocabulary(source, folder, cfg.vocab_size, tokenizer_name)
-    return cfg
-
-
-def fetch(source: str, patterns: list[str]) -> Path:
-    """The folder with the files of `source` that match: `source` itself, or the cache of the hub's client."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download  # imported here: local folders do not need it
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # the errors of huggingface_hub and of its HTTP library have no common base
-        raise UserError(
-            f"--init-from {source}: there is no such folder, and the hub did not provide it ({type(error).__name__}); "
-            "check the name, or go online"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
-def read_config(source: str, folder: Path, cfg: ModelConfig) -> ModelConfig:
-    """`cfg` with the sizes in config.json. Refuses a model that model.py does not compute."""
-    found = read_json(folder / "config.json")
-    for key, value in ARCHITECTURE.items():
-        if found.get(key, value) != value:
-            raise UserError(
-                f"--init-from {source}: its config.json says {key} = {found[key]!r}; only {value!r} can be trained here"
-            )
-    sizes = {key: found.get(key) for key in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")}
-    if sizes["n_inner"] is None and isinstance(sizes["n_embd"], int):
-        sizes["n_inner"] = 4 * sizes["n_embd"]  # GPT-2's default
-    for key, value in sizes.items():
-        if not isinstance(value, int):
-            raise UserError(f"--init-from {source}: its config.json says {key} = {value!r}, which is not a size")
-    if sizes["vocab_size"] > MAX_VOCAB_SIZE:
-        raise UserError(
-            f"--init-from {source}: its vocabulary of {sizes['vocab_size']:,} tokens does not fit the uint16 of the "
-            f"shards (at most {MAX_VOCAB_SIZE:,})"
-        )
-    positions = sizes.pop("n_positions")
-    if cfg.block_size > positions:
-        raise UserError(f"--block-size {cfg.block_size}: {source} has {positions} positions; take at most that many")
-    try:
-        return replace(cfg, **sizes)
-    except ValueError as error:
-        raise UserError(f"--init-from {source}: its config.json describes no valid model ({error})") from error
-
-
-def check_vocabulary(source: str, folder: Path, vocab_size: int, tokenizer_name: str) -> None:
-    """Refuse a model whose tokens differ from the data's. Without a tokenizer file, only their number is compared."""
-    ours = vocabulary(load_tokenizer(tokenizer_name))
-    theirs = None
-    if (folder / "tokenizer.json").exists():
-        fast = read_json(folder / "tokenizer.json")
-        try:
-            theirs = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'}: is not a BPE tokenizer like GPT-2's") from error
-    elif (folder / "vocab.json").exists():
-        theirs = read_json(folder / "vocab.json")
-    if vocab_size != len(ours) or theirs not in (None, ours):
-        raise UserError(
-            f"--init-from {source}: its tokenizer ({vocab_size:,} tokens) is not the data's, {tokenizer_name} "
-            f"({len(ours):,} tokens); prepare the data with the model's tokenizer (prepare_data.py --tokenizer)"
-        )
-
-
-def fit_weights(source: str, weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """GPT-2's tensors as the state dict of `model`: renamed, transposed, cut to its positions, padded to its rows."""
-    # OpenAI's own files lack the prefix. Old files also hold the causal mask, and some repeat the tied head.
-    weights = {
-        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
-        for name, tensor in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))
-    }
-    head = weights.pop("lm_head.weight", None)
-    expected = model.state_dict()
-    for problem, names in (
-        ("missing", expected.keys() - weights.keys()),
-        ("unknown", weights.keys() - expected.keys()),
-    ):
-        if names:
-            raise UserError(f"--init-from {source}: {len(names)} tensors are {problem}: {min(names)} among them")
-    if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
-        raise UserError(f"--init-from {source}: its output head is not tied to its embedding; only such can be trained")
-    return {name: fit_tensor(source, name, tensor, expected[name], model.config) for name, tensor in weights.items()}
-
-
-def fit_tensor(source: str, name: str, tensor: Tensor, expected: Tensor, cfg: ModelConfig) -> Tensor:
-    fitted = tensor.T if name.endswith(TRANSPOSED) else tensor
-    if name == "transformer.wpe.weight":
-        fitted = fitted[: cfg.block_size]
-    elif name == "transformer.wte.weight" and len(fitted) == cfg.vocab_size:
-        fitted = torch.cat([fitted, fitted.new_zeros(cfg.padded_vocab_size - cfg.vocab_size, cfg.n_embd)])
-    if fitted.shape != expected.shape or not fitted.is_floating_point():
-        raise UserError(
-            f"--init-from {source}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not fit its "
-            "config.json"
-        )
-    return fitted.float()

@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 
 from config import NOT_SETTINGS, PRESETS, TrainConfig, differences, upgrade
-from internals import checkpoint
+from internals import checkpoint, pretrained
 from internals.cli import parse, with_preset
 from internals.files import locked, writing
-from internals.huggingface import gpt2_config, import_gpt2
 from internals.machine import Machine, random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.shards import read_meta
@@ -151,14 +150,14 @@ def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any
         sizes = {name: saved["config"]["model"][name] for name in ("n_layer", "n_head", "n_embd", "n_inner")}
         model = dataclasses.replace(model, **sizes)
     elif cfg.init_from:
-        model = gpt2_config(cfg.init_from, meta["tokenizer"], model)
+        model = pretrained.initial_config(cfg.init_from, meta["tokenizer"], model)
     return dataclasses.replace(cfg, model=model)
 
 
 def initial_model(run: Run) -> GPT:
     """The model that a new run starts from: random weights, or those of `--init-from`."""
     if run.cfg.init_from and run.resumed_at is None:
-        return import_gpt2(run.cfg.init_from, run.meta["tokenizer"], run.cfg.model)
+        return pretrained.initial_model(run.cfg.init_from, run.meta["tokenizer"], run.cfg.model)
     return GPT(run.cfg.model)
 
 

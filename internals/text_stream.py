@@ -2,14 +2,13 @@
 
 import codecs
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
 
 import tiktoken
 
-from internals.start import UserError
+from internals.start import UserError, silence
 
 
 class TextStream:
@@ -90,7 +89,7 @@ def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> Non
                 "tokens": stream.tokens,
                 "seed": seed,
                 "seconds": round(stream.seconds, 4),
-                "tokens_per_second": round(stream.tokens / stream.seconds, 1),
+                "tokens_per_second": round(stream.tokens / max(stream.seconds, 1e-9), 1),
             }
             write(json.dumps(row, ensure_ascii=False) + "\n")
             current += 1
@@ -102,7 +101,7 @@ def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its exit
+        silence(sys.stdout)
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
         raise UserError(f"the text could not be written to stdout ({error.strerror})") from error

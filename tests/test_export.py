@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, assert_user_error, needs_gpt2, run_script
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import export
 from config import ExportConfig, ModelConfig, TrainConfig
@@ -22,7 +22,6 @@ from internals import checkpoint, huggingface
 from internals.cli import parse
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
-from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}
@@ -199,6 +198,67 @@ def test_merges_are_those_of_gpt2():
     assert merges[:5] == ["Ġ t", "Ġ a", "h e", "i n", "r e"]  # merges.txt as OpenAI published it begins so
 
 
+LIMITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+
+def check(folder, prompt, context):
+    generate, tokenizer = pipeline("text-generation", model=folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for seed in range(3):  # many samples end early, by chance
+        set_seed(seed)
+        generate(prompt)
+    whole = generate(prompt, do_sample=False, return_tensors=True, eos_token_id=-1)[0]["generated_token_ids"]
+    assert len(whole) == context, (len(whole), context)
+    generate([prompt, "a", prompt[:2]], batch_size=3, num_return_sequences=2)
+    try:
+        generate("a b c d " * context)
+    except ValueError as error:
+        assert "max_length" in str(error)
+    else:
+        raise AssertionError("a prompt longer than the context went through")
+    # A batch of prompts of several lengths gives what each gives alone
+    prompts = ["a", prompt[:3], prompt[:2]]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    together = model.generate(**batch, do_sample=False, max_new_tokens=4, eos_token_id=-1)[:, -4:].tolist()
+    alone = [
+        model.generate(**tokenizer(text, return_tensors="pt"), do_sample=False, max_new_tokens=4, eos_token_id=-1)[0, -4:].tolist()
+        for text in prompts
+    ]
+    assert together == alone, (together, alone)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == model.config.pad_token_id
+
+for folder, prompt, context in json.loads(sys.argv[1]):
+    check(folder, prompt, context)
+    card = open(folder + "/README.md").read()
+    example = card.split("```python")[1].split("```")[0]
+    exec(example, {})
+"""
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_transformers_stays_inside_the_context(tmp_path, monkeypatch, tokenizer):
+    """Without arguments, greedy, sampled and in batches; and the model card's example runs as it stands."""
+    cases = []
+    for context in (8, 64, 128, 256):
+        monkeypatch.setitem(SIZES, "block_size", context)
+        save_checkpoint(tmp_path / "best.pt", tokenizer)
+        out_dir = tmp_path / f"context-{context}"
+        export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir)))
+        prompt = "The" if (tokenizer, context) == ("bytes", 8) else PROMPT
+        cases.append((out_dir.name, prompt, context))
+    plain_python(LIMITS, tmp_path, json.dumps(cases))
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 8, 20, 64, 117, 1024])
+def test_the_example_of_a_card_fits_its_model(context):
+    tokenizer = load_tokenizer("bytes")
+    usage = export.how_to_load("$prompt|$new_tokens|$context", "name", tokenizer, context)
+    prompt, new_tokens, shown = usage.split("|")
+    assert len(prompt) + int(new_tokens) <= max(context, 2) and shown == f"{context:,}"  # the last is never read
+    assert (prompt == PROMPT) == (context >= 34)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # GGUF
 
@@ -277,6 +337,13 @@ def test_card_tells_what_the_checkpoint_says(tmp_path):
         assert words in text, words
 
 
+@pytest.mark.parametrize("loss", [800.0, 1e4, 1e300, math.inf, math.nan])
+def test_the_card_of_a_diverged_model_says_so(tmp_path, loss):
+    text = card(tmp_path, data=DATA, val_loss=loss)
+    assert "diverged" in text and max(len(line) for line in text.splitlines()) < 300
+    assert ("bits per byte" in text) == math.isfinite(loss)
+
+
 def test_card_does_not_guess(tmp_path):
     text = card(tmp_path)
     assert "not recorded in the checkpoint" in text
@@ -293,6 +360,12 @@ def test_presets_leave_out_dir_alone(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(ExportConfig, "", ["--preset", "demo"])
     assert stop.value.code == 2 and "--out-dir" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_its_best_model(tmp_path):
+    save_checkpoint(tmp_path / "run" / "best.pt", "bytes")
+    export.export(ExportConfig(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "dangling link"])
@@ -380,162 +453,9 @@ def test_checkpoint_that_cannot_be_used(tmp_path):
     checkpoint.save(tmp_path / "best.pt", saved | {"tokenizer": "klingon"})
     with pytest.raises(UserError, match="klingon"):
         export.export(config)
+    for other, words in (("data/meta.json", "is a data folder"), ("hf/model.safetensors", "in Hugging Face format")):
+        (tmp_path / other).parent.mkdir()
+        (tmp_path / other).touch()
+        with pytest.raises(UserError, match=words):
+            export.export(dataclasses.replace(config, checkpoint=str((tmp_path / other).parent)))
     assert not (tmp_path / "out").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# And back
-
-
-def import_gpt2(folder: str | Path, block_size: int, tokenizer: str = "bytes", dropout: float = 0.0) -> GPT:
-    return huggingface.import_gpt2(str(folder), tokenizer, ModelConfig(block_size=block_size, dropout=dropout)).eval()
-
-
-def test_import_undoes_export_bit_for_bit(exported):
-    name, model, folder = exported
-    back = import_gpt2(folder, SIZES["block_size"], name)
-    assert back.config == model.config
-    for key, tensor in huggingface.real_weights(model).items():
-        assert torch.equal(huggingface.real_weights(back)[key], tensor), key
-    assert back.transformer.wte.weight[VOCAB_SIZE[name] :].abs().sum() == 0
-
-
-@pytest.fixture(scope="module")
-def foreign():
-    """A random GPT-2 of transformers, with sizes unlike ours and weights far from 0."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(2)
-    sizes = {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 96, "vocab_size": 257}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=256, eos_token_id=256)).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.15 * torch.randn(parameter.shape)
-    return model
-
-
-@pytest.mark.parametrize("layout", ["as saved", "sharded", "OpenAI's names", "half precision"])
-def test_import_of_a_model_that_transformers_saved(foreign, tmp_path, layout):
-    model = foreign.half() if layout == "half precision" else foreign
-    model.save_pretrained(tmp_path, max_shard_size="100KB" if layout == "sharded" else "1GB")
-    model.float()
-    if layout == "sharded":
-        assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    if layout == "OpenAI's names":
-        weights = load_file(tmp_path / "model.safetensors")
-        weights = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
-        weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 96, 96).tril() for i in range(2)}
-        save_file(weights, tmp_path / "model.safetensors")
-    idx = torch.randint(257, (2, 64))
-    ours = import_gpt2(tmp_path, block_size=64, dropout=0.2)  # 96 positions, of which 64 are kept
-    assert (ours.config.n_inner, ours.config.dropout, ours.config.block_size) == (192, 0.2, 64)
-    with torch.no_grad():
-        theirs = foreign(idx).logits
-        assert theirs.std() > 1
-        torch.testing.assert_close(ours(idx), theirs, atol=1e-5, rtol=1e-5)
-
-
-def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def change_weights(folder: Path, change) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda f: change_config(f, model_type="llama"), "model_type = 'llama'"),
-        (lambda f: change_config(f, activation_function="gelu"), "activation_function = 'gelu'"),
-        (lambda f: change_config(f, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-        (lambda f: change_config(f, tie_word_embeddings=False), "tie_word_embeddings"),
-        (lambda f: change_config(f, n_head=5), "--n-head 5"),
-        (lambda f: change_config(f, n_embd="48"), "n_embd = '48'"),
-        (lambda f: change_config(f, n_embd=96), "which does not fit its config.json"),
-        (lambda f: change_config(f, n_layer=3), "12 tensors are missing: transformer.h.2.attn.c_attn.bias among them"),
-        (lambda f: change_config(f, n_layer=1), "12 tensors are unknown: transformer.h.1.attn.c_attn.bias among them"),
-        (lambda f: change_config(f, vocab_size=70_000), "70,000 tokens does not fit the uint16"),
-        (lambda f: change_config(f, vocab_size=300), r"its tokenizer \(300 tokens\) is not the data's, bytes"),
-        (lambda f: (f / "vocab.json").write_text(json.dumps({"a": 0})), "is not the data's"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is not a BPE tokenizer"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
-        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda f: os.truncate(f / "model.safetensors", 50_000), "is damaged"),
-        (lambda f: change_weights(f, lambda w: w.pop("transformer.wpe.weight")), "transformer.wpe.weight"),
-        (lambda f: change_weights(f, lambda w: w.update({"score.weight": torch.ones(2)})), "score.weight"),
-        (lambda f: change_weights(f, lambda w: w.update({"lm_head.weight": torch.ones(257, 48)})), "not tied"),
-        (
-            lambda f: change_weights(f, lambda w: w.update({"transformer.ln_f.bias": torch.ones(48).to(torch.int8)})),
-            "torch.int8",
-        ),
-    ],
-)
-def test_import_refuses_what_it_cannot_train(foreign, tmp_path, spoil, words):
-    foreign.save_pretrained(tmp_path)
-    spoil(tmp_path)
-    with pytest.raises(UserError, match=words):
-        import_gpt2(tmp_path, block_size=64)
-
-
-def test_import_refuses_more_positions_than_there_are(foreign, tmp_path):
-    foreign.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"--block-size 128: .* has 96 positions"):
-        import_gpt2(tmp_path, block_size=128)
-
-
-FROM_THE_HUB = """
-import sys
-from internals import huggingface
-from internals.start import run
-from config import ModelConfig
-
-run(lambda: print(huggingface.import_gpt2(sys.argv[1], "bytes", ModelConfig(block_size=64)).num_parameters()["total"]))
-"""
-
-
-def test_import_by_hub_id(foreign, tmp_path):
-    """Offline: what the hub's client has in its cache is found, anything else is one message."""
-    repository, commit = tmp_path / "hub" / "models--somebody--tiny", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
-    foreign.save_pretrained(repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept
-    for name in ("somebody/else", "./no/such/folder"):
-        assert_user_error(run_script("-c", FROM_THE_HUB, name, env=environment), name, "there is no such folder")
-
-
-def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
-    """Its first evaluation, and `--eval-only`, give transformers' own loss on the same windows; the run can be resumed."""
-    foreign.save_pretrained(tmp_path / "gpt2")
-    prepared = run_script("prepare_data.py", "--preset", "demo", "--data-dir", tmp_path / "data")
-    assert prepared.returncode == 0, prepared.stderr
-    windows = ValidationWindows(TokenStream.open(tmp_path / "data", "val"), 64, 4096)
-    tokens = torch.from_numpy(windows.batch(0, len(windows)))
-    with torch.no_grad():
-        logits = foreign(tokens[:, :-1]).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-
-    common = ["train.py", "--init-from", tmp_path / "gpt2", "--data-dir", tmp_path / "data", "--dtype", "float32"]
-    common += ["--out-dir", tmp_path / "run", "--block-size", "64", "--eval-tokens", "4096"]
-    evaluated = run_script(*common, "--eval-only")
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert f"validation loss {expected:.4f}" in evaluated.stdout
-    assert not (tmp_path / "run").exists()
-
-    common += ["--batch-size", "8", "--tokens-per-iter", "512", "--max-iters"]
-    first = run_script(*common, "2")
-    assert first.returncode == 0, first.stderr
-    on = run_script(*common, "4", "--resume")
-    assert on.returncode == 0, on.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["val_loss"] == pytest.approx(expected, abs=1e-4)
-    assert rows[-1]["iter"] == 4 and rows[-1]["val_loss"] < expected
-    best = checkpoint.build_model(checkpoint.load(tmp_path / "run" / "best.pt"))
-    assert (best.config.n_layer, best.config.n_embd, best.config.block_size) == (2, 48, 64)

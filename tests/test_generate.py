@@ -1,6 +1,7 @@
 """Generating: the cache against no cache and against transformers, sampling against exact probabilities, the text stream,
 and the command as people and pipes use it."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from test_model import transformers_twin
 import generate
 from config import GenerateConfig, ModelConfig
 from internals import checkpoint, text_stream
+from internals.cpu_kernels import pack_weights
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from model import GPT, KeyValueCache
@@ -512,6 +514,79 @@ def test_a_full_disk_is_told(best):
             [sys.executable, "generate.py", "--checkpoint", str(best)], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True
         )  # fmt: skip
     assert_user_error(process, "could not be written")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell, and a disk that is always full")
+@pytest.mark.parametrize("ending", ["2>&-", "2>/dev/full", "2>&- <&-", "2>/dev/null | head -c 2"])
+def test_the_text_does_not_need_a_reader_of_stderr(best, ending):
+    line = f"{sys.executable} generate.py --checkpoint {best} --prompt abc --max-new-tokens 5 {ending}"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=REPO, stdout=subprocess.PIPE)
+    assert run.returncode == 0 and run.stdout.startswith(b"ab")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell, and a disk that is always full")
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [(">/dev/full", {2}), (">/dev/full 2>/dev/full", {2}), (">&-", {0, 2}), (">&- 2>&-", {0, 2}), ("<&-", {0, 2})],
+)
+def test_closed_and_full_streams_never_end_in_a_traceback(best, ending, status):
+    line = f"{sys.executable} generate.py --checkpoint {best} --prompt - --max-new-tokens 5 {ending}"
+    run = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True, input=b"abc")
+    assert run.returncode in status and b"Traceback" not in run.stderr, run.stderr
+
+
+ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, ASCII_LOCALE], ids=["ascii", "cp1252", "C"]
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["--prompt", "stdin", "--interactive"])
+def test_text_is_utf8_whatever_the_environment_says(best, environment, way):
+    text = "Größe 日本 👍🏽"
+    prompt = {"--prompt": ["--prompt", text], "stdin": ["--prompt", "-"], "--interactive": ["--interactive"]}[way]
+    run = command(
+        best, *prompt, "--max-new-tokens", 5, "--stop", "ß", input=text, encoding="utf-8", env=os.environ | environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(text)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows passes text, not bytes")
+@pytest.mark.parametrize("flag", ["--prompt", "--stop", "--checkpoint"])
+def test_bytes_that_are_not_utf8_on_the_command_line(best, flag):
+    run = command(best, flag, os.fsdecode(b"a\xff"))
+    assert_user_error(run, "no such file" if flag == "--checkpoint" else f"{flag}: not UTF-8 text")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_threads_get_what_each_alone_gets(training):
+    """One model for both; in training mode its dropout stays off while generating and comes back for nobody else."""
+    model = random_model(vocab_size=257, block_size=64, dropout=0.5).train(training)
+    if not training:
+        model = pack_weights(model)
+
+    def text(seed: int) -> list[str]:
+        draws = torch.Generator().manual_seed(seed)
+        return generate.generate_text(
+            model, BYTES, "abc", 100, ignore_eot=True, num_samples=seed % 3 + 1, generator=draws
+        )
+
+    alone = [text(seed) for seed in range(8)]
+    for _ in range(3):
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(text, range(8))) == alone
+    assert model.training == training and torch.backends.mkldnn.enabled and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
+def test_a_model_too_large_for_the_device(best, monkeypatch, error):
+    def fail(model):
+        raise error
+
+    monkeypatch.setattr(generate, "pack_weights", fail)
+    with pytest.raises(UserError, match="too large for the memory"):
+        generate.main(GenerateConfig(checkpoint=str(best), device="cpu"))
 
 
 def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best):

@@ -1,0 +1,249 @@
+"""A GPT-2 in Hugging Face format, from a folder or from the hub, as what model.py computes. Undoes an export bit for bit.
+
+    read_config        config.json -> sizes
+    find_tokenizer     its tokenizer's name in this project
+    read_weights       model.safetensors, or the files that its index names -> the weights of a GPT
+
+In all functions, `source` is a local folder or a hub id such as `openai-community/gpt2`.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from config import ModelConfig
+from internals.checkpoint import WithoutInit, reading
+from internals.huggingface import ARCHITECTURE, TRANSPOSED, vocabulary
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
+from model import GPT
+
+SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gigabytes are fetched for a model that fits
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # tokens of each
+
+# What config.json calls each size, GPT-2's own name first, and the value where it stands under no name.
+SIZES = {
+    "n_layer": (("n_layer", "num_hidden_layers"), 12),
+    "n_head": (("n_head", "num_attention_heads"), 12),
+    "n_embd": (("n_embd", "hidden_size"), 768),
+    "n_inner": (("n_inner",), None),
+    "block_size": (("n_positions", "max_position_embeddings", "n_ctx"), 1024),
+    "vocab_size": (("vocab_size",), 50257),
+}
+
+# Other names of the tanh form of GELU, which model.py computes. They differ from it by rounding.
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@functools.cache  # the hub is asked once
+def fetch(source: str, names: tuple[str, ...]) -> Path:
+    """The folder with those files of `names` that `source` has: `source` itself, or the cache of the hub's client."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download  # imported here: local folders do not need it
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(names)))
+    except Exception as error:  # the errors of huggingface_hub and of its HTTP library have no common base
+        raise UserError(
+            f"{source}: there is no such file or folder, and the hub did not provide it ({type(error).__name__}); check "
+            "the name, or go online"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with reading(path, "is damaged, or not JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+def read_config(source: str) -> ModelConfig:
+    """The sizes in config.json. `vocab_size` is the number of rows of the embedding, which may be padded.
+
+    Raises:
+        UserError: it is a model that model.py does not compute.
+    """
+    found = read_json(fetch(source, SMALL_FILES) / "config.json")
+    if found.get("activation_function") in TANH_GELU:
+        found["activation_function"] = ARCHITECTURE["activation_function"]
+    for key, value in ARCHITECTURE.items():
+        if found.get(key, value) != value:
+            raise UserError(f"{source}: its config.json says {key} = {found[key]!r}; only {value!r} is computed here")
+    sizes = {name: read_size(source, found, names, default) for name, (names, default) in SIZES.items()}
+    if sizes["n_inner"] is None:
+        sizes["n_inner"] = 4 * sizes["n_embd"]
+    try:
+        return ModelConfig(**sizes)
+    except ValueError as error:
+        raise UserError(f"{source}: its config.json describes no valid model ({error})") from error
+
+
+def read_size(source: str, found: dict[str, Any], names: Sequence[str], default: int | None) -> int | None:
+    values = {name: found[name] for name in names if found.get(name) is not None}
+    for name, value in values.items():
+        if type(value) is not int:
+            raise UserError(f"{source}: its config.json says {name} = {value!r}, which is not a size")
+    if len(values) > 1:  # n_ctx is obsolete: it only decides where nothing else does
+        values.pop("n_ctx", None)
+    if len(set(values.values())) > 1:
+        said = " and ".join(f"{name} = {value}" for name, value in values.items())
+        raise UserError(f"{source}: its config.json says {said}, which are names of the same size")
+    return next(iter(values.values()), default)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def read_vocabulary(source: str, rows: int) -> dict[str, int] | None:
+    """Its tokens, in GPT-2's notation, with their ids. None if there is no tokenizer among its files.
+
+    Args:
+        rows: of the embedding; there may be more of them than tokens.
+    """
+    folder, vocabulary = fetch(source, SMALL_FILES), None
+    if (folder / "tokenizer.json").exists():
+        fast = read_json(folder / "tokenizer.json")
+        try:
+            vocabulary = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'tokenizer.json'}: is not a BPE tokenizer like GPT-2's") from error
+    elif (folder / "vocab.json").exists():
+        vocabulary = read_json(folder / "vocab.json")
+    if vocabulary is not None and len(vocabulary) > rows:
+        raise UserError(f"{source}: its tokenizer has {len(vocabulary):,} tokens, its embedding only {rows:,} rows")
+    return vocabulary
+
+
+def find_tokenizer(source: str, rows: int) -> str:
+    """The name of its tokenizer in this project. `rows` is the number of rows of the embedding."""
+    theirs = read_vocabulary(source, rows)
+    if theirs is None:
+        raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
+    for name, size in TOKENIZERS.items():
+        if len(theirs) == size and theirs == vocabulary(load_tokenizer(name)):
+            return name
+    raise UserError(
+        f"{source}: its tokenizer ({len(theirs):,} tokens) is not one of this project's: {' and '.join(TOKENIZERS)}"
+    )
+
+
+def check_tokenizer(source: str, rows: int, name: str) -> int:
+    """Refuse a model whose tokens are not those of the tokenizer `name`. Returns their number; later rows are unused.
+
+    Without a tokenizer among its files, the number of rows decides: as many as tokens, or padded to a multiple of 64
+    or 128.
+    """
+    ours, theirs = vocabulary(load_tokenizer(name)), read_vocabulary(source, rows)
+    usual = {math.ceil(len(ours) / multiple) * multiple for multiple in (1, 64, 128)}
+    if (rows not in usual) if theirs is None else (theirs != ours):
+        tokens = rows if theirs is None else len(theirs)
+        raise UserError(
+            f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {name} ({len(ours):,} tokens); prepare the data "
+            "with the model's tokenizer (prepare_data.py --tokenizer)"
+        )
+    return len(ours)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights for `GPT(config)`, float32: renamed, transposed, the embedding cut to the real tokens.
+
+    Args:
+        rows: of the embedding, in the files.
+        config: its `vocab_size` is the number of real tokens.
+    """
+    # OpenAI's own files lack the prefix. Old files also hold the causal mask, and some repeat the tied head.
+    weights = {
+        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        for name, tensor in read_tensors(source).items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    head = weights.pop("lm_head.weight", None)
+    with WithoutInit():
+        expected = GPT(config).state_dict()
+    for problem, names in (
+        ("missing", expected.keys() - weights.keys()),
+        ("unknown", weights.keys() - expected.keys()),
+    ):
+        if names:
+            raise UserError(f"{source}: {len(names)} tensors are {problem}: {min(names)} among them")
+    if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
+        raise UserError(f"{source}: its output head is not tied to its embedding; only such models are computed here")
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    shapes["transformer.wte.weight"] = torch.Size([rows, config.n_embd])
+    fitted = {name: fit_tensor(source, name, tensor, shapes[name]) for name, tensor in weights.items()}
+    embedding = fitted["transformer.wte.weight"][: config.vocab_size]
+    padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
+    return fitted | {"transformer.wte.weight": torch.cat([embedding, padding])}
+
+
+def fit_tensor(source: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    fitted = tensor.T if name.endswith(TRANSPOSED) else tensor
+    if fitted.shape != shape or not fitted.is_floating_point():
+        raise UserError(
+            f"{source}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not fit its config.json"
+        )
+    return fitted.float().contiguous()
+
+
+def read_tensors(source: str) -> dict[str, Tensor]:
+    """The tensors in model.safetensors, or else those that its index names, each from the file that it names."""
+    folder = fetch(source, (WEIGHTS, INDEX))
+    if (folder / WEIGHTS).exists():
+        return load_tensors(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        raise without_weights(source)
+    files = read_index(folder / INDEX)
+    folder = fetch(source, tuple(sorted(set(files.values()))))
+    if missing := sorted({file for file in files.values() if not (folder / file).exists()}):
+        raise UserError(f"{source}: files that {INDEX} names are missing: {', '.join(missing)}")
+    weights = {}
+    for file in sorted(set(files.values())):
+        weights |= {name: tensor for name, tensor in load_tensors(folder / file).items() if files.get(name) == file}
+    return weights
+
+
+def without_weights(source: str) -> UserError:
+    return UserError(
+        f"{source}: has no {WEIGHTS}; other formats (pytorch_model.bin) are not read. Load it in transformers and save it "
+        "again with save_pretrained"
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor: `{"transformer.wte.weight": "model-00001-of-00002.safetensors", ...}`."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{path}: is damaged (without a weight_map, the file of each tensor)")
+    for file in files.values():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+            raise UserError(f"{path}: is damaged ({file!r} is not the name of a safetensors file beside it)")
+    return files
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    with reading(path, "is damaged, or not a safetensors file"):
+        return load_file(path)

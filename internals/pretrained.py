@@ -1,0 +1,197 @@
+"""A model from wherever it is: a checkpoint, the folder of a run, a GPT-2 in Hugging Face format, the hub.
+
+open_model         to generate with: the model, its tokenizer, and what it is
+open_checkpoint    to export: only what train.py wrote
+initial_config     to start training from: its sizes,
+initial_model      and then the model
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import tiktoken
+from torch import Tensor
+
+from config import ModelConfig
+from internals import checkpoint
+from internals.huggingface_import import (
+    INDEX,
+    WEIGHTS,
+    check_tokenizer,
+    find_tokenizer,
+    read_config,
+    read_weights,
+    without_weights,
+)
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
+from model import GPT
+
+T = TypeVar("T")
+
+OURS = ("best.pt", "last.pt")  # the first that a folder has is its model
+OTHER_WEIGHTS = ("pytorch_model", "tf_model", "flax_model")  # how the names of formats begin that are not read
+FILE_NAMES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json")  # such a name is a file's, not a hub id
+
+
+class Opened(NamedTuple):
+    model: GPT  # float32, on the CPU, in eval mode
+    tokenizer: tiktoken.Encoding
+    description: str  # "checkpoints/demo/best.pt, iteration 600"
+
+
+def open_model(source: str) -> Opened:
+    """Open a model to generate with. `source` is a file, a folder, or a hub id such as `openai-community/gpt2`."""
+    return find(source).open()
+
+
+def open_checkpoint(source: str) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
+    """What `checkpoint.load_model` returns, for a file or for the folder of a run."""
+    return checkpoint.load_model(find(source).checkpoint())
+
+
+def initial_config(source: str, tokenizer_name: str, model_config: ModelConfig) -> ModelConfig:
+    """The configuration of a model that starts from `source`, the value of `--init-from`.
+
+    Args:
+        tokenizer_name: the data's tokenizer, which must be the model's as well.
+        model_config: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
+    """
+    config = named("--init-from", lambda: find(source).config(tokenizer_name))
+    if model_config.block_size > config.block_size:
+        raise UserError(
+            f"--block-size {model_config.block_size}: {source} has {config.block_size} positions; give --block-size "
+            f"{config.block_size}, or less"
+        )
+    return replace(config, block_size=model_config.block_size, dropout=model_config.dropout)
+
+
+def initial_model(source: str, tokenizer_name: str, model_config: ModelConfig) -> GPT:
+    """The model that starts from `source`, float32 on the CPU. Arguments as for `initial_config`."""
+    config = initial_config(source, tokenizer_name, model_config)
+    weights = named("--init-from", lambda: find(source).weights(tokenizer_name))
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
+    with checkpoint.fitting(f"--init-from: {source}: its weights do not fit its configuration"):
+        with checkpoint.WithoutInit():
+            model = GPT(config)
+        model.load_state_dict(weights)
+    return model
+
+
+def named(flag: str, action: Callable[[], T]) -> T:
+    """The result of `action`, whose messages name the flag."""
+    try:
+        return action()
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it is
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that train.py wrote."""
+
+    path: Path
+
+    def open(self) -> Opened:
+        model, tokenizer, saved = checkpoint.load_model(self.path)
+        return Opened(model, tokenizer, f"{self.path}, iteration {saved['iter']:,}")
+
+    def checkpoint(self) -> Path:
+        return self.path
+
+    def config(self, tokenizer_name: str) -> ModelConfig:
+        saved = checkpoint.load(self.path)
+        if saved["tokenizer"] != tokenizer_name:
+            raise UserError(
+                f"{self.path}: was trained with the tokenizer {saved['tokenizer']}, but the data is prepared with "
+                f"{tokenizer_name}; prepare it with the model's (prepare_data.py --tokenizer)"
+            )
+        return checkpoint.build_model(saved, str(self.path)).config
+
+    def weights(self, tokenizer_name: str) -> dict[str, Tensor]:
+        return checkpoint.build_model(checkpoint.load(self.path), str(self.path)).state_dict()
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A folder or a hub id."""
+
+    source: str
+
+    def open(self) -> Opened:
+        config = read_config(self.source)
+        name = find_tokenizer(self.source, config.vocab_size)
+        tokenizer = load_tokenizer(name)
+        with checkpoint.WithoutInit():
+            model = GPT(replace(config, vocab_size=tokenizer.n_vocab)).eval()
+        model.load_state_dict(self.weights(name), assign=True)
+        return Opened(model, tokenizer, f"{self.source}, in Hugging Face format")
+
+    def checkpoint(self) -> Path:
+        raise UserError(
+            f"{self.source}: is a model in Hugging Face format; export.py takes a checkpoint (best.pt, last.pt) or the "
+            "folder of a run"
+        )
+
+    def config(self, tokenizer_name: str) -> ModelConfig:
+        config = read_config(self.source)
+        return replace(config, vocab_size=check_tokenizer(self.source, config.vocab_size, tokenizer_name))
+
+    def weights(self, tokenizer_name: str) -> dict[str, Tensor]:
+        return read_weights(self.source, read_config(self.source).vocab_size, self.config(tokenizer_name))
+
+
+def find(source: str) -> Checkpoint | HuggingFace:
+    """What `source` is: by what lies there, or by its form if nothing does."""
+    path = Path(source).expanduser()
+    try:
+        names = os.listdir(path)
+    except NotADirectoryError:
+        return Checkpoint(path)
+    except FileNotFoundError as error:
+        if is_hub_id(source):
+            return HuggingFace(source)
+        raise UserError(f"{source}: {missing(source)}") from error
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from error
+    ours = [name for name in OURS if name in names]
+    theirs = [name for name in (WEIGHTS, INDEX, "config.json") if name in names]
+    if ours and WEIGHTS in theirs:
+        raise UserError(f"{source}: holds two models, {ours[0]} and {WEIGHTS}; name the file, or move one")
+    if ours:
+        return Checkpoint(path / ours[0])
+    if "meta.json" in names:
+        raise UserError(f"{source}: is a data folder (it has a meta.json), not a model; name the folder of a run")
+    if any(name.endswith(".gguf") for name in names):
+        raise UserError(f"{source}: holds GGUF, which only llama.cpp reads; name the checkpoint that it was made from")
+    if any(name.startswith(OTHER_WEIGHTS) for name in names) and theirs in ([], ["config.json"]):
+        raise without_weights(source)
+    if theirs:
+        return HuggingFace(str(path))
+    raise UserError(
+        f"{source}: holds no model: neither best.pt, which train.py writes, nor the config.json and model.safetensors of a "
+        "GPT-2"
+    )
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that no file has is OWNER/NAME on the hub. A misspelt path begins with a folder that exists."""
+    owner, _, name = source.partition("/")
+    form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    return bool(form) and not os.path.isdir(owner) and not name.endswith(FILE_NAMES)
+
+
+def missing(source: str) -> str:
+    if source.endswith(".pt"):
+        return "there is no checkpoint; train one first (train.py), or name another"
+    if re.fullmatch(r"gpt2(-\w+)?", source):
+        return f"there is no such file or folder; on the hub it is called openai-community/{source}"
+    return "there is no such file or folder; name a checkpoint, its folder, or a hub id such as openai-community/gpt2"
