@@ -10,9 +10,12 @@ defaults. The dataclasses are frozen: a configuration never changes, and what fo
 or a method.
 """
 
+import codecs
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import tyro
@@ -37,6 +40,8 @@ Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
 PATH = "path"  # marks a field in which the command line replaces a leading ~
 FilePath = Annotated[str, PATH]
 Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
+Strings = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --flag a b --flag c -> (("a", "b"), ("c",))
+Numbers = tyro.conf.UseAppendAction[tuple[tuple[int, ...], ...]]
 
 
 def ranges(annotation: Any) -> Iterator[Range]:
@@ -132,22 +137,73 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True)
 class PrepareConfig(DataDir):
-    source: Text = "wikipedia"  # wikipedia (the hub's), sample (embedded), or a file, folder or glob of .parquet, .jsonl or .txt (these two also .gz, .zst)
+    source: Strings = ()  # wikipedia (the hub's), sample (embedded), or files, folders, globs of .parquet, .jsonl, .ndjson, .json, .txt (all but .parquet also .gz, .zst, .bz2); several are one text; none: wikipedia, for demo the sample
+    preset_source: tyro.conf.Fixed[str] = "wikipedia"  # the source where no --source is given
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
-    text_column: str = "text"  # of .parquet and .jsonl: the column that holds the text
+    text_column: str = "text"  # of .parquet, .jsonl and .json: the column that holds the text
+    encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
+    separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
-    val_fraction: Share | None = None  # share of articles held out; None: 0.005, of the sample 0.1
+    val_fraction: Share | None = None  # share of the text held out; None: 0.005, of the sample 0.1
     shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
-    max_tokens: Count | None = None  # stop after about so many tokens, at the end of an article; None: take all
+    max_tokens: Count | None = None  # stop after about so many, at an article's end or inside a long one; None: all
     workers: Count | None = None  # tokenizing threads; None: one for each CPU core
     overwrite: bool = False  # delete the shards in data_dir and start again
+    show: Numbers = ()  # write nothing, but print the text around these tokens of the training split in data_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("" not in self.sources, "--source: is empty; give wikipedia, sample, or a file, folder or glob")
+        require(self.source == () or all(self.source), "--source: names nothing; give wikipedia, sample, or a file")
+        several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
+        require(
+            not several_with_hub, "--source wikipedia: cannot be one text with files; prepare them into two folders"
+        )
+        require(
+            is_encoding(self.encoding),
+            f"--encoding {self.encoding}: is not a text encoding that Python knows; give utf-16, cp1252, ...",
+        )
+        require(self.show == () or all(self.show), "--show: names no token; give the number of one, from 0")
+        for name in ("separator", "text_column"):
+            value = getattr(self, name)
+            require(value.encode("utf-8", "ignore").decode() == value, f"--{name.replace('_', '-')}: is not UTF-8")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What to prepare, in order: each `--source` once, or the preset's."""
+        given = (self.source,) if isinstance(self.source, str) else tuple(chain.from_iterable(self.source))
+        return tuple(dict.fromkeys(given)) or (self.preset_source,)
 
     @property
     def held_out(self) -> float:
         """The validation share in use: the embedded sample is so small that it needs a larger one."""
-        return self.val_fraction if self.val_fraction is not None else 0.1 if self.source == "sample" else 0.005
+        return self.val_fraction if self.val_fraction is not None else 0.1 if self.sources == ("sample",) else 0.005
+
+    @property
+    def separator_text(self) -> str:
+        r"""The separator with `\n`, `\r`, `\t` and `\\` as the characters that they stand for."""
+        return re.sub(
+            r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}.get(match[1], "\\"), self.separator
+        )
+
+    @property
+    def window(self) -> int:
+        """The context of the preset's model: `train.py` needs one window of validation text, two to train on."""
+        return PRESETS[self.preset].get("block_size", ModelConfig.block_size)
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python can decode text of this encoding piece by piece."""
+    try:
+        if not codecs.lookup(name)._is_text_encoding:  # base64 is no encoding of text
+            return False
+        if codecs.lookup(name).name not in ("utf-16", "utf-32"):  # these insist on a byte-order mark
+            codecs.getincrementaldecoder(name)("replace").decode(b"text")
+    except (LookupError, ValueError, TypeError):
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,7 +225,7 @@ class TrainConfig(Compute, DataDir):
     check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
     config: FilePath = ""  # start with the settings in this config.json of another run (its folders aside)
-    init_from: FilePath = ""  # start from this GPT-2 in Hugging Face format (folder or hub id); it decides the sizes
+    init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
     batch_size: Count = 64  # sequences for one device in one micro-step: as many as its memory holds
@@ -306,7 +362,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {
-        "source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
+        "preset_source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
         "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
         "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,

@@ -13,114 +13,132 @@ from internals import start
 if __name__ == "__main__":
     start.begin()  # mistakes and --help are answered before the slow imports
 
+    import sys
+
     from config import PrepareConfig
     from internals.cli import parse
 
+    if sys.stdout:  # None if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the output's encoding lacks
     CFG = parse(PrepareConfig, __doc__)
 
 import dataclasses
-import hashlib
+import math
 import os
-import re
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 
 from config import PrepareConfig
-from internals.files import write_json, writing
-from internals.progress import SPLITS, Display, Progress, Split, check_same, shard_settings
+from internals.articles import Tokens, tokenize
+from internals.data_folder import DataFolder
+from internals.files import locked, write_json, writing
+from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, shard_settings
+from internals.reader import Chunk, ReadOptions
+from internals.readers import read_chunks
 from internals.shards import META_FORMAT, ShardWriter, read_meta
+from internals.show import show_tokens
 from internals.start import UserError
-from internals.text_files import Chunk, LocalFiles, Source, read_chunks
-from internals.tokenizer import encode, load_tokenizer, thread_tokenizer
+from internals.text_files import LocalFiles, Source, counted, listed
+from internals.tokenizer import load_tokenizer, token_bytes
 from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
 COMMIT_SECONDS = 1.0  # between notes of the progress: a kill costs that much work
 LOCK_SECONDS = 10.0  # to wait for a run that is just ending
+LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
 
 
 def prepare(cfg: PrepareConfig) -> None:
     """Write the folder `cfg.data_dir`, resume it, or say that it is finished. A failure loses nothing that is done."""
     data_dir = Path(cfg.data_dir)
-    with writing(f"--data-dir {data_dir}", "the same command resumes where it stopped"):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(data_dir / ".lock", timeout=LOCK_SECONDS):
-                prepare_locked(cfg, data_dir)
-        except filelock.Timeout as error:
-            raise UserError(
-                f"--data-dir {data_dir}: another prepare_data.py is at work there; wait until it ends"
-            ) from error
-        except KeyboardInterrupt as error:
-            raise UserError("stopped; the same command resumes here (with --overwrite, it starts again)") from error
+    if cfg.show:
+        show_tokens(data_dir, list(chain.from_iterable(cfg.show)))
+        return
+    held = f"--data-dir {data_dir}: another prepare_data.py is at work there; wait until it ends"
+    try:
+        with (
+            writing(f"--data-dir {data_dir}", "the same command resumes where it stopped"),
+            locked(data_dir, held, LOCK_SECONDS),
+        ):
+            prepare_locked(cfg, data_dir)
+    except KeyboardInterrupt as error:
+        raise UserError("stopped; the same command resumes here (with --overwrite, it starts again)") from error
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     """`prepare`, in a folder that no other process prepares."""
     # 1. The source, and what the folder holds already
-    if cfg.source == "wikipedia":
-        source = HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir / "downloads")
-    else:
-        source = LocalFiles(cfg.source)
-    if cfg.overwrite:
-        delete_shards(data_dir)
-    if (data_dir / "meta.json").exists():
+    source = make_source(cfg, data_dir)
+    folder = DataFolder(data_dir)
+    if folder.meta and not cfg.overwrite:
         check_same(cfg, source, read_meta(data_dir), "is finished, and was prepared")
         for split in SPLITS:
             TokenStream.open(data_dir, split)  # raises if a shard has been damaged
-        clean_up(data_dir, source)
+        folder.delete_notes()
         print(f"{data_dir} is finished: nothing to do (--overwrite starts again)")
         return
+    folder.refuse_foreign()
     load_tokenizer(cfg.tokenizer)  # before anything is written
 
     # 2. Where to begin
-    progress = Progress()
-    if (data_dir / "progress.json").exists():
-        progress = Progress.load(data_dir / "progress.json", cfg, source)
-        print(f"resuming {data_dir}: {progress.tokens:,} tokens are done")
+    resumes = folder.noted is not None and not cfg.overwrite
+    progress = resume(cfg, source) if resumes else Progress(tail=source.has_few_documents())
     progress.resolved = source.resolve(progress.resolved)
-    pipeline = Pipeline(cfg, source, progress)
     print(source.summary())
+    if cfg.overwrite:
+        folder.delete()  # only now: a source that is not there must not cost the old shards
+    pipeline = Pipeline(cfg, source, progress)
 
     # 3. Articles -> tokens -> shards
-    if not progress.end:
-        pipeline.tokenize_source()
-    pipeline.finish()
+    try:
+        if not progress.end:
+            pipeline.tokenize_source()
+        pipeline.finish()
+    except UserError as error:
+        if not progress.tokens:
+            raise
+        hint = "what is done is kept for the same command; another source or other flags need --overwrite"
+        raise UserError(f"{error} ({hint})") from error
 
     # 4. The result
-    clean_up(data_dir, source)
+    DataFolder(data_dir).delete_notes()
+    print_result(cfg, progress)
+
+
+def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
+    if cfg.sources == ("wikipedia",):
+        return HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir)
+    return LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+
+
+def resume(cfg: PrepareConfig, source: Source) -> Progress:
+    progress = Progress.load(Path(cfg.data_dir) / "progress.json", cfg, source)
+    print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
+    return progress
+
+
+def print_result(cfg: PrepareConfig, progress: Progress) -> None:
     if progress.end == "max_tokens":
-        print(f"stopped at --max-tokens {cfg.max_tokens:,}: the rest of the source is left out")
+        cut = f" inside a document of {progress.cut}" if progress.cut else ""
+        print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")
     if progress.empty:
         print(f"left out {progress.empty:,} articles without text")
     if progress.repaired:
-        print(f"replaced invalid Unicode with U+FFFD in {progress.repaired:,} articles")
+        names = [f"{name} ({100 * bad / total:.2g}%)" for name, (bad, total) in progress.repaired_files.items()]
+        print(
+            f"replaced invalid Unicode with U+FFFD in {progress.repaired:,} articles of {counted(len(names), 'file')} "
+            f"(share of the characters): {listed(names, limit=10)}"
+        )
     for name, split in progress.splits.items():
         print(f"{name}: {split.tokens:,} tokens, {split.articles:,} articles, {split.bytes:,} bytes of text")
-
-
-def delete_shards(data_dir: Path) -> None:
-    shutil.rmtree(data_dir / "downloads", ignore_errors=True)
-    shards = [path for split in SPLITS for path in data_dir.glob(f"{split}_*.bin*")]
-    for path in (data_dir / "meta.json", data_dir / "progress.json", *shards):
-        path.unlink(missing_ok=True)
-
-
-def clean_up(data_dir: Path, source: Source) -> None:
-    """Delete what a finished folder does not need."""
-    for name in ("progress.json", "progress.json.tmp", "meta.json.tmp"):
-        (data_dir / name).unlink(missing_ok=True)
-    source.release(before=len(source.files))
+    print(f"held out {100 * progress.held_out:.3g}% of the tokens (--val-fraction {cfg.held_out:g})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +149,7 @@ class Work(NamedTuple):
     """A chunk that a worker tokenizes, and how far the source is after it."""
 
     tokens: Future  # -> Tokens
+    name: str  # of the source file
     file: int  # source files done
     row: int  # rows done of the next file
     position: int  # bytes of the source
@@ -146,9 +165,8 @@ class Pipeline:
 
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
-        self.is_one_document = source.is_one_document(cfg.text_column)
+        self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
         self.open_shards()
-        self.commit()
 
     def open_shards(self) -> None:
         """Cut the splits to the lengths that the progress has, and open them."""
@@ -158,7 +176,9 @@ class Pipeline:
         }
 
     def commit(self) -> None:
-        """Make sure that a later run resumes here."""
+        """Make sure that a later run resumes here. A folder in which nothing is done has no note, and binds no one."""
+        if not self.progress.tokens:
+            return
         for shards in self.shards.values():
             shards.sync()
         self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
@@ -167,12 +187,12 @@ class Pipeline:
     def tokenize_source(self) -> None:
         workers = self.cfg.workers or count_cores()
         pool, display = ThreadPoolExecutor(workers), Display(self.cfg, self.source, self.progress)
-        committed = time.monotonic()
+        committed = 0.0
         try:
             for work in self.work_in_order(pool, in_flight=3 * workers):
-                self.append(work.tokens.result())
+                self.append(work.tokens.result(), work.name)
                 self.progress.file, self.progress.row = work.file, work.row
-                if self.progress.end:
+                if self.reached_max_tokens(work):
                     break
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self.commit()
@@ -189,15 +209,15 @@ class Pipeline:
 
     def work_in_order(self, pool: Executor, in_flight: int) -> Iterator[Work]:
         """Keep the workers busy with `in_flight` chunks. Yields them in the order of the source."""
-        val_fraction = 0.0 if self.is_one_document else self.cfg.held_out
+        val_fraction = 0.0 if self.progress.tail else self.cfg.held_out
         waiting: deque[Work] = deque()
+        positions = list(accumulate((file.bytes for file in self.source.files), initial=0))
         try:
             for number in range(self.progress.file, len(self.source.files)):
-                before = sum(file.bytes for file in self.source.files[:number])
                 for chunk, following in pairwise(chain(self.chunks(number), [None])):
                     file, row = (number, chunk.first + chunk.count) if following else (number + 1, 0)
                     tokens = pool.submit(tokenize, chunk, self.cfg.tokenizer, val_fraction)
-                    waiting.append(Work(tokens, file, row, before + chunk.position))
+                    waiting.append(Work(tokens, chunk.reader.name, file, row, positions[number] + chunk.position))
                     if len(waiting) == in_flight:
                         yield waiting.popleft()
         except UserError:  # a file is missing or damaged: keep the work on those before it
@@ -208,42 +228,48 @@ class Pipeline:
     def chunks(self, number: int) -> Iterator[Chunk]:
         """The chunks of a source file that are still to do."""
         done = self.progress.row if number == self.progress.file else 0
-        for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, self.cfg.text_column):
+        for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, self.options):
             if chunk.first < done < chunk.first + chunk.count:
                 path = self.data_dir / "progress.json"
-                raise UserError(f"{path}: was written by another version; start again with --overwrite")
+                raise UserError(f"{path}: was written by another version; give --overwrite to start again")
             if chunk.first >= done:
                 yield chunk
 
-    def append(self, new: "Tokens") -> None:
-        """Write a chunk's tokens to the shards. At --max-tokens, write the articles that reach it, and end."""
-        taken = np.ones(len(new.lengths), bool)
-        room = (self.cfg.max_tokens or np.inf) - self.progress.tokens
-        if new.ends and new.lengths.sum() >= room:
-            taken[1 + np.searchsorted(np.cumsum(new.lengths), room) :] = False
-            self.progress.end = "max_tokens"
-        for name, chosen in (("train", taken & ~new.val), ("val", taken & new.val)):
-            self.shards[name].write(new.tokens[np.repeat(chosen, new.lengths)])
-            split = self.progress.splits[name]
-            split.tokens = self.shards[name].tokens
+    def append(self, new: Tokens, name: str) -> None:
+        """Write the tokens of a chunk of the file `name` to the shards, those up to --max-tokens."""
+        room = (self.cfg.max_tokens or math.inf) - self.progress.tokens
+        whole = len(new.tokens)
+        if whole and whole >= room:
+            limit = max(self.cfg.max_tokens // 10, LEAST_CUT)
+            new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.cfg.tokenizer))
+            self.progress.end, self.progress.cut = "max_tokens", as_utf8_name(name) if is_cut else ""
+        self.left_out = len(new.tokens) < whole
+        for split_name, chosen in (("train", ~new.val), ("val", new.val)):
+            self.shards[split_name].write(new.tokens[np.repeat(chosen, new.lengths)])
+            split = self.progress.splits[split_name]
+            split.tokens = self.shards[split_name].tokens
             split.bytes += int(new.text_bytes[chosen].sum())
             split.articles += int(chosen.sum()) * new.ends
-        self.progress.empty += new.empty
-        self.progress.repaired += new.repaired
+        self.progress.add_text(name, new)
+
+    def reached_max_tokens(self, work: Work) -> bool:
+        """Whether --max-tokens ended the work. Where it ends with the source's last article, the source did."""
+        if self.progress.end and not self.left_out and work.file == len(self.source.files):
+            self.progress.end = "source"
+        return bool(self.progress.end)
 
     def finish(self) -> None:
         """Check that both splits have text, name the shards, and write meta.json."""
-        train, val = self.progress.splits["train"], self.progress.splits["val"]
         if self.progress.tokens == 0:
-            raise UserError(f"--source {self.cfg.source}: holds no text ({self.progress.empty} empty articles)")
-        if self.is_one_document and val.tokens == 0:
-            self.split_document(train, val)
-        for split, name, hint in ((train, "training", "smaller"), (val, "validation", "larger")):
-            if split.tokens == 0:
-                raise UserError(
-                    f"--val-fraction {self.cfg.held_out}: leaves nothing for {name} of {train.articles + val.articles:,} "
-                    f"articles; give a {hint} one, and --overwrite"
-                )
+            raise UserError(
+                f"--source {' '.join(self.cfg.sources)}: holds no text ({self.progress.empty} empty articles)"
+            )
+        if not self.progress.tail and (reason := self.progress.missed_share(self.cfg.held_out)):
+            print(f"{reason}; so the end of the text is held out instead")
+            self.start_again_with_tail()
+        if self.progress.tail and self.progress.splits["val"].tokens == 0:
+            self.hold_out_tail()
+        self.check_lengths()
         meta = {
             "format": META_FORMAT,
             "source": self.source.provenance(),
@@ -259,65 +285,55 @@ class Pipeline:
         }
         write_json(self.data_dir / "meta.json", meta)
 
-    def split_document(self, train: Split, val: Split) -> None:
-        """Move the last tokens of a source that is one document to the validation split."""
-        if held_out := int(train.tokens * self.cfg.held_out):
-            tail = self.shards["train"].tail(held_out)
-            self.shards["val"].write(tail)
-            text = load_tokenizer(self.cfg.tokenizer).decode_bytes(tail[:-1].tolist())  # without end-of-text
-            train.tokens, train.bytes = train.tokens - held_out, train.bytes - len(text)
-            val.tokens, val.bytes = held_out, len(text)
-            self.commit()
-            self.open_shards()  # which cuts the training split
+    def start_again_with_tail(self) -> None:
+        """Tokenize the source once more, everything into the training split, from which the tail is then cut."""
+        for shards in self.shards.values():
+            shards.close()
+        self.progress.start_again()
+        self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
+        self.open_shards()
+        self.tokenize_source()
+
+    def hold_out_tail(self) -> None:
+        """Move the last tokens of the training split to the validation split."""
+        train, val = self.progress.splits["train"], self.progress.splits["val"]
+        tokenizer, sizes = load_tokenizer(self.cfg.tokenizer), token_bytes(self.cfg.tokenizer)
+        held_out = int(train.tokens * self.cfg.held_out)
+        ends = 0
+        for part in self.shards["train"].tail(held_out):
+            self.shards["val"].write(part)
+            val.bytes += int(sizes[part].sum())
+            ends += int(np.count_nonzero(part == tokenizer.eot_token))
+        val.tokens, val.articles = held_out, max(0, ends - 1)  # the first of them began in the training split
+        train.tokens, train.bytes, train.articles = (
+            train.tokens - held_out, train.bytes - val.bytes, train.articles - val.articles,
+        )  # fmt: skip
+        self.commit()
+        self.open_shards()  # which cuts the training split
+
+    def check_lengths(self) -> None:
+        """Refuse splits that the preset's model could not use. They are few tokens, so they need not be kept."""
+        cfg, splits = self.cfg, self.progress.splits
+        needs = {"val": cfg.window + 1, "train": 2 * cfg.window}
+        for (split, need), flag in zip(needs.items(), ("larger", "smaller"), strict=True):
+            if splits[split].tokens < need:
+                total, have = self.progress.tokens, splits[split].tokens
+                share = math.ceil(1000 * need / total) / 1000
+                better = share if split == "val" else 1 - share
+                hint = f"give a {flag} one, such as {better:g}, or more text" if share < 0.5 else "give more text"
+                for shards in self.shards.values():
+                    shards.close()
+                DataFolder(self.data_dir).delete()
+                self.progress.start_again()
+                raise UserError(
+                    f"--val-fraction {cfg.held_out:g}: leaves {have:,} of {total:,} tokens to the {split} split, and train.py "
+                    f"--preset {cfg.preset} needs {need:,}; {hint}"
+                )
 
 
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# In the worker threads: articles -> tokens
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenized chunk."""
-
-    tokens: np.ndarray  # (N,) uint16, of all articles in their order
-    lengths: np.ndarray  # (articles,) int64, tokens of each
-    text_bytes: np.ndarray  # (articles,) int64, of each text in UTF-8
-    val: np.ndarray  # (articles,) bool: in the validation split
-    ends: bool  # False: the next chunk continues the article
-    empty: int  # articles without text, left out
-    repaired: int  # articles with invalid Unicode, replaced
-
-
-def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
-    """An article becomes its title, a blank line, its text (without a title: its text), and end-of-text."""
-    texts, text_bytes, val, empty, repaired = [], [], [], 0, 0
-    for article in chunk.articles():
-        if chunk.starts and chunk.ends and not article.text.strip():
-            empty += 1
-            continue
-        text = f"{article.title}\n\n{article.text}" if article.title else article.text
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # lone surrogates, which are not characters
-            text, repaired = re.sub("[\ud800-\udfff]", "\ufffd", text), repaired + 1
-            data = text.encode()
-        texts.append(text)
-        text_bytes.append(len(data))
-        val.append(is_held_out(data if article.id is None else article.id, val_fraction))
-    tokens, lengths = encode(thread_tokenizer(tokenizer), texts)
-    if not chunk.ends:  # the document continues: no end-of-text yet
-        tokens, lengths = tokens[:-1], lengths - 1
-    return Tokens(tokens, lengths, np.array(text_bytes, np.int64), np.array(val, bool), chunk.ends, empty, repaired)
-
-
-def is_held_out(key: bytes, val_fraction: float) -> bool:
-    """A pure function of an article's id or text, so that every run on every machine splits alike."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") < val_fraction * 2**64
 
 
 if __name__ == "__main__":

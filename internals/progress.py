@@ -1,5 +1,6 @@
 """How far the preparation of a data folder is: noted on the disk, shown to the person."""
 
+import codecs
 import dataclasses
 import json
 import shutil
@@ -11,10 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from config import PrepareConfig, differences
+from internals.articles import FEW_IDS, Tokens
 from internals.files import write_json
 from internals.shards import META_FORMAT
 from internals.start import UserError
-from internals.text_files import Source
+from internals.text_files import FEW_DOCUMENTS, Source, counted
 
 SPLITS = ("train", "val")
 MEASURE_SECONDS = 3.0  # of tokenizing, before the needs of the whole run are estimated
@@ -37,11 +39,64 @@ class Progress:
     splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
     empty: int = 0  # articles without text, left out
     repaired: int = 0  # articles with invalid Unicode, replaced
+    repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> characters replaced, characters
+    tail: bool = False  # the end of the text is held out, not whole documents
+    cut: str = ""  # the file that --max-tokens ended inside a document of
+    ids: list[str] = field(default_factory=list)  # different ids seen, while they are few
+    reading: str = ""  # the file that was read last
+    characters: int = 0  # of it
     resolved: dict[str, Any] = field(default_factory=dict)  # by the source: the hub's commit and files
 
     @property
     def tokens(self) -> int:
         return sum(split.tokens for split in self.splits.values())
+
+    @property
+    def documents(self) -> int:
+        return sum(split.articles for split in self.splits.values())
+
+    @property
+    def held_out(self) -> float:
+        return self.splits["val"].tokens / max(1, self.tokens)
+
+    def add_text(self, name: str, new: Tokens) -> None:
+        """Count what is special in a chunk of the file `name`."""
+        name = as_utf8_name(name)
+        self.empty += new.empty
+        self.repaired += new.repaired
+        if name != self.reading:
+            self.reading, self.characters = name, 0
+        self.characters += new.characters
+        if new.replaced or name in self.repaired_files:
+            bad = self.repaired_files.get(name, [0, 0])[0] + new.replaced
+            self.repaired_files[name] = [bad, self.characters]
+        if len(self.ids) < FEW_IDS:
+            found = {id.decode("utf-8", "replace") for id in new.ids}
+            self.ids = sorted(found.union(self.ids))[:FEW_IDS]
+
+    def missed_share(self, wanted: float) -> str:
+        """Why whole documents do not give the share to hold out; empty if they do.
+
+        Half to one and a half of it is near enough, of the documents and of their tokens. A few percent of the text too
+        many are no loss.
+        """
+        if self.documents < FEW_DOCUMENTS:
+            return f"{counted(self.documents, 'document')} are too few to choose from"
+        of_documents = self.splits["val"].articles / self.documents
+        too_many = self.held_out > max(1.5 * wanted, wanted + 0.02)
+        if abs(of_documents - wanted) <= wanted / 2 and self.held_out >= wanted / 2 and not too_many:
+            return ""
+        text = f"choosing whole documents holds out {100 * self.held_out:.3g}% of the tokens, not {100 * wanted:.3g}%"
+        if len(self.ids) < FEW_IDS:
+            ids = "the same id" if len(self.ids) == 1 else f"one of {len(self.ids)} ids"
+            text += f", because all {self.documents:,} have {ids}: {', '.join(self.ids)}"
+        return text
+
+    def start_again(self) -> None:
+        """Back to the first file, with the end of the text to be held out."""
+        fresh = Progress(tail=True, resolved=self.resolved)
+        for name, value in vars(fresh).items():
+            setattr(self, name, value)
 
     def save(self, path: Path, cfg: PrepareConfig, source: Source) -> None:
         values = dataclasses.asdict(self)
@@ -55,10 +110,24 @@ class Progress:
             noted = json.loads(path.read_text(encoding="utf-8"))
             check_same(cfg, source, noted, "is half done,")
             values = {name: noted[name] for name in ("file", "row", "end", "empty", "repaired")}
+            newer = (
+                "repaired_files",
+                "tail",
+                "cut",
+                "ids",
+                "reading",
+                "characters",
+            )  # than folders that November 2026's versions began
+            values |= {name: noted[name] for name in newer if name in noted}
             splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is damaged ({error}); --overwrite starts again") from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and the *.bin.partial files beside it") from error
         return cls(**values, splits=splits, resolved=noted.get("resolved", {}))
+
+
+def as_utf8_name(name: str) -> str:
+    """A file's name as JSON can hold it: bytes that are not UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
@@ -66,6 +135,8 @@ def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
     return {
         "tokenizer": cfg.tokenizer,
         "text_column": cfg.text_column,
+        "encoding": codecs.lookup(cfg.encoding).name,
+        "separator": cfg.separator_text,
         "val_fraction": cfg.held_out,
         "shard_tokens": cfg.shard_tokens,
         "max_tokens": cfg.max_tokens,

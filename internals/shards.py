@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +16,9 @@ from internals.start import UserError
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
 META_FORMAT = 1
+UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # shows whose an unfinished shard is
+PIECE_TOKENS = 1 << 20  # read at once
+SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
 
 
 def shard_path(data_dir: str | Path, split: str, index: int) -> Path:
@@ -50,6 +55,8 @@ class ShardWriter:
     A shard is called `FILE.partial` until `finish`. It is filled up before the next one begins, so one number says how
     far a split is: its tokens. A writer that is opened with that number drops everything after it.
 
+    The caller has made sure that no file with the name of a shard is somebody else's (`DataFolder.refuse_foreign`).
+
     Raises:
         UserError: the files hold fewer tokens than that.
     """
@@ -57,14 +64,16 @@ class ShardWriter:
     def __init__(self, data_dir: str | Path, split: str, shard_tokens: int, tokens: int = 0):
         self.data_dir, self.split, self.shard_tokens, self.tokens = Path(data_dir), split, shard_tokens, tokens
         self._file: BinaryIO | None = None
-        for path in self.data_dir.glob(f"{split}_*.bin"):  # the last run was stopped in `finish`
-            os.replace(path, path.with_name(path.name + ".partial"))
+        for index in range(self.count):
+            path, partial = shard_path(self.data_dir, split, index), self._partial(index)
+            if path.exists() and not partial.exists():  # the last run was stopped in `finish`
+                os.replace(path, partial)
         for path in self.data_dir.glob(f"{split}_*.bin.partial"):
-            index = int(path.name.removeprefix(f"{split}_").removesuffix(".bin.partial"))
-            if index >= self.count:
+            name = SHARD_NAME.fullmatch(path.name)
+            if name and int(name[2]) >= self.count:
                 path.unlink()
-            elif path.stat().st_size > self._size(index):
-                os.truncate(path, self._size(index))
+            elif name and path.stat().st_size > self._size(int(name[2])):
+                os.truncate(path, self._size(int(name[2])))
         for index in range(self.count):
             path = self._partial(index)
             if not path.exists() or path.stat().st_size != self._size(index):
@@ -94,7 +103,7 @@ class ShardWriter:
             if self._file is None:
                 self._file = open(self._partial(index), "ab", buffering=0)  # noqa: SIM115 (it stays open)
                 if filled == 0:
-                    self._write(bytes(HEADER_BYTES))  # `finish` writes the header; until then this is not a shard
+                    self._write(UNFINISHED_HEADER)  # `finish` writes a shard's
             part = tokens[: self.shard_tokens - filled]
             self._write(part.astype("<u2", copy=False).tobytes())
             self.tokens += len(part)
@@ -118,14 +127,15 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def tail(self, length: int) -> np.ndarray:
-        """The last `length` tokens, (length,) uint16."""
+    def tail(self, length: int) -> Iterator[np.ndarray]:
+        """The last `length` tokens, in pieces of (N,) uint16."""
         self.close()
-        start, parts = self.tokens - length, []
-        for index in range(start // self.shard_tokens, self.count):
-            skip = max(0, start - index * self.shard_tokens)
-            parts.append(np.fromfile(self._partial(index), "<u2", offset=HEADER_BYTES + 2 * skip))
-        return np.concatenate(parts)
+        start = self.tokens - length
+        while start < self.tokens:
+            index, skip = divmod(start, self.shard_tokens)
+            count = min(PIECE_TOKENS, self._length(index) - skip)
+            yield np.fromfile(self._partial(index), "<u2", count=count, offset=HEADER_BYTES + 2 * skip)
+            start += count
 
     def finish(self) -> list[dict[str, Any]]:
         """Give each shard its header and its name. Returns its entry in meta.json: file, tokens, sha256."""
@@ -137,6 +147,8 @@ class ShardWriter:
                 file.write(shard_header(self._length(index)))
                 file.flush()
                 os.fsync(file.fileno())
+            if path.exists():
+                raise UserError(f"{path}: was made by somebody else meanwhile; move it away and give the same command")
             os.replace(self._partial(index), path)
             entries.append({"file": path.name, "tokens": self._length(index), "sha256": sha256(path)})
         return entries
@@ -156,7 +168,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         if meta["format"] != META_FORMAT:
             raise UserError(f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as meta.json ({error}); {command} --overwrite") from error
+        raise UserError(f"{path}: cannot be read as meta.json ({error}); delete it, then {command}") from error
     return meta
 
 

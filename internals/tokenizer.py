@@ -4,17 +4,27 @@ import copy
 import functools
 import itertools
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+import tiktoken.load
 import tiktoken_ext.openai_public
+from tqdm import tqdm
 
+from internals.network import answer_within, patiently
 from internals.start import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+
+VOCABULARY = "the gpt2 tokenizer's vocabulary"
+VOCABULARY_ADVICE = (
+    "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written, or use --tokenizer bytes"
+)
+FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
 
 PIECE = 1 << 16  # characters per call of the tokenizer: tiktoken's core fails at a run of a million blanks
 
@@ -39,16 +49,33 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
             special_tokens={END_OF_TEXT: 256},
         )
     if name == "gpt2":
+        tiktoken.load.read_file = fetch  # which tiktoken calls if the vocabulary is not in its cache
         try:
             # The ranks and the special token of tiktoken's "gpt2", but in one file, which loads five times faster.
             encoding = tiktoken_ext.openai_public.r50k_base()
-        except Exception as error:  # the errors of requests and tiktoken have no common base
-            raise UserError(
-                f"the gpt2 tokenizer's vocabulary could not be fetched ({type(error).__name__}). Go online once, or "
-                "point TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes"
-            ) from error
+        except (OSError, ValueError) as error:  # the cache cannot be read or written, or the file is another one
+            raise UserError(f"{VOCABULARY}: could not be read or stored ({error}); {VOCABULARY_ADVICE}") from error
         return tiktoken.Encoding(**{**encoding, "pat_str": GPT2_PATTERN})
     raise UserError(f"no tokenizer is called {name!r}: there are gpt2 and bytes")
+
+
+def fetch(url: str) -> bytes:
+    """The file at `url`, within `FETCH_SECONDS` a try."""
+    import requests
+
+    def download() -> bytes:
+        answer = requests.get(url, timeout=FETCH_SECONDS)
+        answer.raise_for_status()
+        return answer.content
+
+    tqdm.write(f"fetching {VOCABULARY} (1 MB) from {url}", file=sys.stderr)
+    return patiently(
+        VOCABULARY,
+        lambda: answer_within(FETCH_SECONDS, download),
+        FETCH_ATTEMPTS,
+        VOCABULARY_ADVICE,
+        lambda error: None,
+    )
 
 
 per_thread = threading.local()
@@ -63,6 +90,22 @@ def thread_tokenizer(name: str) -> tiktoken.Encoding:
     if not hasattr(per_thread, name):
         setattr(per_thread, name, copy.copy(load_tokenizer(name)))
     return getattr(per_thread, name)
+
+
+@functools.cache
+def token_bytes(name: str) -> np.ndarray:
+    """The bytes that each token stands for, (vocabulary,) int64; none for end-of-text."""
+    encoding = load_tokenizer(name)
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
+    lengths[encoding.eot_token] = 0
+    return np.array(lengths, np.int64)
+
+
+def cut_tokens(encoding: tiktoken.Encoding, tokens: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` tokens of a text, or a few less where the cut would be inside a character."""
+    while length and encoding.decode_single_token_bytes(int(tokens[length]))[0] & 0xC0 == 0x80:
+        length -= 1
+    return tokens[:length]
 
 
 class Encoded(NamedTuple):

@@ -2,22 +2,19 @@
 
 import functools
 import hashlib
-import itertools
 import os
-import shutil
-import sys
-import threading
+import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from internals.files import DISK_FULL, sha256, system_error
+from internals.data_folder import DOWNLOADS, Downloads
+from internals.files import sha256
+from internals.network import answer_within, in_background, patiently
 from internals.start import UserError, first_line
 from internals.text_files import Source, SourceFile, counted
 
@@ -35,32 +32,38 @@ class HubWikipedia(Source):
     by page id, so old articles come first. The files are taken in the order of their names' hashes instead, which makes
     the first quarter of them a fair quarter.
 
-    A download into `folder` begins when the file before it is read, and stays until `release`. A file in the Hugging
+    A download into the data folder begins when the file before it is read, and stays until `release`. A file in the Hugging
     Face cache is read there and stays there.
     """
 
-    def __init__(self, language: str, dump: str, revision: str, folder: Path):
-        self.config, self.folder = f"{dump}.{language}", folder
+    def __init__(self, language: str, dump: str, revision: str, data_dir: Path):
+        self.config, self.data_dir = f"{dump}.{language}", data_dir
+        self.downloads = Downloads.of(data_dir, {})
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
         # Xet, the hub's newer protocol, has hung for over an hour (github.com/huggingface/xet-core, issue 883). Plain
         # HTTP asks again after 10 s of silence and continues the download. Set this before the first import.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
+        if endpoint := os.environ.get("HF_ENDPOINT"):
+            os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")  # huggingface_hub would ask for //api
         self.commit, self.files = "", []
-        self._downloads: dict[int, Future] = {}
+        self._futures: dict[int, Future] = {}
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         find = functools.partial(answer_within, ANSWER_SECONDS, self._find_files)
-        resolved = known or patiently(f"{REPOSITORY} {self.config}", find)
+        resolved = known or {**ask_hub(f"{REPOSITORY} {self.config}", find), "folder": DOWNLOADS}
         self.commit, self.files = resolved["commit"], [SourceFile(**file) for file in resolved["files"]]
-        for path in self.folder.rglob("*.incomplete"):  # of a killed download; huggingface_hub would not resume it
-            path.unlink()
+        self.downloads = Downloads.of(self.data_dir, resolved)
+        for path in self.downloads.folder.rglob("*.incomplete") if self.downloads.folder.name == DOWNLOADS else ():
+            path.unlink()  # of a killed download; huggingface_hub would not resume it
         return resolved
 
     def _find_files(self) -> dict[str, Any]:
         import datasets
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
+        if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:  # the second also by HF_DATASETS_OFFLINE
+            return self._find_cached(Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}")
         commit = HfApi().dataset_info(REPOSITORY, revision=self.identity["revision"]).sha
         self._check_config(datasets.get_dataset_config_names(REPOSITORY, revision=commit))
         builder = datasets.load_dataset_builder(REPOSITORY, self.config, revision=commit)
@@ -68,7 +71,24 @@ class HubWikipedia(Source):
         names = [str(name).removeprefix(prefix) for name in builder.config.data_files["train"]]
         infos = HfApi().get_paths_info(REPOSITORY, names, revision=commit, repo_type="dataset")
         files = [{"name": i.path, "bytes": i.size, "sha256": i.lfs.sha256 if i.lfs else None} for i in infos]
-        return {"commit": commit, "files": sorted(files, key=lambda f: hashlib.sha256(f["name"].encode()).digest())}
+        return {"commit": commit, "files": mixed(files)}
+
+    def _find_cached(self, cache: Path) -> dict[str, Any]:
+        """The files of the commit that the Hugging Face cache has for the revision, or of the newest that is whole."""
+        revision, snapshots = self.identity["revision"], cache / "snapshots"
+        reference = cache / "refs" / revision
+        wanted = [reference.read_text().strip()] if reference.is_file() else []
+        others = [path.name for path in sorted(snapshots.glob("*"), key=os.path.getmtime, reverse=True)]
+        wanted += [name for name in others if name == revision or revision == "main"]
+        for commit in wanted:
+            paths = sorted((snapshots / commit / self.config).glob("*.parquet"))
+            count = re.search(r"-of-(\d+)\.parquet$", paths[0].name) if paths else None
+            if count and len(paths) == int(count[1]):
+                return {"commit": commit, "files": mixed([cached_file(self.config, path) for path in paths])}
+        raise UserError(
+            f"{REPOSITORY} {self.config}, revision {revision}: is not whole in the cache ({cache.parent}), and HF_HUB_OFFLINE "
+            "is set; go online and unset it"
+        )
 
     def _check_config(self, available: list[str]) -> None:
         if self.config not in available:
@@ -89,18 +109,15 @@ class HubWikipedia(Source):
     def fetch(self, number: int) -> Path:
         """The path of a file, downloaded and checked. The download of the next file begins now."""
         for ahead, file in enumerate(self.files[number : number + 2], number):
-            if ahead not in self._downloads:
-                self._downloads[ahead] = in_background(functools.partial(self._fetch, file))
-        return self._downloads[number].result()
+            if ahead not in self._futures:
+                self._futures[ahead] = in_background(functools.partial(self._fetch, file))
+        return self._futures[number].result()
 
     def release(self, before: int) -> None:
         """Delete the downloads before this number."""
-        for number in [n for n in self._downloads if n < before]:
-            del self._downloads[number]
-        for file in self.files[:before]:
-            (self.folder / file.name).unlink(missing_ok=True)
-        if before == len(self.files):
-            shutil.rmtree(self.folder, ignore_errors=True)
+        for number in [n for n in self._futures if n < before]:
+            del self._futures[number]
+        self.downloads.delete(file.name for file in self.files[:before])
 
     @property
     def peak_bytes(self) -> int:  # of three files: one is read, the next one comes, one is not noted as done yet
@@ -108,21 +125,21 @@ class HubWikipedia(Source):
 
     @property
     def bytes_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in self.downloads.folder.rglob("*") if path.is_file())
 
     def _fetch(self, file: SourceFile) -> Path:
-        return patiently(file.name, functools.partial(self._download, file))
+        return ask_hub(file.name, functools.partial(self._download, file))
 
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         where = {"repo_id": REPOSITORY, "filename": file.name, "repo_type": "dataset", "revision": self.commit}
         cached = try_to_load_from_cache(**where)
-        for path in (self.folder / file.name, Path(cached) if isinstance(cached, str) else None):
+        for path in (self.downloads.folder / file.name, Path(cached) if isinstance(cached, str) else None):
             if path and path.exists() and is_whole(path, file):
                 return path
         start = time.monotonic()
-        path = Path(hf_hub_download(**where, local_dir=self.folder, force_download=True))
+        path = Path(hf_hub_download(**where, local_dir=self.downloads.folder, force_download=True))
         self.seconds_per_byte = (time.monotonic() - start) / file.bytes
         if not is_whole(path, file):  # huggingface_hub checks the size only
             path.unlink()
@@ -130,34 +147,46 @@ class HubWikipedia(Source):
         return path
 
 
+def check_writable(what: str, folder: str | Path) -> None:
+    """Raise UserError if the Hugging Face cache cannot be written: its libraries report that as a failing network."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{what}: the cache {folder} cannot be written ({error.strerror}); make it writable, or point HF_HOME to another folder"
+        ) from error
+
+
+def mixed(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(files, key=lambda file: hashlib.sha256(file["name"].encode()).digest())
+
+
+def cached_file(config: str, path: Path) -> dict[str, Any]:
+    """A file of the Hugging Face cache. There, a large file lies under its SHA-256."""
+    name = path.resolve().name
+    digest = name if re.fullmatch("[0-9a-f]{64}", name) else None
+    return {"name": f"{config}/{path.name}", "bytes": path.stat().st_size, "sha256": digest}
+
+
 def is_whole(path: Path, file: SourceFile) -> bool:
     return path.stat().st_size == file.bytes and (file.sha256 is None or sha256(path) == file.sha256)
 
 
-def patiently(what: str, action: Callable[[], T]) -> T:
-    """The result of `action`, tried several times with longer and longer pauses while the network or the hub fails."""
-    for attempt in itertools.count(1):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:  # the errors of the libraries, and of their libraries, have no common base
-            if getattr(system_error(error), "errno", None) in DISK_FULL:
-                raise
-            check_retryable(what, error)
-            if attempt == ATTEMPTS:
-                raise UserError(
-                    f"{what}: could not be fetched ({first_line(error)}), tried {ATTEMPTS} times; "
-                    "what is done is kept: give the same command when the network is back"
-                ) from error
-            pause = 2 ** (attempt - 1)
-            tqdm.write(f"{what}: {first_line(error)}; trying again in {pause} s", file=sys.stderr)
-            time.sleep(pause)
+def ask_hub(what: str, action: Callable[[], T]) -> T:
+    """The result of `action`, tried several times while the network or the hub fails."""
+    advice = "what is done is kept: give the same command when the network is back"
+    return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
 
 
 def check_retryable(what: str, error: Exception) -> None:
     """Raise UserError if asking again cannot help."""
+    import datasets
     from huggingface_hub import constants
+
+    for folder in (constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE):
+        check_writable(what, folder)
 
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{what}: is not on this machine, and HF_HUB_OFFLINE is set; go online") from error
@@ -165,25 +194,3 @@ def check_retryable(what: str, error: Exception) -> None:
     if 400 <= status < 500 and status not in (408, 429):
         hint = "is HF_TOKEN right?" if status in (401, 403) else "is --revision right?"
         raise UserError(f"{what}: the hub refuses it ({first_line(error)}); {hint}") from error
-
-
-def in_background(action: Callable[[], T]) -> Future:
-    """Run `action` in a daemon thread. At exit, Python would wait for the thread of a pool, and so for the network."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:  # any error: whoever asks for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def answer_within(seconds: float, action: Callable[[], T]) -> T:
-    """The result of `action`. Raises OSError if it takes longer."""
-    try:
-        return in_background(action).result(timeout=seconds)
-    except FutureTimeoutError as error:
-        raise OSError(f"no answer in {seconds:g} s") from error

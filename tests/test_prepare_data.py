@@ -26,7 +26,9 @@ from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_s
 
 import prepare_data
 from config import PrepareConfig
-from internals import progress, text_files
+from internals import progress, reader
+from internals.articles import is_held_out
+from internals.files import locked
 from internals.shards import read_meta
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -91,7 +93,7 @@ def test_the_split_depends_on_the_id_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_the_end_of_one_document_is_held_out(tmp_path, kind, monkeypatch):
     text = " ".join(row["text"] for row in make_articles(2000))
-    assert len(text.encode()) > 2 * text_files.CHUNK_BYTES
+    assert len(text.encode()) > 2 * reader.CHUNK_BYTES
     path = tmp_path / f"book.{kind}"
     path.write_text(text if kind == "txt" else json.dumps({"text": text}), encoding="utf-8")
     prepare(config(tmp_path / "out", path, val_fraction=0.25, shard_tokens=300_000))
@@ -140,7 +142,7 @@ def test_real_articles_come_back_exactly(tmp_path):
         assert len(ends) == meta["splits"][split]["articles"]
     place, order = {"train": 0, "val": 0}, []
     for row in rows:
-        split = "val" if prepare_data.is_held_out(row["id"].encode(), 0.005) else "train"
+        split = "val" if is_held_out(row["id"].encode(), 0.005) else "train"
         order.append((row, split, place[split]))
         place[split] += 1
     for row, split, n in random.Random(0).sample(order, 1000):
@@ -206,8 +208,12 @@ def test_a_damaged_folder_is_not_called_finished(tmp_path):
 def test_only_temporary_files_of_our_own_are_deleted(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_articles(50))
     (tmp_path / "out").mkdir()
-    for name in ("meta.json.tmp", "progress.json.tmp", "mine.json.tmp"):
-        (tmp_path / "out" / name).write_text("half")
+    for name, begun in (
+        ("meta.json.tmp", '{\n  "format": 1,\n  "sour'),
+        ("progress.json.tmp", ""),
+        ("mine.json.tmp", "half"),
+    ):
+        (tmp_path / "out" / name).write_text(begun)
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     assert list(files(tmp_path / "out")) == ["meta.json", "mine.json.tmp", "train_000000.bin", "val_000000.bin"]
 
@@ -239,9 +245,12 @@ def test_another_command_is_refused_half_way(tmp_path):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     for damaged in ("{", "{}", "[]"):
         (tmp_path / "out" / "progress.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"progress\.json: is damaged"):
-            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
-    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=r"progress\.json.*: is damaged"):
+                prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=overwrite))
+    for name in ("progress.json", "train_000000.bin.partial", "val_000000.bin.partial"):
+        (tmp_path / "out" / name).unlink()
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
@@ -250,7 +259,7 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "LOCK_SECONDS", 0.1)
     write_jsonl(tmp_path / "a.jsonl", make_articles(50))
     (tmp_path / "out").mkdir()
-    with prepare_data.filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another"):
+    with locked(tmp_path / "out", "not here"), pytest.raises(UserError, match="another"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 

@@ -1,213 +1,134 @@
-"""internals/text_files.py: every file type gives the same articles, and odd ones come back exactly."""
+"""internals/text_files.py: several sources are one text; names and files of odd kinds; separators."""
 
 import gzip
-import json
+import os
+import random
+import subprocess
+import sys
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from articles import as_text, command, config, make_articles, texts, write_jsonl, write_parquet
-from conftest import assert_user_error, needs_gpt2, run_script
+from articles import command, config, files, make_articles, posix, texts, write_jsonl
+from conftest import REPO, assert_user_error, run_script
 
-from internals import text_files
+from config import PrepareConfig
+from internals import reader
+from internals.cli import parse
+from internals.shards import read_meta
 from internals.start import UserError
-from internals.text_files import read_chunks
-from internals.tokenizer import load_tokenizer
-from prepare_data import prepare, tokenize
+from internals.tokenizer import END_OF_TEXT
+from prepare_data import prepare
 
 
-def tokens_of(path, tokenizer="bytes"):
-    return [tokenize(chunk, tokenizer, 0.2) for chunk in read_chunks(path, path.name, "text")]
+@pytest.mark.parametrize("preset", [[], ["--preset", "demo"], ["--preset=wikipedia-150m"]])
+def test_several_sources_in_both_forms(preset):
+    def sources(*flags):
+        return parse(PrepareConfig, "", [*preset, *flags]).sources
+
+    assert sources() == (("sample",) if "demo" in preset else ("wikipedia",))
+    assert sources("--source", "a") == ("a",)
+    assert sources("--source", "a", "b") == sources("--source", "a", "--source", "b") == ("a", "b")
+    assert sources("--source", "b", "a", "--source", "c", "b") == ("b", "a", "c")
 
 
-def test_every_file_type_makes_the_same_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 10_000)  # for many chunks, and lines longer than a block
-    zstandard = pa.Codec("zstd")
-    rows = make_articles(300, words=500)
-    write_parquet(tmp_path / "a.parquet", rows)
-    write_jsonl(tmp_path / "b.jsonl", rows)
-    data = (tmp_path / "b.jsonl").read_bytes()
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))  # two members
-    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(data).to_pybytes())
-    (tmp_path / "e.jsonl").write_bytes(data.rstrip(b"\n").replace(b"\n", b"\r\n\r\n"))
-    got = {}
-    for path in sorted(tmp_path.iterdir()):
-        parts = [tokenize(chunk, "bytes", 0.2) for chunk in read_chunks(path, path.name, "text")]
-        assert len(parts) > 1
-        got[path.name] = np.concatenate([part.tokens for part in parts]).tobytes()
-        assert sum(len(part.lengths) for part in parts) == len(rows)
-    assert len(set(got.values())) == 1
+@pytest.mark.parametrize("flags", [["--source"], ["--source", ""], ["--source", "wikipedia", "a.txt"],
+                                   ["--source", "a", "--source", "wikipedia"], ["--source", "sample", "wikipedia"]])  # fmt: skip
+def test_sources_that_make_no_sense(flags):
+    assert_user_error(run_script("prepare_data.py", *flags), "--source")
 
 
-def test_each_txt_file_is_one_document(tmp_path):
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    want = [as_text(row) for row in make_articles(30)]
-    for n, text in enumerate(want):
-        path = tmp_path / "in" / ("sub" if n % 2 else "") / f"{n:02d}.txt"
-        if n % 3:
-            path.write_bytes(text.encode())
-        else:
-            path.with_suffix(".txt.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "in" / "picture.png").write_bytes(b"x")
-    result = run_script(*command(tmp_path / "out", tmp_path / "in"))
-    assert result.returncode == 0, result.stderr
-    assert "left out 1 file " in result.stdout
-    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(want)
+def test_several_sources_are_one_text(tmp_path):
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_articles(100, seed=ord(name)))
+    both = make_articles(100, seed=ord("b")) + make_articles(100, seed=ord("a"))
+    write_jsonl(tmp_path / "both.jsonl", both)
+    flags = ["--source", tmp_path / "a.jsonl", "--source", tmp_path / "b.jsonl"]
+    again = run_script(*command(tmp_path / "out", tmp_path / "b.jsonl", *flags))
+    assert again.returncode == 0, again.stderr
+    prepare(config(tmp_path / "one", tmp_path / "both.jsonl"))
+    for name in ("train_000000.bin", "val_000000.bin"):
+        assert files(tmp_path / "out")[name] == files(tmp_path / "one")[name]
+    same = run_script(*command(tmp_path / "out", tmp_path / "b.jsonl", "--source", tmp_path / "a.jsonl"))
+    assert same.returncode == 0 and "finished" in same.stdout
+    other = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl", "--source", tmp_path / "b.jsonl"))
+    assert_user_error(other, "another source")
+    twice = run_script(*command(tmp_path / "two", tmp_path / "a.jsonl", "--source", tmp_path / "a.*"))
+    assert twice.returncode == 0 and "already taken" in twice.stdout
+    with_sample = run_script(*command(tmp_path / "three", "sample", "--source", tmp_path / "a.jsonl"))
+    assert with_sample.returncode == 0 and "2 files" in with_sample.stdout
 
 
-def test_a_glob_and_another_column(tmp_path):
-    rows = [{"body": row["text"], "n": 1} for row in make_articles(100)]
-    write_jsonl(tmp_path / "a1.jsonl", rows[:50])
-    write_jsonl(tmp_path / "a2.jsonl", rows[50:])
-    write_jsonl(tmp_path / "b.jsonl", make_articles(5))
-    prepare(config(tmp_path / "out", tmp_path / "a*.jsonl", text_column="body"))
-    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(r["body"] for r in rows)
-
-
-ODD = {
-    "a special token's text": "one <|endoftext|> two <|fim_prefix|><|endoftext|>",
-    "a million times one letter": "a" * 1_000_000,
-    "a million blanks": "x" + " " * 1_000_000 + "y",
-    "a million newlines": "x" + "\n" * 1_000_000 + "y",
-    "a million marks": "=" * 1_000_000,
-    "a line of 5 MB": "The river is long. " * 270_000,
-    "no spaces": "東京は日本の首都である。" * 50_000,
-    "Thai": "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย" * 10_000,
-    "combining marks": "e\u0301\u0300\u0302" * 100_000,
-    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈" * 50_000,
-    "control characters": "\0\x01\x1b[0m\x85\u2028\ufeff",
-    "line ends": "a\r\nb\rc\n",
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
-def test_odd_articles_come_back_exactly(tmp_path, name, tokenizer, kind):
-    text, path = ODD[name], tmp_path / f"a.{kind}"
-    if kind == "parquet":
-        write_parquet(path, [{"text": text}])
-    elif kind == "jsonl":
-        write_jsonl(path, [{"text": text}])
-    else:
-        path.write_bytes(text.encode())
-    parts = tokens_of(path, tokenizer)
-    tokens = np.concatenate([part.tokens for part in parts])
-    encoding = load_tokenizer(tokenizer)
-    assert encoding.decode_bytes(tokens[:-1].tolist()) == text.encode()
-    assert (tokens == encoding.eot_token).nonzero()[0].tolist() == [len(tokens) - 1]
-    assert sum(int(part.text_bytes.sum()) for part in parts) == len(text.encode())
-
-
-def test_invalid_unicode_is_replaced_and_counted(tmp_path):
-    (tmp_path / "in").mkdir()
-    for n in range(20):
-        (tmp_path / "in" / f"{n:02d}.txt").write_bytes(f"Text {n}".encode())
-    (tmp_path / "in" / "latin.txt").write_bytes("Zo\xeb".encode("latin-1"))
-    (tmp_path / "in" / "lone.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
-    table = pa.table({"text": pa.array([b"par\xffquet", "東京".encode()]).view(pa.string())})
-    pq.write_table(table, tmp_path / "in" / "p.parquet")
-    result = run_script(*command(tmp_path / "out", tmp_path / "in"))
-    assert result.returncode == 0, result.stderr
-    assert "in 3 articles" in result.stdout
-    got = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
-    assert {"Zo\ufffd", "a \ufffd b 😀", "par\ufffdquet", "東京"} <= set(got)
-    assert len(got) == 24
-
-
-def test_a_byte_order_mark_is_not_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfText")
-    assert bytes(tokens_of(tmp_path / "a.txt")[0].tokens[:-1].tolist()) == b"Text"
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Text"}\n')
-    assert bytes(tokens_of(tmp_path / "a.jsonl")[0].tokens[:-1].tolist()) == b"Text"
-
-
-def test_ids_and_titles_of_other_kinds(tmp_path):
-    rows = [
-        {"id": 7, "title": None, "text": "a"},
-        {"id": None, "title": "", "text": "b"},
-        {"id": None, "title": "T", "text": "c"},
+@pytest.mark.parametrize("separator, between", [(END_OF_TEXT, f"\n{END_OF_TEXT}\n"), (END_OF_TEXT, END_OF_TEXT), (r"\n\n\n", "\n\n\n"),
+                                                (r"\n---\n", "\n---\n"), (r"\n\n\n", "\r\n\r\n\r\n"), ("☃", "☃\n"), (r"\\n", r"\n")])  # fmt: skip
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+def test_a_separator_makes_documents(tmp_path, separator, between, ending, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1000)
+    rng = random.Random(0)
+    stories = [
+        " ".join(rng.choices(["Zoë", "a city.", "river\n\nand", "東京"], k=rng.choice([3, 30, 300, 1500])))
+        for _ in range(400)
     ]
+    data = (between + between.join(stories) + between).encode()
+    (tmp_path / f"a{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    got = {}
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        prepare(config(folder, tmp_path / f"a{ending}", separator=separator, workers=workers, val_fraction=0.3))
+        got[workers] = files(folder)
+    assert got[1] == got[3]
+    assert sorted(texts(folder, "train") + texts(folder, "val")) == sorted(stories)
+    assert sum(split["articles"] for split in read_meta(folder)["splits"].values()) == len(stories)
+
+
+def test_end_of_text_without_the_flag_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text(END_OF_TEXT.join(row["text"] for row in make_articles(60)))
+    (tmp_path / "b.txt").write_text("word " * 300_000 + END_OF_TEXT)
+    (tmp_path / "c.txt").write_text("word " * 3000)
+    result = run_script(*command(tmp_path / "out", tmp_path))
+    assert result.returncode == 0, result.stderr
+    notes = [line for line in result.stdout.splitlines() if "--separator" in line]
+    assert len(notes) == 1 and "a.txt, b.txt holds" in notes[0] and END_OF_TEXT in notes[0]
+    result = run_script(*command(tmp_path / "out", tmp_path, "--separator", END_OF_TEXT))
+    assert_user_error(result, "--separator")  # another setting than that of the finished folder
+
+
+def test_a_separator_that_is_not_there_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("one <|end|> two " * 3000)
+    (tmp_path / "b.txt").write_text("word " * 3000)
+    result = run_script(*command(tmp_path / "out", tmp_path, "--separator", "<|end|>"))
+    assert "note: b.txt: no --separator is in there" in result.stdout
+
+
+@posix
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_odd_file_names_and_narrow_outputs(tmp_path, encoding):
+    folder = os.path.join(os.fsencode(tmp_path), "in 東京\udcff".encode("utf-8", "surrogateescape"))
+    os.mkdir(folder)
+    rows = make_articles(60)
     write_jsonl(tmp_path / "a.jsonl", rows)
-    write_parquet(tmp_path / "b.parquet", rows)
-    table = pa.table(
-        {"title": pa.array(["T", "T"]).dictionary_encode(), "text": pa.array(["x", "y"], pa.large_string())}
-    )
-    pq.write_table(table, tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.parquet"):
-        got = [a for chunk in read_chunks(tmp_path / name, name, "text") for a in chunk.articles()]
-        assert [(key, title or "", text) for key, title, text in got] == [
-            (b"7", "", "a"),
-            (None, "", "b"),
-            (None, "T", "c"),
-        ]
-    assert (
-        bytes(t if t < 256 else 10 for t in tokens_of(tmp_path / "c.parquet")[0].tokens.tolist()) == b"T\n\nx\nT\n\ny\n"
-    )
+    os.rename(tmp_path / "a.jsonl", os.path.join(folder, b"a\xfe.jsonl"))
+    with open(os.path.join(folder, b"b\xfe.txt"), "wb") as file:
+        file.write(("Zoë " * 100).encode() + END_OF_TEXT.encode() + b"\xff")
+    arguments = command(tmp_path / "out", os.fsdecode(folder))
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert b"Traceback" not in result.stderr and b"replaced invalid" in result.stdout
+    os.rename(os.path.join(folder, b"a\xfe.jsonl"), os.path.join(folder, b"a\xfe.parquet"))
+    result = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, env=env)
+    assert result.returncode == 2 and b"Traceback" not in result.stderr and b".parquet: cannot be read" in result.stderr
 
 
-def broken(tmp_path, name):
-    """A source that cannot be read, and the words that its message must have."""
-    path = tmp_path / "in"
-    path.mkdir()
-    rows = make_articles(100)
-    if name == "an empty folder":
-        return path, ["--source", "in", ".parquet"]
-    if name == "nothing there":
-        return path / "no" / "*.txt", ["--source", "no such file"]
-    if name == "another type":
-        (path / "a.pdf").write_bytes(b"x")
-        return path / "a.pdf", ["--source", ".jsonl"]
-    if name == "no such column":
-        write_parquet(path / "a.parquet", [{"body": "x", "other": "y"}] * 10)
-        return path, ["a.parquet", "'text'", "--text-column", "body"]
-    if name == "a column of numbers":
-        write_parquet(path / "a.parquet", [{"text": 1}] * 10)
-        return path, ["a.parquet", "'text'", "int64", "--text-column"]
-    if name == "a truncated parquet":
-        write_parquet(path / "a.parquet", rows)
-        (path / "b.parquet").write_bytes((path / "a.parquet").read_bytes()[:-100])
-        return path, ["b.parquet", "cut short"]
-    if name == "a damaged parquet":
-        write_parquet(path / "a.parquet", rows, compression="zstd")
-        data = bytearray((path / "a.parquet").read_bytes())
-        data[200:2000] = bytes(1800)
-        (path / "a.parquet").write_bytes(bytes(data))
-        return path, ["a.parquet"]
-    if name == "a truncated gzip":
-        write_jsonl(path / "a.jsonl", rows)
-        (path / "b.jsonl.gz").write_bytes(gzip.compress((path / "a.jsonl").read_bytes())[:-2000])
-        return path, ["b.jsonl.gz"]
-    lines = [json.dumps(row) for row in rows]
-    lines[41] = {
-        "a broken line": '{"text": "cut', "a line without text": '{"title": "x"}', "a line that is a list": "[1]",
-        "a line with a number": '{"text": 7}',
-    }[name]  # fmt: skip
-    (path / "a.jsonl").write_text("\n".join(lines))
-    return path / "a.jsonl", ["a.jsonl, line 42"]
+def test_an_lfs_pointer_is_named(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.json"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer"):
+            prepare(config(tmp_path / "out", tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "an empty folder", "nothing there", "another type", "no such column", "a column of numbers", "a truncated parquet",
-        "a damaged parquet", "a truncated gzip", "a broken line", "a line without text", "a line that is a list",
-        "a line with a number",
-    ],
-)  # fmt: skip
-def test_a_source_that_cannot_be_read(tmp_path, name):
-    source, words = broken(tmp_path, name)
-    with pytest.raises(UserError) as error:
-        prepare(config(tmp_path / "out", source, workers=1))
-    for word in words:
-        assert word in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / "out" / "meta.json").exists()
-
-
-def test_a_mistake_ends_in_one_line_and_exit_status_2(tmp_path):
-    source, words = broken(tmp_path, "a broken line")
-    result = run_script(*command(tmp_path / "out", source))
-    assert_user_error(result, *words)
-    assert len(result.stderr.splitlines()) == 1
+def test_many_small_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3000):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"Text {number} and more")
+    prepare(config(tmp_path / "out", tmp_path / "in"))
+    assert len(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == 3000

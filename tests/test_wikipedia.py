@@ -116,14 +116,14 @@ def test_a_hub_that_stays_broken_is_one_message_and_the_run_resumes(tmp_path, se
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "tried 6 times" in errors[0] and "Traceback" not in result.stderr
     state = json.loads((tmp_path / "out" / "progress.json").read_text())
-    assert state["file"] >= 2  # the two whole files are done
+    assert state["file"] >= 1  # the whole files are done (the third may overtake the second)
     handler.faults.clear()
     handler.downloads.clear()
     handler.commit = "2" * 40  # the branch moves, the folder keeps its commit
     result = run_script(*hub_command(tmp_path / "out"), env=env)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path / "out") == files(tmp_path / "once")
-    assert len(handler.downloads) <= 2 and {revision for _, revision in handler.downloads} == {hub.SHA}
+    assert len(handler.downloads) <= 3 and {revision for _, revision in handler.downloads} == {hub.SHA}
 
 
 def test_what_the_hub_does_not_have(tmp_path, serve):
@@ -148,6 +148,61 @@ def test_files_in_the_hugging_face_cache_are_used_and_left_there(tmp_path, serve
     assert result.returncode == 0, result.stderr
     assert len(handler.downloads) == 4
     assert cached.items() <= files(tmp_path / "home1" / "hub").items()
+
+
+@pytest.mark.parametrize("by", ["snapshot_download('wikimedia/wikipedia', repo_type='dataset')",
+                                "load_dataset('wikimedia/wikipedia', '20231101.simple', split='train')"])  # fmt: skip
+def test_offline_with_the_dataset_in_the_cache(tmp_path, serve, by):
+    handler, env = serve()
+    env = {**env, "HF_HUB_DISABLE_XET": "1"}
+    code = f"from huggingface_hub import snapshot_download; from datasets import load_dataset; {by}"
+    assert run_script("-c", code, env=env).returncode == 0
+    handler.downloads.clear()
+    offline = {**env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = run_script(*hub_command(tmp_path / "out"), env=offline)
+    assert result.returncode == 0, result.stderr
+    assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+    cached = list((tmp_path / "home1" / "hub").rglob("train-00002*"))
+    assert cached
+    for path in cached:
+        path.unlink()
+    assert_user_error(
+        run_script(*hub_command(tmp_path / "other"), env=offline), "HF_HUB_OFFLINE", "not whole in the cache"
+    )
+
+
+def test_an_endpoint_with_a_slash_at_its_end(tmp_path, serve):
+    _, env = serve()
+    result = run_script(*hub_command(tmp_path / "out"), env={**env, "HF_ENDPOINT": env["HF_ENDPOINT"] + "/"})
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "variables", [{"HF_HOME": "/proc/nowhere"}, {"HF_HOME": "{}/file/x"}, {"HF_DATASETS_CACHE": "/proc/x"}]
+)
+@posix
+def test_a_cache_that_cannot_be_written_is_named_and_not_retried(tmp_path, serve, variables):
+    _, env = serve()
+    (tmp_path / "file").write_text("x")
+    variables = {name: value.format(tmp_path) for name, value in variables.items()}
+    result = run_script(*hub_command(tmp_path / "out"), env={**env, **variables})
+    assert_user_error(result, "HF_HOME", *variables.values())
+    assert "trying again" not in result.stderr
+
+
+def test_the_users_own_downloads_stay(tmp_path, serve, hub_folder):
+    _, env = serve()
+    name = "20231101.simple/train-00000-of-00004.parquet"
+    for path in ("downloads/mine.txt", f"downloads/{name}"):
+        (tmp_path / "out" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / path).write_bytes((hub_folder / name).read_bytes())
+    mine = files(tmp_path / "out")
+    for more in ([], [], ["--overwrite"]):
+        result = run_script(*hub_command(tmp_path / "out", *more), env=env)
+        assert result.returncode == 0, result.stderr
+        assert mine.items() <= files(tmp_path / "out").items()
+    assert not (tmp_path / "out" / ".downloads-in-progress").exists()
 
 
 @posix

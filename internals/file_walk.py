@@ -1,0 +1,221 @@
+"""Which files a source names: one walk for a file, a folder and a glob, each file once, whatever is left out counted."""
+
+import fnmatch
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from internals.start import UserError, first_line
+
+TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".txt")  # these may be compressed
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+KNOWN = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also .gz, .zst or .bz2)"
+WIKI_EXTRACTOR = re.compile(r"wiki_\d+")  # AA/wiki_00
+
+
+def file_type(name: str) -> str:
+    """`.parquet`, `.jsonl`, `.json`, `.txt` or `wiki` (WikiExtractor's), compressed or not; empty for any other file."""
+    name = os.path.basename(name).lower()
+    stem = uncompressed(name)
+    if WIKI_EXTRACTOR.fullmatch(stem):
+        return "wiki"
+    ending = os.path.splitext(stem)[1]
+    if ending in TEXT_TYPES:
+        return ".jsonl" if ending == ".ndjson" else ending
+    return ".parquet" if name.endswith(".parquet") else ""
+
+
+def uncompressed(name: str) -> str:
+    """`uncompressed("a.txt.gz") -> "a.txt"`"""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in COMPRESSIONS else name
+
+
+@dataclass
+class Found:
+    """The files of a source, in the order in which they are read."""
+
+    root: Path  # names of files are relative to it
+    paths: list[Path]
+    left_out: Counter[str] = field(default_factory=Counter)  # reason -> files
+
+    def reasons(self) -> str:
+        """`left out 3 files (2 hidden, 1 .png)`; empty if nothing is left out."""
+        if not self.left_out:
+            return ""
+        total = self.left_out.total()
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+        return f"left out {total:,} file{'s' if total != 1 else ''} ({reasons})"
+
+
+def find_files(sources: tuple[str, ...], sample: Path) -> Found:
+    """The text files that `--source` names, one after another, each file once.
+
+    Raises:
+        UserError: a source does not exist, something cannot be read, or two files are one text, compressed and not.
+    """
+    walk = Walk()
+    found = [Found(sample.parent, [sample]) if source == "sample" else walk.find(source) for source in sources]
+    root, paths = found[0].root, walk.each_once(path for part in found for path in part.paths)
+    if len(found) > 1:
+        root = Path(os.path.commonpath([os.path.abspath(part.root) for part in found]))
+        paths = [Path(os.path.abspath(path)) for path in paths]
+    chosen = walk.choose(paths, alone=[Path(source).expanduser() for source in sources])
+    if not chosen:
+        reasons = Found(root, [], walk.left_out).reasons()
+        raise UserError(
+            f"--source {' '.join(sources)}: holds no file of text ({reasons or 'it is empty'}); give {KNOWN}"
+        )
+    refuse_pairs(chosen, root)
+    return Found(root, chosen, walk.left_out)
+
+
+def refuse_pairs(paths: list[Path], root: Path) -> None:
+    """Raise UserError if a file lies beside its compressed self: the text would count twice."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        other = seen.setdefault(path.with_name(uncompressed(path.name)), path)
+        if other != path:
+            names = " and ".join(str(p.relative_to(root)) for p in (other, path))
+            raise UserError(
+                f"--source: {names} look like the same text twice; move one of them away, or rename it if it is another text"
+            )
+
+
+class Walk:
+    """Finds files, and counts what it leaves out."""
+
+    def __init__(self):
+        self.left_out: Counter[str] = Counter()
+
+    def find(self, source: str) -> Found:
+        """The files of a file, a folder or a glob, of any type, sorted. Those in a folder behind a link come as well."""
+        path = Path(source).expanduser()
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError as error:
+            if path.is_symlink():
+                raise unreadable(path, "it is a link to something that is gone") from error
+            return self.match(source, path)
+        except (OSError, ValueError) as error:
+            if glob.has_magic(str(path)):
+                return self.match(source, path)
+            raise unreadable(path, error) from error
+        if stat.S_ISDIR(mode):
+            return Found(path, sorted(self.files_in(path)))
+        if not stat.S_ISREG(mode):
+            raise UserError(f"--source {source}: is a pipe or a device; write its text to a file, and give that")
+        return Found(path.parent, [path])
+
+    def match(self, source: str, pattern: Path) -> Found:
+        paths = []
+        for path in sorted(self.expand(pattern)) if glob.has_magic(str(pattern)) else []:
+            if path.is_dir():
+                self.left_out["folder(s) that the glob names (** takes the files in them)"] += "**" not in pattern.parts
+            elif self.is_regular(path):
+                paths.append(path)
+        if not paths:
+            raise UserError(
+                f"--source {source}: there is no such file or folder, and no file matches; "
+                f"give wikipedia, sample, or a file, folder or glob of {KNOWN}"
+            )
+        return Found(Path(os.path.commonpath([path.parent for path in paths])), paths)
+
+    def expand(self, pattern: Path) -> set[Path]:
+        """What a glob matches. As in a shell, a name that begins with a dot is matched only by a dot."""
+        start = Path(pattern.anchor)
+        matches = {start}
+        for number, part in enumerate(pattern.relative_to(start).parts):
+            if part == "**":
+                last = number == len(pattern.relative_to(start).parts) - 1
+                matches = {p for m in matches if m.is_dir() for p in (self.files_in(m) if last else self.folders_in(m))}
+            elif glob.has_magic(part):
+                names = ((m, entry.name) for m in matches if m.is_dir() for entry in entries(m))
+                matches = {m / name for m, name in names if fnmatch.fnmatch(name, part) and self.is_visible(name, part)}
+            else:
+                matches = {m / part for m in matches if os.path.lexists(m / part)}
+        return matches
+
+    def is_visible(self, name: str, part: str = "*") -> bool:
+        if name.startswith(".") and not part.startswith("."):
+            self.left_out["hidden"] += 1
+            return False
+        return True
+
+    def is_regular(self, path: Path) -> bool:
+        try:
+            regular = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError as error:
+            reason = "it is a link to something that is gone" if path.is_symlink() else error
+            raise unreadable(path, reason) from error
+        self.left_out["not a file (a pipe or a device)"] += not regular
+        self.left_out += Counter()  # drops zeros
+        return regular
+
+    def files_in(self, folder: Path) -> Iterator[Path]:
+        for inside in self.folders_in(folder):
+            for entry in entries(inside):
+                path = inside / entry.name
+                if self.is_visible(entry.name) and not os.path.isdir(path) and self.is_regular(path):
+                    yield path
+
+    def folders_in(self, folder: Path) -> Iterator[Path]:
+        """The folder and all below it. Links are followed last, so that a folder is found under its own name; each
+        folder comes once, so a link to a folder above ends here."""
+        seen, own, linked = set(), [folder], []
+        while own or linked:
+            folder = own.pop() if own else linked.pop()
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                self.left_out["already taken under another name"] += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            yield folder
+            for entry in sorted(entries(folder), key=lambda e: e.name, reverse=True):
+                if not entry.name.startswith(".") and os.path.isdir(entry.path):
+                    (linked if entry.is_symlink() else own).append(folder / entry.name)
+
+    def each_once(self, paths: Iterable[Path]) -> list[Path]:
+        """The paths without those that lead to a file for the second time. A file is kept under its own name."""
+        paths, names = list(paths), {}
+        for path in paths:
+            status = os.stat(path)
+            names.setdefault((status.st_dev, status.st_ino), []).append(path)
+        for several in names.values():
+            if len(several) > 1:
+                self.left_out["already taken under another name"] += len(several) - 1
+                several.sort(key=lambda path: path.resolve() != path.absolute())
+        kept = {several[0] for several in names.values()}
+        return list(dict.fromkeys(path for path in paths if path in kept))
+
+    def choose(self, paths: list[Path], alone: list[Path]) -> list[Path]:
+        """The text files among these. A .json in a folder of other text describes it more often than it belongs to it."""
+        types = {path: file_type(path.name) for path in paths}
+        others = any(kind not in ("", ".json") for kind in types.values())
+        chosen = []
+        for path, kind in types.items():
+            if kind == ".json" and others and not any(os.path.abspath(path) == os.path.abspath(a) for a in alone):
+                self.left_out[".json beside other text (give it as a --source of its own)"] += 1
+            elif kind:
+                chosen.append(path)
+            else:
+                self.left_out["".join(path.suffixes[-2:]).lower() or "without an ending"] += 1
+        return chosen
+
+
+def entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as inside:
+            return list(inside)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def unreadable(path: Path, reason: OSError | ValueError | str) -> UserError:
+    text = reason if isinstance(reason, str) else getattr(reason, "strerror", None) or first_line(reason)
+    return UserError(f"{path}: cannot be read ({text}); make it readable, or move it out of --source")

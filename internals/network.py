@@ -1,0 +1,78 @@
+"""Asking the network: in the background, within a time, and several times."""
+
+import errno
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from internals.files import DISK_FULL, system_error
+from internals.start import UserError, first_line
+
+T = TypeVar("T")
+
+
+def patiently(
+    what: str, action: Callable[[], T], attempts: int, advice: str, give_up: Callable[[Exception], None]
+) -> T:
+    """The result of `action`, tried several times with longer and longer pauses while the network fails.
+
+    `give_up(error)` raises if asking again cannot help; a failure of this machine's disk is never tried again.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # the errors of the libraries, and of their libraries, have no common base
+            refuse_local_failure(what, error)
+            give_up(error)
+            if attempt == attempts:
+                raise UserError(
+                    f"{what}: could not be fetched ({first_line(error)}), tried {attempts} times; {advice}"
+                ) from error
+            pause = 2 ** (attempt - 1)
+            tqdm.write(f"{what}: {first_line(error)}; trying again in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+
+
+def refuse_local_failure(what: str, error: Exception) -> None:
+    """Raise if the error is one of a file on this machine: a full disk, or a folder that cannot be written."""
+    cause = system_error(error)
+    if cause is None or cause.errno is None:
+        return
+    if cause.errno in DISK_FULL and cause.filename is None:
+        raise error
+    if cause.filename is not None and cause.errno != errno.ENOENT:
+        raise UserError(
+            f"{what}: {cause.filename}: {cause.strerror}; make room or make it writable, or point HF_HOME (for the "
+            "vocabulary: TIKTOKEN_CACHE_DIR) to another folder"
+        ) from error
+
+
+def in_background(action: Callable[[], T]) -> Future:
+    """Run `action` in a daemon thread. At exit, Python would wait for the thread of a pool, and so for the network."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # any error: whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def answer_within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of `action`. Raises OSError if it takes longer."""
+    try:
+        return in_background(action).result(timeout=seconds)
+    except FutureTimeoutError as error:
+        raise OSError(f"no answer in {seconds:g} s") from error

@@ -1,0 +1,143 @@
+"""What readers of text files share: a file is read in chunks, a chunk is parsed into articles."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from internals.encodings import Block, as_utf8, check_text
+from internals.file_walk import COMPRESSIONS
+from internals.start import UserError, first_line
+from internals.tokenizer import END_OF_TEXT
+
+CHUNK_BYTES = 1 << 20  # about the text in a chunk: much work for a thread, little memory
+CHUNK_ROWS = 256
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read: the flags of the same names."""
+
+    text_column: str = "text"
+    encoding: str = "utf-8"
+    separator: str = ""
+
+
+class Article(NamedTuple):
+    id: bytes | None  # decides the split; None: the text does
+    title: str | None
+    text: str  # invalid UTF-8 is kept as lone surrogates; empty if there is no text
+
+    @classmethod
+    def from_row(cls, id: Any, title: Any, text: str | None) -> "Article":
+        id = None if id is None or id == "" else str(id).encode("utf-8", "surrogatepass")
+        return cls(id, as_title(title), text or "")
+
+
+def as_title(value: Any) -> str | None:
+    """A title may be a number or a date. What is no single value, or not a number, is no title."""
+    if value is None or isinstance(value, bool | list | dict | bytes) or value != value:
+        return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else None
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring articles of a file, not parsed yet, or one piece of a long document."""
+
+    reader: "Reader"
+    first: int  # the row, line or piece of the file that it begins with, from 0
+    count: int  # rows, lines or pieces in it
+    position: int  # bytes of the file read so far, about
+    data: Any  # what the reader's `articles` parses
+    starts: bool = True  # False: it continues the article of the chunk before
+    ends: bool = True  # False: the next chunk continues its article
+
+    def articles(self) -> Iterator[Article]:
+        """Raises UserError, with the file and the line, if a row is not an article."""
+        return self.reader.articles(self)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn a failure to read a file of the source into a UserError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}); make it readable, or leave it out") from error
+    except (OSError, pa.ArrowException, UnicodeError) as error:  # Arrow reports damage as either
+        raise UserError(f"{name}: cannot be read, it may be cut short or damaged ({first_line(error)})") from error
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads one file: `chunks()` in the main thread, `articles(chunk)`, which parses, in the worker threads."""
+
+    path: Path
+    name: str
+    options: ReadOptions
+
+    def check(self) -> bool:
+        """Whether the file holds `wanted`. Raises UserError if it is not what its name says."""
+        with reading(self.name):
+            with open(self.path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(
+                        f"{self.name}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+                    )
+            return self.check_content()
+
+    @property
+    def wanted(self) -> bytes:
+        """What may stand between documents: the separator, up to its first line break, or end-of-text."""
+        return (self.options.separator.strip("\r\n").split("\n")[0] or END_OF_TEXT).encode()
+
+    def check_content(self) -> bool:
+        return check_text(self.name, self.raw_blocks, self.options.encoding, self.wanted)
+
+    def opened(self) -> pa.NativeFile:
+        return pa.OSFile(os.fsencode(self.path) if os.name == "posix" else str(self.path))
+
+    def raw_blocks(self) -> Iterator[Block]:
+        codec = COMPRESSIONS.get(self.path.suffix.lower())
+        with self.opened() as file, pa.CompressedInputStream(file, codec) if codec else file as content:
+            while data := content.read(CHUNK_BYTES):
+                yield Block(data, file.tell())
+
+    def blocks(self) -> Iterator[Block]:
+        """The text in UTF-8."""
+        return as_utf8(self.raw_blocks(), self.options.encoding)
+
+    def records(self, end: bytes) -> Iterator[Chunk]:
+        """Chunks that end where a record ends, without that last `end`."""
+        parts, first = [], 0
+        for block in self.blocks():
+            head, found, rest = block.data.rpartition(end)
+            if not found:  # a record longer than the block
+                parts.append(block.data)
+                continue
+            data = b"".join([*parts, head])
+            count = data.count(end) + 1
+            yield Chunk(self, first, count, block.position, data)
+            parts, first = [rest], first + count
+        if data := b"".join(parts):
+            yield Chunk(self, first, data.count(end) + 1, os.path.getsize(self.path), data)
+
+    def article(self, row: Any, where: str) -> Article:
+        """The article in a row of JSON."""
+        column = self.options.text_column
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
+            )
+        if column not in row:
+            have = ", ".join([*row][:10])
+            raise UserError(f"{where}: has no {column!r}; fix that line, or give --text-column one of: {have}")
+        if not isinstance(row[column], str | None):
+            raise UserError(f"{where}: {column!r} is not text; fix that line, or give another --text-column")
+        return Article.from_row(row.get("id"), row.get("title"), row[column])

@@ -1,0 +1,47 @@
+"""`prepare_data.py --show`: the text around a token of a prepared folder."""
+
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from internals.shards import read_meta
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
+from internals.windows import TokenStream
+
+AROUND = 60  # tokens shown on each side
+TITLE = 40  # tokens of an article in which its first line is looked for
+BLOCK = 1 << 24  # tokens searched at once
+
+
+def show_tokens(data_dir: Path, numbers: list[int]) -> None:
+    """Print the text around these tokens of the training split, and which article it is part of."""
+    stream, encoding = TokenStream.open(data_dir, "train"), load_tokenizer(read_meta(data_dir)["tokenizer"])
+    for number in numbers:
+        if not 0 <= number < len(stream):
+            raise UserError(
+                f"--show {number}: {data_dir} has training tokens 0 to {len(stream) - 1:,}; give one of them"
+            )
+    for number in numbers:
+        article, start = find_article(stream, number, encoding.eot_token)
+        title = decode(encoding, stream.read(start, min(TITLE, len(stream) - start))).strip().split("\n")[0]
+        before = stream.read(max(0, number - AROUND), min(number, AROUND)) if number else []
+        after = stream.read(number + 1, min(AROUND, len(stream) - number - 1)) if number + 1 < len(stream) else []
+        token = decode(encoding, stream.read(number, 1))
+        print(f"training token {number:,} of {len(stream):,}, in article {article:,}: {title}")
+        print(f"{decode(encoding, before)}[[{token}]]{decode(encoding, after)}\n")
+
+
+def find_article(stream: TokenStream, number: int, end: int) -> tuple[int, int]:
+    """The article that a token is in, counted from 1, and the token that it begins with."""
+    article, start = 1, 0
+    for first in range(0, number, BLOCK):
+        ends = np.flatnonzero(stream.read(first, min(BLOCK, number - first)) == end)
+        article += len(ends)
+        start = first + int(ends[-1]) + 1 if len(ends) else start
+    return article, start
+
+
+def decode(encoding: tiktoken.Encoding, tokens: np.ndarray) -> str:
+    return encoding.decode_bytes([int(token) for token in tokens]).decode("utf-8", "replace")

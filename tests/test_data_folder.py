@@ -1,0 +1,153 @@
+"""internals/data_folder.py: a user's files stay, whatever their names, and the command says which of them is in its way."""
+
+import json
+
+import numpy as np
+import pytest
+from articles import config, files, make_articles, write_jsonl
+
+from internals.data_folder import DOWNLOADS, Downloads
+from internals.shards import UNFINISHED_HEADER, ShardWriter, read_meta, shard_header
+from internals.start import UserError
+from prepare_data import prepare
+
+FOREIGN = {
+    "train_000003.bin": b"mine",
+    "train_000000.bin": shard_header(4) + bytes(8),  # llm.c's format is not ours alone
+    "val_000000.bin.partial": b"mine",
+    "train_000000.bin.partial": bytes(1024) + b"mine",
+    "meta.json": b'{"mine": 1}',
+    "progress.json": b'{"format": 1}',
+    "meta.json.tmp": b"mine",
+    "progress.json.tmp": b'{"mine": 1}',
+    DOWNLOADS: b"a file",
+}
+HARMLESS = ("downloads/a.parquet", "downloads/b/c.txt", "val_x.bin.partial", "train_1.bin", "train_000001.bin.old", "notes.txt",
+            "tokenizer.json", "my_train_000000.bin", ".cache/x")  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(60))
+    return tmp_path / "a.jsonl"
+
+
+def put(folder, names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(names[name] if isinstance(names, dict) else name.encode())
+    return files(folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_in_the_way_is_named_and_stays(tmp_path, source, name, overwrite):
+    before = put(tmp_path / "out", {name: FOREIGN[name]})
+    with pytest.raises(UserError, match=name):
+        prepare(config(tmp_path / "out", source, overwrite=overwrite))
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN.keys() - {"meta.json", "train_000000.bin"}))
+def test_a_foreign_file_in_a_finished_folder_stays(tmp_path, source, name):
+    prepare(config(tmp_path / "out", source))
+    before = put(tmp_path / "out", {name: FOREIGN[name]})
+    prepare(config(tmp_path / "out", source))  # nothing to do
+    with pytest.raises(UserError, match=name):
+        prepare(config(tmp_path / "out", source, overwrite=True))
+    assert files(tmp_path / "out") == before
+
+
+def test_other_files_stay_through_everything(tmp_path, source):
+    mine = put(tmp_path / "out", HARMLESS)
+    for overwrite in (False, False, True):
+        prepare(config(tmp_path / "out", source, overwrite=overwrite))
+        assert mine.items() <= files(tmp_path / "out").items()
+    assert read_meta(tmp_path / "out")["splits"]
+
+
+def test_a_shard_of_ours_that_is_damaged_can_be_made_again(tmp_path, source):
+    prepare(config(tmp_path / "out", source))
+    before = files(tmp_path / "out")
+    path = tmp_path / "out" / "train_000000.bin"
+    path.write_bytes(path.read_bytes()[:2000])
+    prepare(config(tmp_path / "out", source, overwrite=True))
+    path.unlink()
+    prepare(config(tmp_path / "out", source, overwrite=True))
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("begun", [b"", UNFINISHED_HEADER[:100], UNFINISHED_HEADER + b"tokens"])
+def test_an_unfinished_shard_of_a_killed_run_is_ours(tmp_path, source, begun):
+    put(tmp_path / "out", {"train_000000.bin.partial": begun})
+    prepare(config(tmp_path / "out", source))
+    assert read_meta(tmp_path / "out")["end"] == "source"
+
+
+def test_a_folder_that_older_code_began_is_continued(tmp_path, source):
+    """Its unfinished shards begin with zeros, and one may be there that is not noted yet."""
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", make_articles(60))
+    write_jsonl(tmp_path / "in" / "b.jsonl", [*make_articles(60, seed=1), {"no": "text"}])
+    with pytest.raises(UserError, match="line 61"):
+        prepare(config(tmp_path / "out", tmp_path / "in", workers=1))
+    for path in (tmp_path / "out").glob("*.partial"):
+        path.write_bytes(bytes(1024) + path.read_bytes()[1024:])
+    noted = json.loads((tmp_path / "out" / "progress.json").read_text())
+    for newer in ("encoding", "separator", "tail", "ids", "cut", "repaired_files", "reading", "characters"):
+        del noted[newer]
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(noted))
+    put(tmp_path / "out", {"train_000007.bin.partial": bytes(1024)})
+    with pytest.raises(UserError, match="line 61"):
+        prepare(config(tmp_path / "out", tmp_path / "in", workers=1))
+    assert not (tmp_path / "out" / "train_000007.bin.partial").exists()
+
+
+def test_a_link_is_deleted_and_what_it_leads_to_stays(tmp_path, source):
+    prepare(config(tmp_path / "out", source))
+    path = tmp_path / "out" / "train_000000.bin"
+    path.rename(tmp_path / "moved.bin")
+    path.symlink_to(tmp_path / "moved.bin")
+    prepare(config(tmp_path / "out", source, overwrite=True))
+    assert (tmp_path / "moved.bin").exists() and not path.is_symlink()
+
+
+def test_of_the_old_download_folder_only_what_was_noted_goes(tmp_path):
+    resolved = {"commit": "1", "files": [{"name": "c/a.parquet"}, {"name": "c/b.parquet"}]}
+    mine = put(tmp_path, ["downloads/c/mine.parquet", "downloads/mine.txt"])
+    put(tmp_path, ["downloads/c/a.parquet", "downloads/c/b.parquet"])
+    Downloads.of(tmp_path, resolved).delete_all()
+    assert files(tmp_path) == mine
+    for path in (tmp_path / "downloads").rglob("mine*"):
+        path.unlink()
+    put(tmp_path, ["downloads/c/a.parquet"])
+    Downloads.of(tmp_path, resolved).delete_all()
+    assert not (tmp_path / "downloads").exists()
+
+
+def test_downloads_behind_a_link_stay(tmp_path):
+    mine = put(tmp_path / "elsewhere", ["c/a.parquet"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "downloads").symlink_to(tmp_path / "elsewhere")
+    Downloads.of(tmp_path / "out", {"commit": "1", "files": [{"name": "c/a.parquet"}]}).delete_all()
+    assert files(tmp_path / "elsewhere") == mine
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_overwritten(tmp_path):
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.write(np.zeros(10, np.uint16))
+    (tmp_path / "train_000000.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"train_000000\.bin"):
+        writer.finish()
+    assert (tmp_path / "train_000000.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("mistake", [{"source": "nowhere.txt"}, {"text_column": "body"}, {"encoding": "utf-16-be"}])
+def test_overwriting_with_a_mistake_costs_nothing(tmp_path, source, mistake):
+    prepare(config(tmp_path / "out", source))
+    before = files(tmp_path / "out")
+    given = {"source": source, **mistake}
+    with pytest.raises(UserError):
+        prepare(config(tmp_path / "out", overwrite=True, **given))
+    assert files(tmp_path / "out") == before

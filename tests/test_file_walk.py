@@ -1,0 +1,131 @@
+"""internals/file_walk.py: each file once, whatever leads to it; what cannot be read is named, the rest counted."""
+
+import os
+
+import pytest
+from articles import posix
+
+from internals.file_walk import find_files
+from internals.start import UserError
+
+
+def make(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def found(*sources, sample=None):
+    result = find_files(tuple(map(str, sources)), sample)
+    return [path.relative_to(result.root).as_posix() for path in result.paths], result.left_out
+
+
+@posix
+def test_links_are_followed_and_each_file_comes_once(tmp_path):
+    make(tmp_path, "in/b/1.txt", "in/c.txt", "elsewhere/2.txt")
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "b")  # comes first in the alphabet, and still is the link
+    (tmp_path / "in" / "d").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "a.txt").symlink_to("c.txt")
+    os.link(tmp_path / "in" / "c.txt", tmp_path / "in" / "e.txt")
+    names, left_out = found(tmp_path / "in")
+    assert names == ["b/1.txt", "c.txt", "d/2.txt"]
+    assert left_out["already taken under another name"] == 4
+    for pattern in ("**/*.txt", "**"):
+        assert found(tmp_path / "in" / pattern)[0] == names
+    assert len(found(tmp_path / "in" / "*/**/*.txt")[0]) == 3  # by way of the loop, and still each once
+    assert found(tmp_path / "in" / "*.txt")[0] == ["c.txt"]
+    assert found(tmp_path / "in", tmp_path / "in" / "c.txt")[0] == names
+
+
+@posix
+@pytest.mark.parametrize("source", ["in", "in/*", "in/gone.txt", "in/**/*.txt", "in/g*"])
+def test_a_dangling_link_is_named(tmp_path, source):
+    make(tmp_path, "in/a.txt")
+    (tmp_path / "in" / "gone.txt").symlink_to("nowhere.txt")
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
+        found(tmp_path / source)
+    (tmp_path / "in" / "gone.txt").unlink()
+    (tmp_path / "in" / "gone.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        found(tmp_path / source)
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    make(tmp_path, "in/a.txt", "in/closed/b.txt")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for source in ("in", "in/**", "in/*/*.txt"):
+        with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied"):
+            found(tmp_path / source)
+
+
+@posix
+def test_what_is_left_out_is_counted_by_reason(tmp_path):
+    make(
+        tmp_path,
+        "in/a.txt",
+        "in/.hidden.txt",
+        "in/.git/x.txt",
+        "in/p.png",
+        "in/q.PNG",
+        "in/README",
+        "in/d.xml.bz2",
+        "in/s.json",
+    )
+    os.mkfifo(tmp_path / "in" / "pipe.txt")
+    names, left_out = found(tmp_path / "in")
+    assert names == ["a.txt"]
+    assert (left_out["hidden"], left_out[".png"], left_out["without an ending"], left_out[".xml.bz2"]) == (2, 2, 1, 1)
+    assert left_out["not a file (a pipe or a device)"] == 1
+    assert any("json" in reason for reason in left_out)
+    assert find_files((str(tmp_path / "in"),), None).reasons().startswith("left out 8 files (")
+    assert found(tmp_path / "in", tmp_path / "in" / "s.json")[0] == ["a.txt", "s.json"]
+    with pytest.raises(UserError, match="pipe or a device"):
+        found(tmp_path / "in" / "pipe.txt")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.pdf", "a.docx", "a.html", "dump.xml.bz2"])
+def test_a_folder_of_something_else_is_named_for_what_it_is(tmp_path, name):
+    make(tmp_path, f"in/{name}")
+    for source in ("in", "in/*", f"in/{name}"):
+        with pytest.raises(UserError, match=name[name.index(".") :].replace(".", r"\.")):
+            found(tmp_path / source)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("a.jsonl", "a.jsonl.gz"), ("a.txt", "a.txt.zst"), ("a.txt.gz", "a.txt.bz2"), ("s/a.ndjson", "s/a.ndjson.gz")],
+)
+def test_a_file_beside_its_compressed_self_is_refused(tmp_path, pair):
+    make(tmp_path, *(f"in/{name}" for name in pair), "in/b.txt.gz", "in/other/a.txt")
+    for sources in (["in"], ["in/**/a.*"], [f"in/{name}" for name in pair]):
+        with pytest.raises(UserError, match="and") as error:
+            found(*(tmp_path / source for source in sources))
+        assert all(os.path.basename(name) in str(error.value) for name in pair)
+
+
+def test_several_sources_keep_their_order(tmp_path):
+    make(tmp_path, "x/b.txt", "x/a.txt", "y/a.txt", "z.txt")
+    assert found(tmp_path / "z.txt", tmp_path / "x")[0] == ["z.txt", "x/a.txt", "x/b.txt"]
+    names, left_out = found(tmp_path / "y", tmp_path / "x", tmp_path / "x" / "b.txt")
+    assert names == ["y/a.txt", "x/a.txt", "x/b.txt"]
+    assert left_out["already taken under another name"] == 1
+
+
+def test_a_glob_takes_files(tmp_path):
+    make(tmp_path, "a1.txt", "a2/b.txt", ".a3.txt", ".h/c.txt")
+    names, left_out = found(tmp_path / "*")
+    assert names == ["a1.txt"]
+    assert sorted(left_out.values()) == [1, 2]
+    assert found(tmp_path / ".h" / "*.txt")[0] == ["c.txt"]
+    assert found(tmp_path / ".a*")[0] == [".a3.txt"]
+    with pytest.raises(UserError, match="no file matches"):
+        found(tmp_path / "b*")

@@ -1,0 +1,103 @@
+"""internals/network.py and the vocabulary's download: bounded, announced, and not repeated where that cannot help."""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+
+import pytest
+from articles import command
+from conftest import assert_user_error, run_script
+
+from internals import network
+from internals.network import patiently
+from internals.start import UserError
+
+
+@pytest.fixture
+def silent():
+    """A server that takes connections and says nothing."""
+    server = socket.create_server(("127.0.0.1", 0))
+    held = []
+
+    def accept():
+        try:
+            while True:
+                held.append(server.accept()[0])
+        except OSError:
+            pass
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+    for connection in held:
+        connection.close()
+
+
+def fetch_vocabulary(tmp_path, proxy, seconds, **env):
+    (tmp_path / "a.txt").write_text("word " * 100)
+    env = {
+        **os.environ,
+        "HTTPS_PROXY": proxy,
+        "https_proxy": proxy,
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
+        **env,
+    }
+    code = (
+        f"from internals import tokenizer; tokenizer.FETCH_SECONDS = {seconds}\n"
+        "from config import PrepareConfig; from internals import cli, start; import prepare_data\n"
+        "start.run(lambda: prepare_data.prepare(cli.parse(PrepareConfig, '')))"
+    )
+    arguments = command(tmp_path / "out", tmp_path / "a.txt")[1:]
+    arguments[arguments.index("bytes")] = "gpt2"
+    return run_script("-c", code, *arguments, env=env)
+
+
+def test_a_silent_network_is_bounded_and_announced(tmp_path, silent):
+    start = time.monotonic()
+    result = fetch_vocabulary(tmp_path, silent, 0.5)
+    assert time.monotonic() - start < 15
+    assert "fetching the gpt2 tokenizer's vocabulary" in result.stderr and "trying again" in result.stderr
+    assert_user_error(result, "tried 3 times", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes")
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_no_network_at_all(tmp_path):
+    assert_user_error(fetch_vocabulary(tmp_path, "http://127.0.0.1:9", 5), "vocabulary", "tried 3 times")
+
+
+def test_a_cache_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "cache").mkdir()
+    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+    (tmp_path / "cache" / hashlib.sha1(url.encode()).hexdigest()).mkdir()  # where the file would be
+    result = fetch_vocabulary(tmp_path, "http://127.0.0.1:9", 5)
+    assert_user_error(result, "vocabulary", "TIKTOKEN_CACHE_DIR")
+    assert "trying again" not in result.stderr
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/cache/x"), NotADirectoryError(20, "Not a directory", "/cache/x"),
+                                   OSError(28, "No space left on device"), OSError(30, "Read-only file system", "/cache/x")])  # fmt: skip
+def test_what_is_no_fault_of_the_network_is_not_retried(monkeypatch, error):
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+
+    def action():
+        raise RuntimeError("from a library") from error
+
+    with pytest.raises((UserError, RuntimeError)) as raised:
+        patiently("the file", action, 6, "advice", lambda error: None)
+    if error.filename:
+        assert "/cache/x" in str(raised.value)
+
+
+def test_what_the_network_may_mend_is_retried(monkeypatch):
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: None)
+    answers = [ConnectionResetError(104, "Connection reset"), TimeoutError(), OSError("no answer"), "text"]
+
+    def action():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently("the file", action, 4, "advice", lambda error: None) == "text"

@@ -1,0 +1,194 @@
+"""prepare_data.py: how much is held out, of few documents, of unequal ones, and where --max-tokens ends."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from articles import command, config, files, make_articles, texts, write_jsonl
+from conftest import assert_user_error, run_script
+
+from internals.shards import read_meta
+from internals.start import UserError
+from internals.windows import TokenStream
+from prepare_data import Pipeline, prepare
+
+WORDS = ["the", "river", "is", "long", "and", "the", "city", "is", "old", "because"]
+
+
+def prose(characters, seed=0):
+    rng = random.Random(seed)
+    return " ".join(rng.choices(WORDS, k=characters // 4))[:characters]
+
+
+def tokens_of(folder):
+    streams = [TokenStream.open(folder, split) for split in ("train", "val")]
+    return [stream.read(0, len(stream)) for stream in streams]
+
+
+def share(folder):
+    train, val = tokens_of(folder)
+    return len(val) / (len(train) + len(val))
+
+
+@pytest.mark.parametrize("fraction", [0.005, 0.1, 0.5])
+@pytest.mark.parametrize("documents", [1, 2, 3, 10, 49])
+def test_a_few_files_give_their_share(tmp_path, documents, fraction):
+    (tmp_path / "in").mkdir()
+    want = [prose(120_000 // documents * (1 + n % 3), seed=n) for n in range(documents)]
+    for n, text in enumerate(want):
+        (tmp_path / "in" / f"{n:02d}.txt").write_text(text)
+    prepare(config(tmp_path / "out", tmp_path / "in", val_fraction=fraction))
+    assert abs(share(tmp_path / "out") - fraction) < 0.001
+    train, val = tokens_of(tmp_path / "out")
+    data = b"".join(text.encode() + b"\0" for text in want)
+    assert (
+        bytes(np.where(np.concatenate([train, val]) == 256, 0, np.concatenate([train, val])).astype(np.uint8)) == data
+    )
+    splits = read_meta(tmp_path / "out")["splits"]
+    assert sum(split["articles"] for split in splits.values()) == documents
+    assert sum(split["bytes"] for split in splits.values()) == len(data) - documents
+    assert splits["val"]["bytes"] == int((val != 256).sum())
+
+
+@pytest.mark.parametrize("kind", ["equal", "one giant", "growing"])
+@pytest.mark.parametrize("documents", [60, 100, 200])
+def test_documents_of_any_lengths_give_their_share(tmp_path, documents, kind):
+    lengths = {
+        "equal": lambda n: 3000,
+        "one giant": lambda n: 900_000 if n == 7 else 500,
+        "growing": lambda n: 40 * n + 100,
+    }
+    write_jsonl(tmp_path / "a.jsonl", [{"id": n, "text": prose(lengths[kind](n), n)} for n in range(documents)])
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=0.05))
+    assert 0.025 <= share(tmp_path / "out") <= 0.075
+    prepare(config(tmp_path / "one", tmp_path / "a.jsonl", val_fraction=0.05, workers=1))
+    assert files(tmp_path / "one") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("ids", [["same"], [7], ["a", "b"]])
+def test_ids_that_are_the_same_for_all_are_named(tmp_path, ids):
+    rows = [{"id": ids[n % len(ids)], "text": prose(500, n)} for n in range(300)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert result.returncode == 0, result.stderr
+    assert ("the same id: " if len(ids) == 1 else "one of 2 ids: ") + ", ".join(map(str, ids)) in result.stdout
+    assert "held out 20% of the tokens (--val-fraction 0.2)" in result.stdout
+
+
+def test_a_split_by_documents_that_is_good_is_not_touched(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(1000))
+    result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert "whole documents" not in result.stdout
+    assert len(texts(tmp_path / "out", "val")) > 150  # which ends with a whole article
+
+
+@pytest.mark.parametrize(
+    "characters, preset", [(2000, "wikipedia"), (20_000, "wikipedia"), (20_000, "demo"), (90_000, "wikipedia-150m")]
+)
+def test_a_text_that_is_too_short_is_a_message_whose_advice_works(tmp_path, characters, preset):
+    (tmp_path / "a.txt").write_text(prose(characters))
+    flags = ["--preset", preset, "--source", tmp_path / "a.txt", "--data-dir", tmp_path / "out", "--tokenizer", "bytes"]
+    result = run_script("prepare_data.py", *flags)
+    assert_user_error(result, "--val-fraction 0.005", f"--preset {preset}", "such as")
+    assert not files(tmp_path / "out")
+    better = result.stderr.split("such as ")[1].split(",")[0]
+    assert run_script("prepare_data.py", *flags, "--val-fraction", better).returncode == 0
+    (tmp_path / "a.txt").write_text("Only this.")
+    assert_user_error(run_script("prepare_data.py", *flags, "--overwrite"), "more text")
+
+
+def test_no_text_at_all_is_a_message(tmp_path):
+    for name, data in (
+        ("a.txt", ""),
+        ("b.jsonl", ""),
+        ("c.txt", " \n\n"),
+        ("d.jsonl", '{"text": ""}\n'),
+        ("e.json", "[]"),
+    ):
+        (tmp_path / name).write_text(data)
+        result = run_script(*command(tmp_path / name[0], tmp_path / name))
+        assert_user_error(result, "holds no text")
+        assert not files(tmp_path / name[0])
+
+
+@pytest.mark.parametrize("characters", [30_000, 3_000_000])
+@pytest.mark.parametrize("limit", [10_000, 20_000])
+def test_max_tokens_cuts_a_large_document(tmp_path, characters, limit):
+    (tmp_path / "a.txt").write_text("é" + prose(characters))
+    result = run_script(*command(tmp_path / "out", tmp_path / "a.txt", "--max-tokens", limit))
+    assert result.returncode == 0, result.stderr
+    assert f"stopped at --max-tokens {limit:,} inside a document of a.txt" in result.stdout
+    train, val = tokens_of(tmp_path / "out")
+    assert len(train) + len(val) == limit and val[-1] == 256
+    assert read_meta(tmp_path / "out")["end"] == "max_tokens"
+    assert bytes(np.concatenate([train, val])[:-1].tolist()).decode() == ("é" + prose(characters))[: limit - 2]
+
+
+def test_max_tokens_never_cuts_a_character(tmp_path):
+    (tmp_path / "a.txt").write_text("東京" * 20_000)
+    for limit in (9_000, 9_001, 9_002):
+        prepare(config(tmp_path / f"{limit}", tmp_path / "a.txt", max_tokens=limit))
+        train, val = tokens_of(tmp_path / f"{limit}")
+        bytes(np.concatenate([train, val])[:-1].tolist()).decode()
+        assert limit - 3 < len(train) + len(val) <= limit
+
+
+def test_max_tokens_above_the_whole_source_says_nothing_false(tmp_path):
+    text = prose(9_000)
+    (tmp_path / "a.txt").write_text(text)
+    for limit in (8_500, 9_001, 9_002, 10_000):
+        result = run_script(*command(tmp_path / f"{limit}", tmp_path / "a.txt", "--max-tokens", limit))
+        assert result.returncode == 0 and "stopped" not in result.stdout
+        assert read_meta(tmp_path / f"{limit}")["end"] == "source"
+
+
+def test_a_kill_between_the_last_two_notes(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(200))
+    prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
+    broken = make_articles(200)
+    write_jsonl(tmp_path / "a.jsonl", broken)
+    finish = Pipeline.finish
+    try:
+        Pipeline.finish = lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(UserError, match="stopped"):
+            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    finally:
+        Pipeline.finish = finish
+    path = tmp_path / "out" / "progress.json"
+    noted = json.loads(path.read_text())
+    assert (noted["file"], noted["end"]) == (1, "source")
+    path.write_text(json.dumps({**noted, "end": ""}))  # all is read, and that is not noted yet
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_a_flag_that_was_wrong_can_be_corrected(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"body": prose(500, n)} for n in range(60)])
+    wrong = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert_user_error(wrong, "--text-column", "body")
+    assert not files(tmp_path / "out")
+    assert run_script(*command(tmp_path / "out", tmp_path / "a.jsonl", "--text-column", "body")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "method, call",
+    [("tokenize_source", 2), ("open_shards", 2), ("open_shards", 3), ("hold_out_tail", 1), ("commit", 3)],
+)
+def test_a_stop_while_the_split_changes(tmp_path, monkeypatch, method, call):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "same", "text": prose(900, n)} for n in range(300)])
+    prepare(config(tmp_path / "once", tmp_path / "a.jsonl", shard_tokens=50_000))
+    original, calls = getattr(Pipeline, method), []
+
+    def stop(self):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, method, stop)
+        with pytest.raises(UserError, match="stopped"):
+            prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
+    assert files(tmp_path / "out") == files(tmp_path / "once")
