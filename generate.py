@@ -40,6 +40,8 @@ from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write
 from model import GPT, KeyValueCache
 
+ONE_THREAD = 5e6  # parameters below which one thread generates as fast as two
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -50,10 +52,13 @@ def main(cfg: GenerateConfig) -> None:
     model, tokenizer, description = open_model(cfg.checkpoint)
     device = resolve_device(cfg.device)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
+    parameters = model.num_parameters()["total"]
     say(
-        f"{description}: {model.num_parameters()['total'] / 1e6:.1f} million parameters; on {device} in "
+        f"{description}: {parameters / 1e6:.1f} million parameters; on {device} in "
         f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
     )
+    if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as fast, and another busy process costs it nothing (benchmarks/busy.py)
     with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
+# Turns for which an OpenMP thread that waits for others keeps its core before it sleeps. PyTorch's default is so large that
+# one other busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
+SPINS = "1500"
+
 
 class UserError(Exception):
     """A foreseen problem: a user's mistake, a disk, a network, damaged data.
@@ -52,6 +56,8 @@ def begin() -> None:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # an exception may be lost in a library's import
         signal.signal(signal.SIGINT, stop_at_once)
     open_closed_streams()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # PyTorch reads it when it is imported
 
 
 def open_closed_streams() -> None:

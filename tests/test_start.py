@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import REPO, assert_user_error, run_script
 
-from internals.start import UserError, first_line, run
+from internals.start import SPINS, UserError, first_line, run
 
 COMMANDS = ("prepare_data", "train", "generate", "export")
 
@@ -103,3 +103,14 @@ def test_processes_beside_the_first_wait_for_it_to_speak():
 def test_the_first_line_of_an_error():
     assert first_line(ValueError("\nwhat is wrong\nand pages of it")) == "what is wrong"
     assert first_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["ours", "the user's", "the user's policy"],
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(environment, expected):
+    code = "from internals import start; start.begin(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    assert run_script("-c", code, env={**clean, **environment}).stdout.strip() == expected
