@@ -38,6 +38,7 @@ import numpy as np
 from config import PrepareConfig
 from internals.articles import Tokens, tokenize
 from internals.data_folder import DataFolder
+from internals.file_walk import file_type
 from internals.files import locked, write_json, writing
 from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, shard_settings
 from internals.reader import Chunk, ReadOptions
@@ -113,9 +114,20 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 
 
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
-    if cfg.sources == ("wikipedia",):
-        return HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir)
-    return LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+    is_hub = cfg.sources == ("wikipedia",)
+    source = (
+        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir)
+        if is_hub
+        else LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+    )
+    kinds = {".parquet"} if is_hub else {file_type(file.name) for file in source.files}
+    if cfg.encoding != PrepareConfig.encoding and kinds == {".parquet"}:
+        raise UserError(f"--encoding {cfg.encoding}: .parquet files are always UTF-8; leave the flag out")
+    if cfg.separator and ".txt" not in kinds:
+        raise UserError(
+            "--separator: the source has no .txt file, and other formats have documents; leave the flag out"
+        )
+    return source
 
 
 def resume(cfg: PrepareConfig, source: Source) -> Progress:

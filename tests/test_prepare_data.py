@@ -332,3 +332,22 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [(["--encoding", "cp1252"], "--encoding cp1252"), (["--separator", "---"], "--separator")]
+)
+def test_a_flag_that_no_file_of_the_source_takes_is_refused(tmp_path, flags, word):
+    write_parquet(tmp_path / "a.parquet", make_articles(100))
+    result = run_script(
+        "prepare_data.py",
+        "--source",
+        tmp_path / "a.parquet",
+        "--tokenizer",
+        "bytes",
+        "--data-dir",
+        tmp_path / "out",
+        *flags,
+    )
+    assert_user_error(result, word, "leave the flag out")
+    assert not list((tmp_path / "out").glob("*.bin*"))
