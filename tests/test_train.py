@@ -307,6 +307,21 @@ def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
     )  # follows
 
 
+def test_a_last_pt_of_an_earlier_version_resumes(data_dir, tmp_path, monkeypatch):
+    """Fields that came later have what an earlier version computed: before Muon there was AdamW alone."""
+    train.train(tiny(data_dir, tmp_path / "straight", optimizer="adamw"))
+    stop_at(monkeypatch, data_dir, tmp_path / "old", 7, optimizer="adamw")
+    for name in ("last.pt", "best.pt"):
+        saved = checkpoint.load(tmp_path / "old" / name)
+        for field in ("optimizer", "muon_lr_scale", "sample_prompt", "init_from", "config", "eval_tokens", "preset"):
+            del saved["config"][field]
+        checkpoint.save(tmp_path / "old" / name, saved)
+    train.train(tiny(data_dir, tmp_path / "old", optimizer="adamw", resume=True))
+    assert_same_end(tmp_path / "old", tmp_path / "straight")
+    out = run_command(data_dir, tmp_path / "old", "--resume", "--max-iters", "21")
+    assert "kept from last.pt: optimizer adamw (config.py: muon)" in out
+
+
 def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     run_command(data_dir, first, *flags(data_dir, first, max_iters=5)[2:])
