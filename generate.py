@@ -34,7 +34,7 @@ from torch import Tensor
 from config import GenerateConfig
 from internals.checkpoint import is_memory_error
 from internals.cpu_kernels import pack_weights
-from internals.machine import resolve_device, resolve_dtype
+from internals.device import resolve_device, resolve_dtype
 from internals.pretrained import open_model
 from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write

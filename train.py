@@ -36,18 +36,12 @@ from torch import Tensor
 from config import TrainConfig
 from generate import generate_text
 from internals import checkpoint, pretrained
-from internals.machine import (
-    Machine,
-    MicroBatch,
-    Outcome,
-    catch_signals,
-    is_lost_process,
-    is_out_of_memory,
-    make_machine,
-    training_model,
-)
+from internals.compilation import training_model
+from internals.machine import Machine, Outcome, make_machine
+from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, sanity_advice
+from internals.processes import is_lost_process
 from internals.report import RunLog, evaluation_line, startup, validation_row
 from internals.run import (
     Run,
@@ -64,6 +58,7 @@ from internals.run import (
 )
 from internals.shards import read_meta
 from internals.start import UserError, first_line
+from internals.stopping import catch_signals
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT

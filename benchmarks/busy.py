@@ -30,7 +30,7 @@ def measure(work: str, preset: str, seconds: float) -> float:
     from generate import Sampling, generate
     from internals.cli import with_preset
     from internals.cpu_kernels import pack_weights
-    from internals.machine import resolve_dtype
+    from internals.device import resolve_dtype
     from internals.optimizer import make_optimizer
     from model import GPT
 

@@ -30,7 +30,7 @@ from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
 from internals import checkpoint
 from internals.cpu_kernels import pack_weights
-from internals.machine import resolve_device, resolve_dtype
+from internals.device import resolve_device, resolve_dtype
 from internals.start import run
 from internals.tokenizer import load_tokenizer
 from model import GPT

@@ -27,8 +27,10 @@ import model
 import train
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
+from internals.device import resolve_device
 from internals.files import write_json
-from internals.machine import Machine, peak_memory, resolve_device
+from internals.machine import Machine
+from internals.memory import peak_memory
 from internals.start import run
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig
 from internals.files import atomic_write, system_error, writing
-from internals.machine import is_out_of_memory
+from internals.memory import is_out_of_memory
 from internals.shards import MAGIC as SHARD_MAGIC
 from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer

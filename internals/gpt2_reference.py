@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from internals.machine import is_out_of_memory
+from internals.memory import is_out_of_memory
 from internals.start import UserError, first_line
 
 TOKENS = 256  # of the comparison, at most: the default model's whole context

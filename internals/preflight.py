@@ -13,7 +13,8 @@ from torch import Tensor
 
 from config import ModelConfig
 from internals.cli import with_preset
-from internals.machine import Machine, MicroBatch, peak_memory
+from internals.machine import Machine
+from internals.memory import MicroBatch, peak_memory
 from internals.report import duration, lines, plural, size, utilisation
 from internals.run import Run, TrainState
 from internals.shards import verify

@@ -12,28 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from config import NOT_SETTINGS, TrainConfig, differences
+from internals.device import PEAK_FLOPS
 from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
 from internals.run import Run, TrainState, describe_data
 from internals.start import first_line
-
-# Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
-# MFU is shown for these GPUs and no other.
-PEAK_FLOPS = {
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 5090": 209.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "Tesla T4": 65e12,
-}
 
 REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes

@@ -23,7 +23,8 @@ from config import NOT_SETTINGS, PRESETS, TrainConfig, differences, upgrade
 from internals import checkpoint, pretrained
 from internals.cli import parse, with_preset
 from internals.files import locked, writing
-from internals.machine import Machine, random_state, set_random_state
+from internals.machine import Machine
+from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.shards import read_meta
 from internals.start import UserError

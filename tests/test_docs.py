@@ -159,12 +159,15 @@ def test_the_readme_is_a_front_page():
 
 
 def test_the_layout_tables_name_every_file():
-    named = set(re.findall(r"^\| `([\w/]+\.py|\w+/)` \|", TEXTS["README.md"], re.M))
+    tables = TEXTS["README.md"] + TEXTS["docs/changing.md"]
+    named = set(re.findall(r"^\| `([\w/]+\.py|\w+/)` \|", tables, re.M))
     files = {path.name for path in REPO.glob("*.py")}
     files |= {f"internals/{path.name}" for path in (REPO / "internals").glob("*.py")}
     folders = {"internals/", "docs/", "tests/", "benchmarks/", "sample/", "data/", "checkpoints/"}
     missing, gone = (files | folders) - named, {name for name in named if not (REPO / name).exists()}
-    assert not missing and not gone, f"README.md, project layout: add {missing or 'none'}, remove {gone or 'none'}"
+    assert not missing and not gone, (
+        f"the tables of README.md and docs/changing.md: add {missing or 'none'}, remove {gone or 'none'}"
+    )
 
 
 def test_the_demo_runs(tmp_path):

@@ -27,7 +27,8 @@ import config
 import train
 from config import ModelConfig, TrainConfig
 from internals import checkpoint, report
-from internals.machine import Machine, MicroBatch, make_machine
+from internals.machine import Machine, make_machine
+from internals.memory import MicroBatch
 from internals.run import Run, TrainState
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -926,6 +927,7 @@ def test_every_field_is_read():
     names = (
         "train.py",
         "internals/machine.py",
+        "internals/compilation.py",
         "internals/report.py",
         "internals/run.py",
         "internals/optimizer.py",

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from internals import cpu_kernels, machine
+from internals import cpu_kernels, device
 from internals.start import UserError
 
 
@@ -16,7 +16,7 @@ from internals.start import UserError
 def test_auto_dtype_on_a_gpu_goes_by_its_generation(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # as a T4 answers
-    assert machine.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
+    assert device.resolve_dtype("auto", torch.device("cuda"))[0] == dtype
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,20 @@ def test_auto_dtype_on_a_gpu_goes_by_its_generation(monkeypatch, capability, dty
 def test_auto_dtype_on_a_cpu_follows_from_its_instructions(monkeypatch, processor, training, generating):
     monkeypatch.setattr(cpu_kernels, "capabilities", lambda: processor)
     cpu = torch.device("cpu")
-    assert machine.resolve_dtype("auto", cpu)[0] == training
-    assert machine.resolve_dtype("auto", cpu, generating=True)[0] == generating
+    assert device.resolve_dtype("auto", cpu)[0] == training
+    assert device.resolve_dtype("auto", cpu, generating=True)[0] == generating
     with pytest.raises(UserError, match="--dtype float16: CPUs are"):
-        machine.resolve_dtype("float16", cpu)
-    assert machine.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as asked")
+        device.resolve_dtype("float16", cpu)
+    assert device.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as asked")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux's own description of the processor")
 def test_an_older_pytorch_tells_the_same_processors_apart(monkeypatch):
     cpu_kernels.capabilities.cache_clear()
-    newer = [machine.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
+    newer = [device.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     cpu_kernels.capabilities.cache_clear()
-    older = [machine.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
+    older = [device.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
     cpu_kernels.capabilities.cache_clear()
     assert older == newer
 
@@ -53,7 +53,7 @@ def test_an_older_pytorch_tells_the_same_processors_apart(monkeypatch):
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert machine.resolve_device("auto") == torch.device("cpu")
+    assert device.resolve_device("auto") == torch.device("cpu")
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"--device {name}: PyTorch .* finds none here"):
-            machine.resolve_device(name)
+            device.resolve_device(name)

@@ -1,0 +1,50 @@
+"""The model as the training loop calls it: compiled, and shared among the processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from config import TrainConfig
+from internals.machine import Machine
+from internals.memory import is_out_of_memory
+from model import GPT
+
+
+def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
+    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling.
+
+    `model` itself stays as it is: evaluating, sampling and saving use that one.
+    """
+    forward: Any = model
+    compiling = "off"
+    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
+        forward, compiling = try_compile(model, cfg, machine)
+    if machine.processes > 1:
+        devices = [machine.device] if machine.device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=devices)
+    return forward, compiling
+
+
+def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
+    """The compiled model, tried in a forward and a backward pass. If that fails in any process: `model`, and why.
+
+    A compiler that fails costs the run its speed-up, nothing else.
+    """
+    compiled: Any = torch.compile(model, dynamic=False)
+    reason = ""
+    try:
+        # In the layout of a real batch: another one would be compiled again
+        inputs, targets = machine.to_device(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
+        with machine.autocast():
+            loss = compiled(inputs, targets)
+        loss.backward()
+    except Exception as error:  # the many parts of a compiler have no common base for what they raise
+        if not is_out_of_memory(error):  # the iterations meet it again, and MicroBatch deals with it
+            reason = type(error).__name__
+    model.zero_grad()
+    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
+    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")

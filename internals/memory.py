@@ -1,0 +1,100 @@
+"""What happens when memory runs out, how much of it a run took, and the random numbers that a new attempt starts from."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from internals.machine import Machine
+from internals.start import UserError
+from model import GPT
+
+T = TypeVar("T")
+
+
+class MicroBatch:
+    """How many sequences a micro-step has: `--batch-size`, or what fits into memory, once that has run out.
+
+    Smaller micro-steps are more micro-steps, so the iteration stays the same, and so does the run.
+    """
+
+    def __init__(self, size: int, model: GPT, machine: Machine):
+        self.size, self.model, self.machine = size, model, machine
+
+    def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
+        """`compute(size, *args)`. When memory runs out, the same again with half the size, or the next smaller divisor.
+
+        A failed attempt leaves no trace in gradients and random numbers.
+
+        Raises:
+            UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
+        """
+        random = random_state(self.machine.device)
+        while True:
+            try:
+                return compute(self.size, *args)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.machine.processes > 1 or self.size == 1:
+                    advice = "--batch-size" if self.size > 1 else "--block-size or a smaller model"
+                    raise UserError(f"out of memory at --batch-size {self.size}; take a smaller {advice}") from error
+            self._shrink()  # after the except block, which keeps the tensors of the failed attempt alive
+            set_random_state(random, self.machine.device)
+
+    def _shrink(self) -> None:
+        smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
+        self.machine.print(
+            f"Out of memory: micro-steps of {smaller} sequences from here on, not {self.size}; the same run."
+        )
+        self.size = smaller
+        self.model.zero_grad()
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own for it. The CPU and MPS raise a RuntimeError that says so."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+class Memory(NamedTuple):
+    """Bytes. None where the system does not tell."""
+
+    peak: int | None
+    total: int | None
+
+
+def peak_memory(machine: Machine) -> Memory:
+    """A GPU's memory, by PyTorch's allocator; on a CPU this process's, and the machine's."""
+    if machine.device.type == "cuda":
+        total = torch.cuda.get_device_properties(machine.device).total_memory
+        return Memory(torch.cuda.max_memory_reserved(machine.device), total)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return Memory(None, None)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+    return Memory(peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,0 +1,34 @@
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from internals.machine import Machine
+
+
+@contextlib.contextmanager
+def catch_signals(machine: Machine) -> Iterator[threading.Event]:
+    """An event that SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) set: the run then saves and ends after
+    the iteration. A second signal of the same kind ends it at once. A signal that was ignored before stays so (`nohup`).
+    """
+    stop = threading.Event()
+
+    def handler(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        if machine.is_main:
+            with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
+                os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield stop
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
