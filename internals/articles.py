@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import tiktoken
 
+from internals.bulk_encoding import encode, thread_tokenizer
 from internals.reader import Chunk
-from internals.tokenizer import cut_tokens, encode, thread_tokenizer
+from internals.tokenizer import cut_tokens
 
 FEW_IDS = 10  # different ones: fewer explain why a split misses its share
 

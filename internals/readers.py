@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from internals import reader
+from internals.bulk_encoding import last_cut
 from internals.encodings import Block
 from internals.file_walk import file_type
 from internals.parquet import ParquetReader
 from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, ReadOptions, reading
 from internals.start import UserError, first_line
-from internals.tokenizer import last_cut
 
 DOCUMENT_BYTES = 1 << 31  # the largest file that is parsed as one JSON document, in memory
 

@@ -30,6 +30,25 @@ needs_wikipedia = pytest.mark.skipif(
     reason="needs real Wikipedia text: set WIKIPEDIA_SAMPLE_DIR to a folder of its parquet files",
 )
 
+needs_fake_gpu = pytest.mark.skipif(
+    "FAKE_GPU_DIR" not in os.environ,
+    reason="needs stand-ins for NVIDIA's libraries: set FAKE_GPU_DIR to the folder that holds their run.sh",
+)
+
+
+def run_on_fake_gpu(*args, timeout=300, **variables) -> subprocess.CompletedProcess:
+    """`COMMAND ARGS` in the repository's root, with PyTorch's CUDA build on a card that computes nothing.
+
+    `variables` describe the card: `FAKEGPU_MIB=8192`. What comes out of kernels is garbage; all around them is real.
+    """
+    command = [f"{os.environ['FAKE_GPU_DIR']}/run.sh", *map(str, args)]
+    env = {
+        **os.environ,
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **{name: str(value) for name, value in variables.items()},
+    }
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, env=env)
+
 
 def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:
     """`python SCRIPT ARGS` in the repository's root, as a user types it; stdout and stderr are kept as text."""

@@ -11,8 +11,9 @@ import tiktoken
 from articles import as_text, make_articles
 from conftest import needs_gpt2, needs_wikipedia
 
+from internals.bulk_encoding import PIECE, encode
 from internals.start import UserError
-from internals.tokenizer import GPT2_PATTERN, PIECE, encode, load_tokenizer
+from internals.tokenizer import GPT2_PATTERN, load_tokenizer
 
 
 def test_bytes_tokenizer_is_the_bytes():
