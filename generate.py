@@ -34,7 +34,7 @@ from torch import Tensor
 from config import GenerateConfig
 from internals.checkpoint import is_memory_error
 from internals.cpu_kernels import pack_weights
-from internals.device import resolve_device, resolve_dtype
+from internals.device import resolve_device, resolve_dtype, unused_card
 from internals.pretrained import open_model
 from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write
@@ -51,6 +51,8 @@ def main(cfg: GenerateConfig) -> None:
     prompt, stop = read_prompt(cfg), tuple(as_utf8("--stop", text) for text in cfg.stop)
     model, tokenizer, description = open_model(cfg.checkpoint)
     device = resolve_device(cfg.device)
+    if notice := unused_card(cfg.device, device):
+        say(notice)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
     parameters = model.num_parameters()["total"]
     say(

@@ -37,10 +37,11 @@ from config import TrainConfig
 from generate import generate_text
 from internals import checkpoint, pretrained
 from internals.compilation import training_model
+from internals.device import held_by_others, unused_card
 from internals.machine import Machine, Outcome, make_machine
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
-from internals.preflight import preflight, sanity_advice
+from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
 from internals.processes import is_lost_process
 from internals.report import RunLog, evaluation_line, startup, validation_row
 from internals.run import (
@@ -83,6 +84,7 @@ def train(cfg: TrainConfig) -> None:
     # 2. Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
     model = initial_model(run).to(machine.device)
+    refuse_long_run_on_cpu(run, model)
     optimizer = make_optimizer(model, cfg, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)
@@ -297,6 +299,8 @@ def print_sample(run: Run, state: TrainState, tokenizer: tiktoken.Encoding | Non
 
 def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     """Evaluate OUT_DIR/best.pt, or the model of `--init-from`, on the validation split of the data. Writes nothing."""
+    if notice := unused_card(cfg.device, machine.device):
+        machine.print(notice)
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
         name, iteration = cfg.init_from, 0
@@ -333,7 +337,8 @@ def main(cfg: TrainConfig) -> None:
             dist.destroy_process_group()
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise UserError("out of memory; take a smaller --batch-size, --block-size or model") from error
+            advice = held_by_others(0.5) or "take a smaller --batch-size, --block-size or model"
+            raise UserError(f"out of memory; {advice}") from error
         if is_lost_process(error):
             raise UserError("another process of this run ended, and so does this one; --resume continues it") from error
         raise

@@ -1,5 +1,7 @@
 """The model as the training loop calls it: compiled, and shared among the processes."""
 
+import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import TrainConfig
 from internals.machine import Machine
 from internals.memory import is_out_of_memory
+from internals.start import first_line
 from model import GPT
 
 
@@ -44,7 +47,22 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
         loss.backward()
     except Exception as error:  # the many parts of a compiler have no common base for what they raise
         if not is_out_of_memory(error):  # the iterations meet it again, and MicroBatch deals with it
-            reason = type(error).__name__
+            reason = compile_problem(error)
     model.zero_grad()
-    failed = machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).any().item()
+    failed = any(machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).flatten().tolist())
     return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
+
+
+def compile_problem(error: Exception) -> str:
+    """Why compiling failed, in a line, and what to install if a part of the compiler is missing.
+
+    Inductor makes C++ for a CPU and, by Triton, machine code for a GPU. Both call the system's C compiler.
+    """
+    text = str(error)
+    said = next((line for line in text.splitlines() if "fatal error" in line), first_line(error))
+    reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
+    if re.search(r"C(\+\+)? compiler|No such file|Command '\['\S*(gcc|clang)", text):
+        reason += "; it needs a C compiler and Python's headers (Ubuntu: sudo apt install build-essential python3-dev)"
+    elif "working triton installation" in text:
+        reason += "; it needs triton: pip install triton, on Windows triton-windows"
+    return reason

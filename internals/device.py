@@ -1,37 +1,229 @@
 """Which device and which precision a command computes with, and what is known of GPUs."""
 
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 
 from internals import cpu_kernels
-from internals.start import UserError
+from internals.start import UserError, first_line
 
-# Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, from NVIDIA's data sheets, by the name PyTorch gives.
+# Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, as training computes, from NVIDIA's data sheets and
+# architecture papers, by the name PyTorch gives. With 16-bit accumulation, GeForce cards are twice as fast.
 # MFU is shown for these GPUs and no other.
 PEAK_FLOPS = {
+    "NVIDIA GeForce RTX 3080": 59.5e12,
     "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 3090 Ti": 80e12,
+    "NVIDIA GeForce RTX 4070 Ti": 80.2e12,
+    "NVIDIA GeForce RTX 4080": 97.5e12,
+    "NVIDIA GeForce RTX 4080 SUPER": 104.4e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5080": 112.6e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA RTX A6000": 154.8e12,
+    "NVIDIA RTX 6000 Ada Generation": 364.2e12,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A40": 149.7e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835.5e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
     "Tesla T4": 65e12,
 }
 
 
+class Build(NamedTuple):
+    """One of PyTorch's builds with CUDA."""
+
+    driver: int  # the first part of the version of the oldest driver that it runs with
+    cuda: int  # what such a driver answers for its CUDA: 12080 for 12.8
+    name: str  # in the address of PyTorch's package index
+
+
+BUILDS = (Build(580, 13000, "cu130"), Build(570, 12080, "cu128"), Build(525, 12000, "cu126"))
+UPDATE_DRIVER = "update the driver (nvidia.com/drivers)"
+CUDA_CONTEXT = 400 * 2**20  # bytes of a card that CUDA itself takes in every process, about
+
+
+class Obstacle(NamedTuple):
+    """Why PyTorch cannot compute on an NVIDIA card here."""
+
+    found: str  # about PyTorch, the driver and the card
+    advice: str  # what to do
+    driver: bool  # a driver is installed, so there should be a card
+
+
 def resolve_device(name: str) -> torch.device:
     """The device for `--device`. Raises UserError if this machine, or this PyTorch, has no such device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    obstacle = cuda_obstacle() if name in ("auto", "cuda") else None
+    if name == "cuda" and obstacle:
+        raise UserError(f"--device cuda: {obstacle.found}; {obstacle.advice}")
+    mps = torch.backends.mps.is_available()
+    if name == "mps" and not mps:
+        raise UserError(f"--device mps: PyTorch {torch.__version__} finds none here; take --device auto")
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} finds none here; take --device auto")
+        name = "cuda" if not obstacle else "mps" if mps else "cpu"
     return torch.device(name)
+
+
+def unused_card(name: str, device: torch.device) -> str:
+    """One line if `--device auto` fell back to the CPU although there should be a card; else empty."""
+    obstacle = cuda_obstacle() if name == "auto" and device.type == "cpu" else None
+    return f"GPU not used: {obstacle.found}; {obstacle.advice}" if obstacle and obstacle.driver else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What keeps PyTorch from a card
+
+
+def cuda_obstacle() -> Obstacle | None:
+    """Why PyTorch cannot compute on this machine's NVIDIA cards. None: it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's pages on the same subject
+        if torch.cuda.is_available():
+            return missing_kernels()
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+            return explain(first_line(error))
+    return explain("it gives no reason")
+
+
+def explain(complaint: str) -> Obstacle:
+    """What PyTorch's complaint on starting CUDA means on this machine, and what to do."""
+    pytorch, driver, hidden = f"PyTorch {torch.__version__}", installed_driver(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    get_driver = "for an NVIDIA card, install its driver (nvidia.com/drivers)"
+    if "not compiled with CUDA" in complaint:
+        if not driver:
+            found = f"{pytorch} is a build without CUDA, and there is no NVIDIA driver"
+            return Obstacle(found, f"{get_driver} and a build with CUDA: {install(BUILDS[0].name)}", False)
+        version = re.search(r"driver (\d+)", driver)
+        build = newest_build(lambda build: not version or int(version[1]) >= build.driver)
+        return Obstacle(f"{pytorch} is a build without CUDA, but there is {driver}", build, True)
+    if torch.version.cuda:
+        pytorch += f", built for CUDA {torch.version.cuda},"
+    if too_old := re.search(r"too old \(found version (\d+)\)", complaint):
+        cuda = int(too_old[1])
+        found = (
+            f"{pytorch} needs a newer NVIDIA driver than this one, which is for CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+        )
+        build = newest_build(lambda build: cuda >= build.cuda)
+        return Obstacle(found, f"{UPDATE_DRIVER}, or {build}" if build != UPDATE_DRIVER else build, True)
+    if "no NVIDIA driver" in complaint:
+        if not driver:
+            return Obstacle(f"{pytorch} finds no NVIDIA driver", get_driver, False)
+        advice = "in a container, start it with --gpus all; elsewhere, install the driver anew"
+        return Obstacle(f"{pytorch} cannot reach {driver}", advice, True)
+    if hidden is not None and "No CUDA GPUs" in complaint:
+        advice = "unset it, or give it the number of a card (0 is the first)"
+        return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
+    advice = "if nvidia-smi does not list the card either, restart the machine or install the driver anew"
+    return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
+
+
+def missing_kernels() -> Obstacle | None:
+    """The card that this run would use but PyTorch was not compiled for, if there is one."""
+    archs, count = torch.cuda.get_arch_list(), torch.cuda.device_count()
+    if torch.version.cuda is None or not archs:  # AMD's cards go by other names
+        return None
+    capabilities = [torch.cuda.get_device_capability(card) for card in range(count)]
+    usable = [has_kernels(capability, archs) for capability in capabilities]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes take a card each
+    if all(usable[:processes]):
+        return None
+    card = usable.index(False)
+    capability = capabilities[card]
+    known = sorted(divmod(int(number), 10) for number in re.findall(r"\d+", " ".join(archs)))
+    found = (
+        f"PyTorch {torch.__version__} has no kernels for GPU {card}, {torch.cuda.get_device_name(card)} (compute "
+        f"capability {capability[0]}.{capability[1]}; it has them from {known[0][0]}.{known[0][1]} to "
+        f"{known[-1][0]}.{known[-1][1]})"
+    )
+    if any(usable):
+        other = usable.index(True)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        advice = f"CUDA_VISIBLE_DEVICES={visible[other]} takes the {torch.cuda.get_device_name(other)}"
+    elif capability > known[-1]:
+        advice = f"take a newer build: {install('cu128' if capability[0] <= 12 else 'cu130')}"
+    elif capability >= (5, 0):
+        advice = f"{install('cu126')} has kernels for it"
+    else:
+        advice = "it is too old for the PyTorch that this project needs; take --device cpu"
+    return Obstacle(found, advice, True)
+
+
+def has_kernels(capability: tuple[int, int], archs: list[str]) -> bool:
+    """Whether a build for `archs` runs on a card. Machine code (sm_80) runs on cards of the same generation from its own
+    minor version on (8.6), PTX (compute_80) is compiled for any later card. `sm_90a` is for 9.0 alone."""
+    for kind, number, suffix in re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(archs)):
+        arch = divmod(int(number), 10)
+        exact, same_generation = capability == arch, capability[0] == arch[0] and capability >= arch
+        if exact or (suffix != "a" and (same_generation or (kind == "compute" and capability >= arch))):
+            return True
+    return False
+
+
+def installed_driver() -> str:
+    """What NVIDIA's driver says of this machine: "NVIDIA GeForce RTX 4090, driver 550.54.14". Empty if there is none."""
+    if nvidia_smi := shutil.which("nvidia-smi"):
+        query = [nvidia_smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return "an NVIDIA driver that does not answer"
+        first = (answer.stdout.strip() or answer.stderr.strip() or "nothing").splitlines()[0]
+        if answer.returncode:
+            return f"an NVIDIA driver that fails (nvidia-smi: {first})"
+        name, _, version = first.rpartition(", ")
+        return f"{name}, driver {version}"
+    return "an NVIDIA driver" if Path("/proc/driver/nvidia/version").exists() else ""
+
+
+def newest_build(runs: Callable[[Build], bool]) -> str:
+    """How to install the newest build for which `runs(build)`, or that only another driver helps."""
+    return next((install(build.name) for build in BUILDS if runs(build)), UPDATE_DRIVER)
+
+
+def install(build: str) -> str:
+    return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+
+
+def held_by_others(share: float) -> str:
+    """A sentence on the other processes on this process's card if they hold more than `share` of its memory; else empty."""
+    if not torch.cuda.is_initialized():
+        return ""
+    name = torch.cuda.get_device_name()
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:  # CUDA itself finds no room
+        return f"other processes hold all memory of the {name}: nvidia-smi shows them"
+    others = total - free - torch.cuda.memory_reserved() - CUDA_CONTEXT
+    if others <= share * total:
+        return ""
+    return (
+        f"other processes hold about {others / 2**30:.1f} of the {total / 2**30:.1f} GiB of the {name}: nvidia-smi shows "
+        "them; end them, or choose another card with CUDA_VISIBLE_DEVICES"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precision
 
 
 def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> tuple[torch.dtype, str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from internals.device import held_by_others
 from internals.machine import Machine
 from internals.start import UserError
 from model import GPT
@@ -30,7 +31,7 @@ class MicroBatch:
         A failed attempt leaves no trace in gradients and random numbers.
 
         Raises:
-            UserError: a single sequence is too much, or several processes would have to agree on the smaller size.
+            UserError: a single sequence is too much, other processes fill the card, or several processes would have to agree on the smaller size.
         """
         random = random_state(self.machine.device)
         while True:
@@ -39,6 +40,8 @@ class MicroBatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if others := held_by_others(0.5 if self.size == 1 else 0.9):  # of the card: smaller steps are no answer
+                    raise UserError(f"out of memory: {others}") from error
                 if self.machine.processes > 1 or self.size == 1:
                     advice = "--batch-size" if self.size > 1 else "--block-size or a smaller model"
                     raise UserError(f"out of memory at --batch-size {self.size}; take a smaller {advice}") from error
@@ -54,6 +57,7 @@ class MicroBatch:
         self.model.zero_grad()
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.machine.device)  # the peak of what fits is what counts
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from internals.cli import with_preset
+from internals.device import cuda_obstacle, held_by_others, unused_card
 from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
 from internals.report import duration, lines, plural, size, utilisation
@@ -25,6 +26,7 @@ from model import GPT
 MANY_EPOCHS = 50  # from here on the advice is more text, or a shorter run
 FEW_WINDOWS = 10  # of validation: with fewer, the loss says little
 LONG_SECONDS = 24 * 3600  # on a CPU
+UNASKED_FLOPS = 1e16  # floating-point operations, hours of a CPU: `--device auto` gives it no more than that
 
 # The two parts of the loop in train.py: they take a batch size first.
 ForwardBackward = Callable[[int, Callable, Run, TrainState], Tensor]
@@ -115,6 +117,8 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
         "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
     }
     if batch_size < cfg.batch_size:
+        if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
+            rows["memory"] += "; the attempts that did not fit are counted, too"
         rows["batch"] = f"--batch-size {cfg.batch_size} does not fit, {batch_size} does: training will take that"
     return lines(rows)
 
@@ -125,9 +129,23 @@ def free_disk(out_dir: Path) -> int:
     return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
 
 
+def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
+    """Raise UserError if `--device auto` found no GPU for a run that would keep this CPU busy for long."""
+    cfg = run.cfg
+    flops = model.flops_per_token() * (cfg.max_iters - (run.resumed_at or 0)) * cfg.tokens_per_iter
+    if cfg.check or cfg.device != "auto" or run.machine.device.type != "cpu" or flops <= UNASKED_FLOPS:
+        return
+    obstacle, hours = cuda_obstacle(), flops / cpu_flops(run.machine.dtype) / 3600
+    raise UserError(
+        f"--device auto: no GPU, and on this CPU the run would take about {hours:,.0f} hours ({flops:.1e} floating-point "
+        f"operations). {obstacle.found}; {obstacle.advice}. --device cpu trains here all the same"
+    )
+
+
 def sanity_advice(run: Run, state: TrainState) -> list[str]:
     """What makes no sense in a run, and what would: a line each. Most runs have none."""
-    cfg, model, advice = run.cfg, run.cfg.model, []
+    cfg, model = run.cfg, run.cfg.model
+    advice = [words for words in (unused_card(cfg.device, run.machine.device), held_by_others(0.5)) if words]
     tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
     epoch = run.train_windows.per_epoch * model.block_size
     if tokens / epoch > MANY_EPOCHS:

@@ -1,10 +1,14 @@
 """Which device and which precision a command gets on which machine."""
 
+import dataclasses
 import os
 
 import pytest
 import torch
+from conftest import run_script
+from test_train import tiny
 
+import train
 from internals import cpu_kernels, device
 from internals.start import UserError
 
@@ -50,10 +54,196 @@ def test_an_older_pytorch_tells_the_same_processors_apart(monkeypatch):
     assert older == newer
 
 
-def test_a_device_that_is_not_there(monkeypatch):
+CPU_BUILD = "Torch not compiled with CUDA enabled"
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver"
+CARD = "NVIDIA GeForce RTX 4090, driver {}"
+
+
+def hide_cards(monkeypatch, complaint: str, driver: str = "") -> None:
+    """A machine on which CUDA does not start."""
+
+    def init():
+        raise AssertionError(complaint) if complaint == CPU_BUILD else RuntimeError(complaint)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert device.resolve_device("auto") == torch.device("cpu")
-    for name in ("cuda", "mps"):
-        with pytest.raises(UserError, match=f"--device {name}: PyTorch .* finds none here"):
-            device.resolve_device(name)
+    monkeypatch.setattr(device, "installed_driver", lambda: driver)
+
+
+@pytest.mark.parametrize(
+    "complaint, driver, words",
+    [
+        (CPU_BUILD, CARD.format("580.65"), ["build without CUDA, but there is NVIDIA GeForce RTX 4090", "whl/cu130"]),
+        (CPU_BUILD, CARD.format("570.86"), ["build without CUDA", "whl/cu128"]),
+        (CPU_BUILD, CARD.format("550.54.14"), ["build without CUDA", "driver 550.54.14", "whl/cu126"]),
+        (CPU_BUILD, CARD.format("470.1"), ["build without CUDA", "; update the driver (nvidia.com/drivers)"]),
+        (
+            OLD_DRIVER.format(12040),
+            "",
+            ["is for CUDA 12.4; update the driver (nvidia.com/drivers), or pip", "whl/cu126"],
+        ),
+        (OLD_DRIVER.format(12080), "", ["is for CUDA 12.8", "whl/cu128"]),
+        (OLD_DRIVER.format(11070), "", ["is for CUDA 11.7; update the driver (nvidia.com/drivers)"]),
+        (NO_DRIVER, "an NVIDIA driver", ["cannot reach an NVIDIA driver", "--gpus all"]),
+        ("CUDA unknown error - this may be due", "", ["(CUDA unknown error", "nvidia-smi", "restart the machine"]),
+    ],
+)
+def test_a_card_that_pytorch_cannot_use_is_one_line(monkeypatch, complaint, driver, words):
+    hide_cards(monkeypatch, complaint, driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cpu = device.resolve_device("auto")
+    assert cpu == torch.device("cpu")
+    line = device.unused_card("auto", cpu)
+    assert line.startswith("GPU not used: PyTorch ") and "\n" not in line
+    for word in words:
+        assert word in line
+    assert ("pip install" in line) == any("whl" in word for word in words)
+    assert device.unused_card("cpu", cpu) == ""  # as asked
+    with pytest.raises(UserError) as error:
+        device.resolve_device("cuda")
+    assert str(error.value) == line.replace("GPU not used", "--device cuda")
+
+
+@pytest.mark.parametrize("complaint", [CPU_BUILD, NO_DRIVER])
+def test_a_machine_without_a_card_is_told_only_when_it_asks(monkeypatch, complaint):
+    hide_cards(monkeypatch, complaint)
+    assert device.unused_card("auto", device.resolve_device("auto")) == ""
+    with pytest.raises(UserError, match=r"--device cuda: PyTorch .*for an NVIDIA card, install its driver"):
+        device.resolve_device("cuda")
+    with pytest.raises(UserError, match=r"--device mps: PyTorch .* finds none here"):
+        device.resolve_device("mps")
+
+
+def test_hidden_cards(monkeypatch):
+    hide_cards(monkeypatch, "No CUDA GPUs are available")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES='7' hides the cards from PyTorch; unset it"):
+        device.resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, archs, runs",
+    [
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90", True),
+        ((8, 0), "sm_75 sm_86", False),  # code for a later card of the same generation
+        ((6, 1), "sm_75 sm_80", False),
+        ((6, 1), "sm_50 sm_60 sm_70", True),
+        ((7, 0), "sm_60 sm_75", False),
+        ((12, 0), "sm_80 sm_90", False),
+        ((12, 0), "sm_80 sm_90 compute_90", True),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a compute_90a", False),
+        ((12, 1), "sm_100 sm_120", True),
+    ],
+)
+def test_which_cards_a_build_has_kernels_for(capability, archs, runs):
+    assert device.has_kernels(capability, archs.split()) == runs
+
+
+def put_cards(monkeypatch, *cards: tuple[str, tuple[int, int]]) -> None:
+    """A machine with these cards, by name and compute capability, and a build for 7.5 to 12.0."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: cards[card][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: cards[card][1])
+
+
+OLD, NEW, FUTURE = ("NVIDIA GeForce GTX 1080 Ti", (6, 1)), ("NVIDIA GeForce RTX 4090", (8, 9)), ("NVIDIA X", (13, 0))
+
+
+@pytest.mark.parametrize(
+    "cards, visible, words",
+    [
+        (
+            [OLD],
+            None,
+            ["GPU 0, NVIDIA GeForce GTX 1080 Ti (compute capability 6.1; it has them from 7.5 to 12.0)", "cu126"],
+        ),
+        ([OLD, NEW], None, ["GPU 0, NVIDIA GeForce GTX", "; CUDA_VISIBLE_DEVICES=1 takes the NVIDIA GeForce RTX 4090"]),
+        ([OLD, NEW], "3,5", ["; CUDA_VISIBLE_DEVICES=5 takes the NVIDIA GeForce RTX 4090"]),
+        ([("NVIDIA Tesla K80", (3, 7))], None, ["too old for the PyTorch that this project needs; take --device cpu"]),
+        ([FUTURE], None, ["take a newer build: pip install"]),
+    ],
+)
+def test_a_card_without_kernels_counts_as_none(monkeypatch, cards, visible, words):
+    put_cards(monkeypatch, *cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.resolve_device("auto").type != "cuda"
+    with pytest.raises(UserError, match=r"--device cuda: PyTorch .* has no kernels for GPU 0") as error:
+        device.resolve_device("cuda")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_only_the_cards_that_the_processes_take_need_kernels(monkeypatch):
+    put_cards(monkeypatch, NEW, OLD)
+    assert device.resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="no kernels for GPU 1, NVIDIA GeForce GTX 1080 Ti"):
+        device.resolve_device("cuda")
+
+
+def put_nvidia_smi(monkeypatch, folder, script: str) -> None:
+    """A machine with a driver, as far as its nvidia-smi tells."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+no_shell_scripts = pytest.mark.skipif(os.name == "nt", reason="needs a shell script as nvidia-smi")
+
+
+@no_shell_scripts
+@pytest.mark.parametrize(
+    "script, answer",
+    [
+        ("echo 'NVIDIA L4, 580.65.06'; echo 'NVIDIA L4, 580.65.06'", "NVIDIA L4, driver 580.65.06"),
+        ("echo 'Driver/library version mismatch'; exit 18", "an NVIDIA driver that fails (nvidia-smi: Driver/library"),
+    ],
+)
+def test_what_the_driver_says(monkeypatch, tmp_path, script, answer):
+    put_nvidia_smi(monkeypatch, tmp_path / "bin", script)
+    assert device.installed_driver().startswith(answer)
+
+
+def test_a_card_that_others_fill(monkeypatch):
+    assert device.held_by_others(0) == ""  # this process uses no card
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 6 * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib, 24 * gib))
+    assert device.held_by_others(0.75) == ""  # 24 - 1 free - 6 of our own = 17
+    assert "other processes hold about 16.6 of the 24.0 GiB of the NVIDIA L4" in device.held_by_others(0.5)
+
+    def full():
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    assert device.held_by_others(0.9) == "other processes hold all memory of the NVIDIA L4: nvidia-smi shows them"
+
+
+@no_shell_scripts
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's card can be used")
+def test_the_commands_say_in_a_line_that_a_card_is_not_used(data_dir, tmp_path, monkeypatch, capsys):
+    put_nvidia_smi(monkeypatch, tmp_path / "bin", "echo 'NVIDIA L4, 580.65.06'")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    run = tiny(data_dir, tmp_path / "run", device="auto", max_iters=2)
+    with pytest.raises(
+        UserError, match=r"--device auto: no GPU.*NVIDIA L4, driver 580.65.06.*--device cpu trains here"
+    ):
+        train.train(dataclasses.replace(run, max_iters=10**10))
+    assert not (tmp_path / "run").exists()
+    line = "GPU not used: PyTorch "
+    for mode in ("check", "overwrite", "eval_only"):
+        train.train(dataclasses.replace(run, **{mode: True}))
+        assert capsys.readouterr().out.count(line) == 1
+    generated = run_script("generate.py", "--checkpoint", tmp_path / "run", "--max-new-tokens", 1)
+    assert generated.returncode == 0 and generated.stderr.count(line) == 1, generated.stderr

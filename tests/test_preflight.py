@@ -9,12 +9,20 @@ import torch
 from config import TrainConfig
 from internals import preflight
 from internals.cli import with_preset
+from internals.device import Obstacle
 from internals.machine import Machine
 from internals.run import Run, TrainState
+from internals.start import UserError
 from model import GPT
 
 CPU = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
 GPU = dataclasses.replace(CPU, device=torch.device("cuda"))
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    """Whatever card the machine has that runs the tests, the advice is on the run alone."""
+    monkeypatch.setattr(preflight, "unused_card", lambda name, device: "")
 
 
 def advice(machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikipedia", **changes) -> list[str]:
@@ -61,3 +69,45 @@ def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words
 
 def test_a_cpus_speed_is_a_rate():
     assert 1e8 < preflight.cpu_flops(torch.float32) < 1e15
+
+
+def start(machine=CPU, preset="wikipedia", resumed_at=None, **changes) -> None:
+    cfg = dataclasses.replace(with_preset(TrainConfig, preset), **changes)
+    with torch.device("meta"):
+        model = GPT(cfg.model)
+    preflight.refuse_long_run_on_cpu(Run(cfg, {}, machine, None, None, resumed_at), model)
+
+
+def test_a_long_run_on_a_cpu_must_be_asked_for(monkeypatch):
+    monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
+    obstacle = Obstacle("PyTorch finds no NVIDIA driver", "install one", driver=False)
+    monkeypatch.setattr(preflight, "cuda_obstacle", lambda: obstacle)
+    words = (
+        r"no GPU, .* about 5\d\d hours \(\d\.\de\+17 .*\)\. PyTorch finds no NVIDIA driver; install one\. --device cpu"
+    )
+    with pytest.raises(UserError, match=words):
+        start()
+    with pytest.raises(UserError, match="--device auto"):
+        start(resumed_at=8_000)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        dict(device="cpu"),
+        dict(machine=GPU),
+        dict(machine=dataclasses.replace(CPU, device=torch.device("mps"))),
+        dict(check=True),
+        dict(preset="demo"),
+        dict(resumed_at=15_900),
+    ],
+    ids=["asked", "cuda", "mps", "check", "demo", "nearly finished"],
+)
+def test_these_runs_are_not_refused(run):
+    start(**run)
+
+
+def test_a_card_that_cannot_be_used_and_one_that_is_full_are_advice(monkeypatch):
+    monkeypatch.setattr(preflight, "unused_card", lambda name, device: "GPU not used: PyTorch is old")
+    monkeypatch.setattr(preflight, "held_by_others", lambda share: "other processes hold 13 of 24 GiB")
+    assert advice() == ["GPU not used: PyTorch is old", "other processes hold 13 of 24 GiB"]
