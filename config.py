@@ -228,7 +228,7 @@ class TrainConfig(Compute, DataDir):
     init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
-    batch_size: Count = 64  # sequences for one device in one micro-step: as many as its memory holds
+    batch_size: Count = 64  # sequences for one device in one micro-step, at most: as many as its memory holds
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
@@ -266,18 +266,28 @@ class TrainConfig(Compute, DataDir):
             f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
         )
         if not self.eval_only:
-            self.accumulation_steps(processes=1)
+            self.sequences_per_process(processes=1)
+
+    def sequences_per_process(self, processes: int) -> int:
+        """Sequences of an iteration that each process reads. Raises ValueError if it is not a whole number."""
+        unit = self.model.block_size * processes
+        count, rest = divmod(self.tokens_per_iter, unit)
+        numbers = " or ".join(f"{n * unit:,}" for n in (count, count + 1) if n)
+        require(
+            rest == 0,
+            f"--tokens-per-iter {self.tokens_per_iter:,}: must be a multiple of {unit:,} (--block-size "
+            f"{self.model.block_size}{f' x {processes} processes' if processes > 1 else ''}); give {numbers}",
+        )
+        return count
+
+    def micro_batch_size(self, processes: int) -> int:
+        """Sequences in a micro-step of each process: `batch_size`, or the next smaller number that divides its share."""
+        count = self.sequences_per_process(processes)
+        return next(size for size in range(min(self.batch_size, count), 0, -1) if count % size == 0)
 
     def accumulation_steps(self, processes: int) -> int:
-        """Micro-steps in an iteration, on each process. Raises ValueError if it is not a whole number."""
-        micro_step = self.batch_size * self.model.block_size * processes
-        require(
-            self.tokens_per_iter % micro_step == 0,
-            f"--tokens-per-iter {self.tokens_per_iter:,}: must be a multiple of {micro_step:,}, what a micro-step holds "
-            f"(--batch-size {self.batch_size} x --block-size {self.model.block_size} tokens"
-            + (f" x {processes} processes)" if processes > 1 else ")"),
-        )
-        return self.tokens_per_iter // micro_step
+        """Micro-steps in an iteration, on each process."""
+        return self.sequences_per_process(processes) // self.micro_batch_size(processes)
 
     @property
     def warmup(self) -> int:

@@ -20,7 +20,6 @@ if __name__ == "__main__":
     CFG = parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
 
 import contextlib
-import gc
 import math
 import os
 import sys
@@ -30,7 +29,6 @@ from collections.abc import Callable
 
 import tiktoken
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from config import TrainConfig
@@ -42,7 +40,7 @@ from internals.machine import Machine, Outcome, make_machine
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
-from internals.processes import is_lost_process
+from internals.processes import LOST_PROCESS, is_lost_process, leave_processes
 from internals.report import RunLog, evaluation_line, startup, validation_row
 from internals.run import (
     Run,
@@ -93,6 +91,7 @@ def train(cfg: TrainConfig) -> None:
     if saved:
         restore(state, saved, machine)
         saved = None  # frees its memory
+    machine.share_weights(model)
     machine.print(startup(run, state, compiling))
     for advice in sanity_advice(run, state):
         machine.print(f"advice     {advice}")
@@ -101,7 +100,7 @@ def train(cfg: TrainConfig) -> None:
 
     # 3. The loop
     tokenizer = load_sample_tokenizer(run)
-    micro_batch = MicroBatch(cfg.batch_size, model, machine)
+    micro_batch = MicroBatch(run.batch_size, model, machine)
     measure_best_anew(run, state, micro_batch)
     with (
         catch_signals(machine) as stop,
@@ -171,23 +170,22 @@ def forward_backward(
 
     Args:
         batch_size: sequences in a micro-step.
-        forward: the model, compiled and shared among processes: inputs and targets (B, T) to the loss.
+        forward: the model, compiled: inputs and targets (B, T) to the loss.
 
     Returns:
-        (micro-steps,) the loss of each, on the device. Nothing here waits for it.
+        (micro-steps,) the loss of each of this process's, on the device. Nothing here waits for it.
     """
     machine, losses = run.machine, []
     micro_steps = run.window_ids(state.tokens, batch_size)
-    for step, window_ids in enumerate(micro_steps, start=1):
+    for window_ids in micro_steps:
         inputs, targets = machine.to_device(run.train_windows.batch(window_ids))
-        # The processes add up their gradients once, with the last micro-step's
-        silent = machine.processes > 1 and step < len(micro_steps)
-        with forward.no_sync() if silent else contextlib.nullcontext():
-            with machine.autocast():
-                loss = forward(inputs, targets)
-            state.scaler.scale(loss / len(micro_steps)).backward()
+        with machine.autocast():
+            loss = forward(inputs, targets)
+        state.scaler.scale(loss / (len(micro_steps) * machine.processes)).backward()
         losses.append(loss.detach())
-    return torch.stack(losses)
+    losses = torch.stack(losses)
+    machine.sum_gradients(state.model)
+    return losses
 
 
 def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size: int) -> None:
@@ -242,6 +240,7 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
         with machine.autocast():
             total += model(inputs, targets) * (last - first)
     model.train()
+    machine.confirm_memory()
     return machine.gather(total).sum().item() / len(windows)
 
 
@@ -332,15 +331,13 @@ def main(cfg: TrainConfig) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(*kept, sep="\n", end="\n" if kept else "")
         train(cfg)
-        if dist.is_initialized():  # after a failure the others may hang in a collective, and so would this
-            gc.collect()  # DDP holds the process group; while it lives, so do the group's threads
-            dist.destroy_process_group()
+        leave_processes()
     except RuntimeError as error:
         if is_out_of_memory(error):
             advice = held_by_others(0.5) or "take a smaller --batch-size, --block-size or model"
             raise UserError(f"out of memory; {advice}") from error
         if is_lost_process(error):
-            raise UserError("another process of this run ended, and so does this one; --resume continues it") from error
+            raise UserError(LOST_PROCESS) from error
         raise
 
 

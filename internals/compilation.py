@@ -1,4 +1,4 @@
-"""The model as the training loop calls it: compiled, and shared among the processes."""
+"""The model as the training loop calls it: compiled."""
 
 import re
 import textwrap
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig
 from internals.machine import Machine
@@ -18,18 +17,13 @@ from model import GPT
 
 
 def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
-    """The model as the iterations call it, compiled and shared among the processes, and a word on compiling.
+    """The model as the iterations call it, compiled, and a word on compiling.
 
     `model` itself stays as it is: evaluating, sampling and saving use that one.
     """
-    forward: Any = model
-    compiling = "off"
     if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        forward, compiling = try_compile(model, cfg, machine)
-    if machine.processes > 1:
-        devices = [machine.device] if machine.device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=devices)
-    return forward, compiling
+        return try_compile(model, cfg, machine)
+    return model, "off"
 
 
 def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
@@ -40,8 +34,9 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
     compiled: Any = torch.compile(model, dynamic=False)
     reason = ""
     try:
+        batch_size = cfg.micro_batch_size(machine.processes)
         # In the layout of a real batch: another one would be compiled again
-        inputs, targets = machine.to_device(np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64))
+        inputs, targets = machine.to_device(np.zeros((batch_size, cfg.model.block_size + 1), dtype=np.int64))
         with machine.autocast():
             loss = compiled(inputs, targets)
         loss.backward()
@@ -49,7 +44,7 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
         if not is_out_of_memory(error):  # the iterations meet it again, and MicroBatch deals with it
             reason = compile_problem(error)
     model.zero_grad()
-    failed = any(machine.gather(torch.tensor([float(bool(reason))], device=machine.device)).flatten().tolist())
+    failed = machine.gather(torch.tensor([bool(reason)])).any().item()
     return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
 
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
 from internals.device import resolve_device, resolve_dtype
-from internals.processes import join_processes, place_among_processes
+from internals.processes import any_process, join_processes, place_among_processes
 
 
 class Outcome(NamedTuple):
@@ -21,6 +21,10 @@ class Outcome(NamedTuple):
     losses: list[float]  # of all micro-steps, in the order of their windows: of process 0 first in each micro-step
     grad_norm: float
     stop: bool  # a process was asked to stop
+
+
+class OutOfMemoryElsewhere(RuntimeError):
+    """Another process ran out of memory, so this one must give up the same attempt."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Machine:
         return tokens[:, :-1], tokens[:, 1:]
 
     def gather(self, values: Tensor) -> Tensor:
-        """(N,) of this process -> (processes, N) of all."""
+        """(N,) of this process -> (processes, N) of all, on the CPU. Waits for the device and the other processes."""
+        values = values.cpu()
         if self.processes == 1:
             return values[None]
         parts = [torch.empty_like(values) for _ in range(self.processes)]
@@ -83,9 +88,50 @@ class Machine:
 
     def wait(self, losses: Tensor, grad_norm: Tensor, stop: bool) -> Outcome:
         """Wait for the device, and for the other processes. `losses` (micro-steps,) are this process's."""
-        row = torch.cat([losses, torch.stack([grad_norm, torch.full_like(grad_norm, stop)])])
+        on_device = torch.cat([losses, grad_norm[None]])
+        row = torch.cat([on_device.cpu(), torch.tensor([float(stop)])])
         *losses, grad_norms, stops = self.gather(row).T.tolist()  # (micro-steps + 2, processes)
         return Outcome([loss for micro_step in losses for loss in micro_step], grad_norms[0], any(stops))
+
+    def confirm_memory(self) -> None:
+        """This process had enough memory so far. Waits until all processes say so, but not for the device.
+
+        Each exchange that is part of an attempt (`MicroBatch`) comes after this, and nothing after the last one allocates
+        memory. So a process that has run out finds the others here, and none waits in an exchange for a process that has
+        given up.
+
+        Raises:
+            OutOfMemoryElsewhere: another process has called `deny_memory` instead.
+        """
+        if self.processes > 1 and any_process(False):
+            raise OutOfMemoryElsewhere("out of memory in another process")
+
+    def deny_memory(self) -> None:
+        """This process ran out of memory. The others learn it where they call `confirm_memory`."""
+        if self.processes > 1:
+            any_process(True)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Replace each gradient by its sum over the processes: all of them in one piece, by one all-reduce.
+
+        This takes the place of PyTorch's DistributedDataParallel, which cannot stop half-way: it exchanges gradients while
+        others are computed, and a process that runs out of memory then leaves the others waiting. docs/training.md says
+        what that costs.
+        """
+        if self.processes == 1:
+            return
+        parameters = list(model.parameters())
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        self.confirm_memory()
+        dist.all_reduce(flat)
+        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = total.view_as(parameter)
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every process the weights of process 0: those that another kind of CPU draws may differ in a bit."""
+        if self.processes > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.detach(), src=0)
 
 
 def make_machine(cfg: TrainConfig) -> Machine:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from internals.device import held_by_others
-from internals.machine import Machine
+from internals.machine import Machine, OutOfMemoryElsewhere
 from internals.start import UserError
 from model import GPT
 
@@ -19,7 +20,8 @@ T = TypeVar("T")
 class MicroBatch:
     """How many sequences a micro-step has: `--batch-size`, or what fits into memory, once that has run out.
 
-    Smaller micro-steps are more micro-steps, so the iteration stays the same, and so does the run.
+    Smaller micro-steps are more micro-steps, so the iteration stays the same, and so does the run. The size is the same in
+    all processes: where one runs out of memory, all take smaller micro-steps.
     """
 
     def __init__(self, size: int, model: GPT, machine: Machine):
@@ -28,23 +30,30 @@ class MicroBatch:
     def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
         """`compute(size, *args)`. When memory runs out, the same again with half the size, or the next smaller divisor.
 
-        A failed attempt leaves no trace in gradients and random numbers.
+        A failed attempt leaves no trace in gradients and random numbers. All processes call this together, and `compute`
+        calls `machine.confirm_memory` before each exchange.
 
         Raises:
-            UserError: a single sequence is too much, other processes fill the card, or several processes would have to agree on the smaller size.
+            UserError: a single sequence is too much, or other programs fill the card.
         """
         random = random_state(self.machine.device)
         while True:
             try:
                 return compute(self.size, *args)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                # An exchange that fails, even for lack of memory, has failed in this process alone
+                if isinstance(error, dist.DistError) or not is_out_of_memory(error):
                     raise
-                if others := held_by_others(0.5 if self.size == 1 else 0.9):  # of the card: smaller steps are no answer
-                    raise UserError(f"out of memory: {others}") from error
-                if self.machine.processes > 1 or self.size == 1:
-                    advice = "--batch-size" if self.size > 1 else "--block-size or a smaller model"
-                    raise UserError(f"out of memory at --batch-size {self.size}; take a smaller {advice}") from error
+                if not isinstance(error, OutOfMemoryElsewhere):
+                    self.machine.deny_memory()
+                    if others := held_by_others(
+                        0.5 if self.size == 1 else 0.9
+                    ):  # of the card: smaller steps are no answer
+                        raise UserError(f"out of memory: {others}") from error
+                if self.size == 1:
+                    raise UserError(
+                        "out of memory at --batch-size 1; take a smaller --block-size or a smaller model"
+                    ) from error
             self._shrink()  # after the except block, which keeps the tensors of the failed attempt alive
             set_random_state(random, self.machine.device)
 

@@ -53,7 +53,7 @@ def preflight(
     cfg, machine = run.cfg, run.machine
     if machine.is_main:
         verify(cfg.data_dir)
-    micro_batch = MicroBatch(cfg.batch_size, state.model, machine)
+    micro_batch = MicroBatch(run.batch_size, state.model, machine)
     timing = micro_batch.retry_smaller(measure, run, state, forward, forward_backward, evaluate)
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
     disk = 7 * weights  # best.pt 1, last.pt 3 (weights and AdamW's two moments), and a new last.pt beside the old one
@@ -116,10 +116,10 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
         "time": f"{duration(total)} for {cfg.max_iters:,} iterations and their evaluations",
         "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
     }
-    if batch_size < cfg.batch_size:
+    if batch_size < run.batch_size:
         if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
             rows["memory"] += "; the attempts that did not fit are counted, too"
-        rows["batch"] = f"--batch-size {cfg.batch_size} does not fit, {batch_size} does: training will take that"
+        rows["batch"] = f"--batch-size {run.batch_size} does not fit, {batch_size} does: training will take that"
     return lines(rows)
 
 

@@ -1,12 +1,27 @@
-"""Several processes as one run: this process's place among those that torchrun started."""
+"""Several processes as one run: this process's place among those that torchrun started, and the end of one of them.
 
+Gradients travel by NCCL, from GPU to GPU. All else that the processes tell each other travels by gloo, from CPU to CPU:
+it waits for no GPU, and a process that is gone ends the wait.
+"""
+
+import contextlib
 import importlib
 import os
+import selectors
+import socket
+import threading
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from internals.start import UserError
+
+LOST_PROCESS = "another process of this run ended, and so does this one; --resume continues it"
+# Seconds in which a process may end by itself after another one has. More than those that a process waits to let the first
+# one speak (internals/start.py).
+GRACE = 5
+WRITING = threading.Lock()  # held while checkpoints are written, which the end of another process must not cut short
 
 
 def place_among_processes() -> tuple[int, int]:
@@ -43,10 +58,93 @@ def join_processes(device: torch.device) -> torch.device:
     # imports it later by itself. The group would then live as long as the module, and so would the group's threads,
     # which may abort the process while Python goes down. Imported before there is a group, it holds none.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    Watch.start()
     return device
+
+
+def leave_processes() -> None:
+    """The end of a run that went well, once all processes have come to it. After a failure the others may not come."""
+    if dist.is_initialized():
+        any_process(False)
+        Watch.stop()
+        dist.destroy_process_group()
+
+
+def any_process(value: bool) -> bool:
+    """Whether `value` is true in any process. Waits for the other processes, not for the device."""
+    flag = torch.tensor(int(value))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def is_lost_process(error: RuntimeError) -> bool:
     """NCCL and the store have exceptions of their own for it. Gloo raises a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+class Watch:
+    """Ends this process when another one of the run has ended too early.
+
+    A process whose GPU waits for a dead one's gradients sits in a call that neither an exception nor a signal reaches.
+    NCCL itself gives up after 10 minutes, torchrun after 30 seconds. So a thread watches: every process has a connection
+    to process 0, and the system closes those of a process that dies, whatever it dies of. Nothing is sent on them, so a
+    process that is merely slow or stopped is never taken for dead. Process 0 closes all connections when one is closed,
+    and so tells the others.
+    """
+
+    current: "Watch | None" = None  # like the process group, of which PyTorch has one in a process
+
+    @classmethod
+    def start(cls) -> None:
+        cls.current = cls(connect_to_first())
+
+    @classmethod
+    def stop(cls) -> None:
+        """All processes have come to their end, so a connection that closes from now on means nothing."""
+        cls.current.over.set()
+        cls.current.close()
+        cls.current.thread.join()
+
+    def __init__(self, connections: list[socket.socket]):
+        self.connections, self.over = connections, threading.Event()
+        self.thread = threading.Thread(target=self._wait, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # the other side has closed it
+                connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits for it; closing would not
+
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for connection in self.connections:
+                selector.register(connection, selectors.EVENT_READ)
+            selector.select()
+        self.close()
+        if self.over.wait(GRACE):
+            return
+        with WRITING:
+            if int(os.environ["RANK"]) == 0:
+                os.write(2, f"\nerror: {LOST_PROCESS}\n".encode())
+            os._exit(2)
+
+
+def connect_to_first() -> list[socket.socket]:
+    """In process 0, connections to all others; in the others, one to process 0."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    port: list[Any] = [None]
+    try:
+        if rank > 0:
+            dist.broadcast_object_list(port)
+            return [socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60)]
+        with socket.create_server(("", 0), backlog=processes) as server:
+            server.settimeout(60)
+            port[0] = server.getsockname()[1]
+            dist.broadcast_object_list(port)
+            return [server.accept()[0] for _ in range(1, processes)]
+    except OSError as error:
+        raise UserError(
+            f"process {rank} cannot connect to process 0 at {os.environ['MASTER_ADDR']}:{port[0]} ({error}); "
+            "let the machines reach each other on all ports"
+        ) from error

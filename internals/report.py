@@ -86,6 +86,10 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
     cfg, machine = run.cfg, run.machine
     model, count, train = cfg.model, state.model.num_parameters(), run.meta["splits"]["train"]
     steps = cfg.accumulation_steps(machine.processes)
+    smaller = ""
+    if run.batch_size < cfg.batch_size:
+        share = f"{plural(cfg.sequences_per_process(machine.processes), 'sequence')} a process"
+        smaller = f" (batch_size {cfg.batch_size} -> {run.batch_size}: it must divide the {share})"
     tokens = state.tokens + (cfg.max_iters - state.iter) * cfg.tokens_per_iter
     warmup = f"{cfg.warmup:,} iterations"
     if cfg.warmup < cfg.warmup_iters:
@@ -99,8 +103,8 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
         "data": f"{cfg.data_dir}: {train['tokens']:,} tokens of {train['articles']:,} articles to train on, "
         f"{len(run.val_windows) * model.block_size:,} to evaluate on; tokenizer {run.meta['tokenizer']}, "
         f"{model.vocab_size:,} tokens",
-        "iteration": f"{cfg.tokens_per_iter:,} tokens = {cfg.batch_size} sequences x {model.block_size} tokens x "
-        f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}",
+        "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
+        f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{cfg.max_iters:,} iterations, {tokens:,} tokens, "
         f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
         "output": cfg.out_dir,

@@ -26,6 +26,7 @@ from internals.files import locked, writing
 from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
+from internals.processes import WRITING
 from internals.shards import read_meta
 from internals.start import UserError
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -48,6 +49,11 @@ class Run:
     @property
     def out_dir(self) -> Path:
         return Path(self.cfg.out_dir)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a micro-step of each process, as long as memory does not run out."""
+        return self.cfg.micro_batch_size(self.machine.processes)
 
     def window_ids(self, tokens: int, batch_size: int) -> list[range]:
         """The training windows of one iteration that are this process's: a range of ids for each micro-step.
@@ -88,7 +94,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     meta = read_meta(cfg.data_dir)
     cfg = complete_config(cfg, meta, saved)
     try:
-        cfg.accumulation_steps(machine.processes)
+        cfg.sequences_per_process(machine.processes)
     except ValueError as error:
         raise UserError(str(error)) from error
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
@@ -179,7 +185,7 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         check_unused(Path(cfg.out_dir))
     if not (cfg.check or cfg.eval_only):
         check_own(Path(cfg.out_dir))
-    seen = torch.tensor([saved["iter"] if saved else -1], device=machine.device)
+    seen = torch.tensor([saved["iter"] if saved else -1])
     if len(machine.gather(seen).unique()) > 1:
         raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
     return saved
@@ -301,9 +307,10 @@ def save(run: Run, state: TrainState, best: bool) -> None:
         "scaler": state.scaler.state_dict(),
         "rng": rng,
     }
-    if best:
-        checkpoint.save(run.out_dir / "best.pt", generating)
-    checkpoint.save(run.out_dir / "last.pt", generating | resuming)
+    with WRITING:
+        if best:
+            checkpoint.save(run.out_dir / "best.pt", generating)
+        checkpoint.save(run.out_dir / "last.pt", generating | resuming)
 
 
 def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:

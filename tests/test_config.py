@@ -97,7 +97,7 @@ def test_a_configuration_cannot_be_changed():
         (
             TrainConfig,
             ["--tokens-per-iter", "65537"],
-            ["--tokens-per-iter 65,537", "must be a multiple of", "--batch-size 64"],
+            ["--tokens-per-iter 65,537", "must be a multiple of 256", "give 65,536 or 65,792"],
         ),
         (TrainConfig, ["--learning-rate", "inf"], ["--learning-rate inf"]),
         (TrainConfig, ["--min-lr", "1"], ["--min-lr 1.0", "--learning-rate"]),
@@ -128,12 +128,33 @@ def test_a_wrong_value_is_named_and_ends_with_status_2(cls, args, words, capsys)
         assert word in text
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_shared_out(preset, processes):
+    cfg = with_preset(TrainConfig, preset)
+    size, steps = cfg.micro_batch_size(processes), cfg.accumulation_steps(processes)
+    assert size * steps * processes * cfg.model.block_size == cfg.tokens_per_iter
+    fits = lambda n: cfg.tokens_per_iter % (n * processes * cfg.model.block_size) == 0  # noqa: E731
+    assert size == max(n for n in range(1, cfg.batch_size + 1) if fits(n))  # no smaller than it must be
+
+
+def test_a_batch_size_shrinks_to_what_divides():
+    sizes = {
+        preset: [with_preset(TrainConfig, preset).micro_batch_size(n) for n in (1, 2, 8, 16)] for preset in PRESETS
+    }
+    assert sizes == {"wikipedia": [64, 64, 32, 16], "wikipedia-150m": [8, 8, 8, 8], "demo": [32, 16, 4, 2]}
+    assert TrainConfig(batch_size=100).micro_batch_size(1) == 64
+    assert TrainConfig(batch_size=100).settings()["batch_size"] == 100  # what is kept is what was asked for
+
+
 def test_what_follows_from_other_values():
     cfg = TrainConfig()
     assert cfg.accumulation_steps(processes=1) == 4
     assert cfg.accumulation_steps(processes=2) == 2
-    with pytest.raises(ValueError, match="3 processes"):
+    with pytest.raises(ValueError, match=r"multiple of 768 \(--block-size 256 x 3 processes\); give 65,280 or 66,048"):
         cfg.accumulation_steps(processes=3)
+    with pytest.raises(ValueError, match=r"give 131,072$"):
+        cfg.accumulation_steps(processes=512)
     assert cfg.warmup == 500
     assert TrainConfig(max_iters=60).warmup == 6
     assert PrepareConfig().held_out == 0.005

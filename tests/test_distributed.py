@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from conftest import REPO
 from test_train import assert_same_end, metrics, tiny
 
 import train
+from config import PRESETS, TrainConfig
 from internals import checkpoint
+from internals.cli import with_preset
 from internals.machine import Machine
+from internals.processes import WRITING, Watch
 from internals.run import Run
 
 FLAGS = {
@@ -97,19 +102,76 @@ atexit.register(threads)"""
     assert sorted(re.findall(r"threads: (\d) (\[[^]]*\])", result.stdout)) == [("0", "[]"), ("1", "[]")], result.stdout
 
 
-def test_the_processes_share_out_the_windows_of_one(data_dir, tmp_path):
-    cfg = tiny(data_dir, tmp_path, tokens_per_iter=512)  # 32 windows
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_processes_share_out_the_windows_of_one(preset):
+    cfg = with_preset(TrainConfig, preset)
+    windows = cfg.tokens_per_iter // cfg.model.block_size
+    for processes in (1, 2, 4, 8, 16):
+        machines = [Machine(torch.device("cpu"), torch.float32, "", rank, processes) for rank in range(processes)]
+        runs = [Run(cfg, {}, machine, None, None) for machine in machines]
+        for batch_size in (runs[0].batch_size, 1):
+            shares = [run.window_ids(3 * cfg.tokens_per_iter, batch_size) for run in runs]
+            assert {len(share) for share in shares} == {windows // processes // batch_size}
+            seen = [n for share in shares for window_ids in share for n in window_ids]
+            assert sorted(seen) == list(range(3 * windows, 4 * windows))  # none twice, none left out
 
-    def seen(rank: int, processes: int, batch_size: int) -> list[int]:
-        machine = Machine(torch.device("cpu"), torch.float32, "", rank, processes)
-        return [n for batch in Run(cfg, {}, machine, None, None).window_ids(3 * 512, batch_size) for n in batch]
 
-    alone = seen(0, 1, batch_size=4)
-    assert alone == list(range(96, 128))
-    for processes, batch_size in ((2, 4), (2, 16), (8, 1), (4, 8)):
-        shares = [seen(rank, processes, batch_size) for rank in range(processes)]
-        assert len({len(share) for share in shares}) == 1
-        assert sorted(n for share in shares for n in share) == alone  # none twice, none left out
+def test_out_of_memory_in_one_process_halves_the_batch_of_all(data_dir, tmp_path, two):
+    """Once in an evaluation, which has no gradients, and once after a micro-step, whose gradients must be forgotten."""
+    short = """
+larger = iter(range(1000))
+def limited(self, idx, targets=None, **rest):
+    if RANK == 1 and len(idx) > 1 and next(larger) in (9, 12):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return forward(self, idx, targets, **rest)
+GPT.forward = limited"""
+    command = flags(data_dir, tmp_path / "run", optimizer="adamw", batch_size=4)
+    result, _ = run(torchrun(*command, script=with_fault(tmp_path, short)))
+    assert result.returncode == 0, result.stderr
+    for size in (2, 1):
+        assert result.stdout.count(f"micro-steps of {size} sequences from here on, not {2 * size}; the same run") == 1
+    for enough, little in zip(metrics(two[0]), metrics(tmp_path / "run"), strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert little.get(name) == pytest.approx(enough.get(name), abs=1e-5)
+
+
+def test_a_process_that_dies_ends_one_that_nothing_else_reaches(data_dir, tmp_path):
+    """As one does that waits for a GPU which waits for the dead one: no exception and no signal gets it out of there."""
+    stuck = """
+def hang(it, cfg):
+    if it == 3 and RANK == 1:
+        os.kill(os.getpid(), 9)
+    while it == 3:
+        time.sleep(1)
+    return get_lr(it, cfg)
+train.get_lr = hang"""
+    result, _ = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, stuck)))
+    assert result.stderr.count("error: another process of this run ended") == 1, result.stderr
+    ends = re.findall(r"exitcode +: (-?\d+)", result.stderr)
+    assert sorted(ends) == ["-9", "2"], result.stderr  # the launcher would kill it after 30 seconds, with -9
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
+
+
+def test_a_dead_process_waits_for_what_is_being_written(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr("internals.processes.GRACE", 0)
+    monkeypatch.setenv("RANK", "1")
+    ours, theirs = socket.socketpair()
+    with WRITING:
+        watch = Watch([ours])
+        theirs.close()
+        watch.thread.join(0.3)
+        assert not ended.is_set()
+    watch.thread.join(60)
+    assert ended.is_set()
+    ended.clear()
+    ours, theirs = socket.socketpair()
+    watch = Watch([ours])
+    watch.over.set()  # a run that ended well
+    theirs.close()
+    watch.thread.join(60)
+    assert not watch.thread.is_alive() and not ended.is_set()
 
 
 def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, two):
@@ -153,10 +215,7 @@ GPT.forward = poisoned""",
 }
 SAYS = {
     "killed": ["error: another process of this run ended"],
-    "memory": [
-        "error: out of memory at --batch-size 2; take a smaller --batch-size",
-        "error: another process of this run",
-    ],
+    "memory": ["error: out of memory at --batch-size 1; take a smaller --block-size or a smaller model"],
     "nan": ["error: the loss of micro-step 2 of 4 is not finite in iteration 4"],
 }
 
