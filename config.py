@@ -218,7 +218,7 @@ NOT_SETTINGS = (
 
 @dataclass(frozen=True)
 class TrainConfig(Compute, DataDir):
-    out_dir: Folder = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, loss.png
+    out_dir: Folder = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html
     resume: bool = False  # continue from out_dir/last.pt with its settings; flags that are given change them
     auto_resume: bool = False  # continue if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
@@ -246,6 +246,7 @@ class TrainConfig(Compute, DataDir):
     checkpoint_interval: Count = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # sends the rows of metrics.jsonl there, too
 
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: faster, after a minute; auto: on a GPU
     seed: Seed = 1337  # of initial weights, dropout and batch order
@@ -341,11 +342,13 @@ class GenerateConfig(Compute, CheckpointFile):
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete
     json: bool = False  # print JSON lines, one for each sample, instead of text
+    html: FilePath = ""  # also write a page: the text with each token's probability, a short one with attention
 
     def __post_init__(self):
         super().__post_init__()
         require("" not in self.stop, "--stop: is empty; give the text to end before")
         require(not (self.interactive and self.prompt), "--interactive and --prompt: give one of them")
+        require(not (self.interactive and self.html), "--interactive and --html: give one of them")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from config import GenerateConfig
 from internals.checkpoint import is_memory_error
 from internals.cpu_kernels import pack_weights
 from internals.device import resolve_device, resolve_dtype, unused_card
+from internals.html_text import TextPage
 from internals.pretrained import open_model
 from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write
@@ -62,11 +63,12 @@ def main(cfg: GenerateConfig) -> None:
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process costs it nothing (benchmarks/busy.py)
     with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
+        page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
     if cfg.seed is None:
         say(f"--seed {seed} makes the same text again")
-    writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed))
+    writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
     if cfg.interactive:
         interact(writer.answer)
     else:
@@ -132,6 +134,7 @@ class Writer:
     model: GPT
     tokenizer: tiktoken.Encoding
     generator: torch.Generator
+    page: TextPage | None = None
 
     def answer(self, prompt: str) -> None:
         """Print the samples that continue a prompt."""
@@ -146,6 +149,10 @@ class Writer:
                 print_json(prompt, self.generator.initial_seed(), steps)
             else:
                 print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
+        if self.page:
+            drawn = f"temperature {cfg.temperature:g}, top-k {cfg.top_k}, top-p {cfg.top_p:g}, seed {self.generator.initial_seed()}"
+            self.page.write(drawn if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
+            say(f"{cfg.html}: the page of this text")
 
 
 def interact(answer: Callable[[str], None]) -> None:

@@ -23,7 +23,6 @@ import contextlib
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 
@@ -55,6 +54,7 @@ from internals.run import (
     resume_settings,
     save,
 )
+from internals.samples import printable
 from internals.shards import read_meta
 from internals.start import UserError, first_line
 from internals.stopping import catch_signals
@@ -118,12 +118,13 @@ def train(cfg: TrainConfig) -> None:
                     best = record_validation(val_loss, run, state)
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
                     log.write_row(state, evaluating)
+                if evaluating and tokenizer:
+                    log.write_sample(state, tokenizer, sample_text(run, state, tokenizer))
                 if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
                     log.flush()
                     save(run, state, best)
                 if evaluating:
                     log.tell_evaluation(best)
-                    print_sample(run, state, tokenizer)
             if finished or stopping:
                 break
 
@@ -219,11 +220,6 @@ def window_text(run: Run, window_id: int) -> str:
     return f'The first reads: "{printable(text).replace(chr(10), " ")[:400]}". '
 
 
-def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation, and sample text
 
@@ -282,18 +278,15 @@ def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
         return None
 
 
-def print_sample(run: Run, state: TrainState, tokenizer: tiktoken.Encoding | None) -> None:
-    """Show how the model continues `sample_prompt`. Uses random numbers of its own, so the run stays the same."""
-    if tokenizer is None:
-        return
+def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> str:
+    """How the model continues `sample_prompt`. Uses random numbers of its own, so the run stays the same."""
     prompt = run.cfg.sample_prompt
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
     options = {"temperature": 0.8, "top_k": 200, "generator": generator}
     try:
-        text = prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
+        return prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
     except (UserError, RuntimeError) as error:  # too little memory, say: no reason to end a run
-        text = f"no sample text: {first_line(error)}"
-    run.machine.print(textwrap.indent(printable(text).strip(), "    "))  # an untrained model writes any byte
+        return f"no sample text: {first_line(error)}"
 
 
 def eval_only(cfg: TrainConfig, machine: Machine) -> None:

@@ -85,7 +85,14 @@ class Stopwatch:
         self.begin, self.outside = 0.0, 0.0
         self.get_lr = train.get_lr
         train.get_lr = self.start
-        for module, name in ((train, "evaluate"), (train, "print_sample"), (report, "plot")):
+        outside = (
+            (train, "evaluate"),
+            (train, "sample_text"),
+            (report, "sample_row"),
+            (report, "plot"),
+            (report, "run_page"),
+        )
+        for module, name in outside:
             setattr(module, name, self.leave_out(getattr(module, name)))
 
     def start(self, it: int, cfg: TrainConfig) -> float:

@@ -1,29 +1,36 @@
-"""What a run tells: the start-up summary, metrics.jsonl, loss.png, and a reference run beside it."""
+"""What a run tells: the start-up summary, metrics.jsonl, samples.jsonl, loss.png, run.html, a reference run beside it."""
 
 import contextlib
 import json
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import tiktoken
 from tqdm import tqdm
 
 from config import NOT_SETTINGS, TrainConfig, differences
+from internals.cli import with_preset
 from internals.device import PEAK_FLOPS
 from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
 from internals.run import Run, TrainState, describe_data
+from internals.run_page import run_page
+from internals.samples import printable, sample_row
 from internals.start import first_line
+from internals.trackers import Tracker
 
 REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
 # it a little, and a reference has one seed.
 NOT_LEARNING = {
     *NOT_SETTINGS, "device", "dtype", "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval",
-    "sample_prompt", "seed",
+    "sample_prompt", "seed", "tracker",
 }  # fmt: skip
 
 
@@ -81,8 +88,8 @@ def find_reference(cfg: TrainConfig, data_sha256: str) -> dict[str, Any] | None:
 # Before the run
 
 
-def startup(run: Run, state: TrainState, compiling: str) -> str:
-    """The start-up summary: device, model, data, iteration, run, output."""
+def summary(run: Run, state: TrainState) -> dict[str, str]:
+    """Device, model, data, iteration and run in words."""
     cfg, machine = run.cfg, run.machine
     model, count, train = cfg.model, state.model.num_parameters(), run.meta["splits"]["train"]
     steps = cfg.accumulation_steps(machine.processes)
@@ -95,8 +102,8 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
     dtype = str(machine.dtype).removeprefix("torch.")
-    rows = {
-        "device": f"{machine.name}, {dtype} ({machine.dtype_reason}), compile {compiling}",
+    return {
+        "device": f"{machine.name}, {dtype} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
         f"embeddings ({model.n_layer} layers, {model.n_head} heads, {model.n_embd} dimensions, context "
         f"{model.block_size})",
@@ -107,8 +114,14 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{cfg.max_iters:,} iterations, {tokens:,} tokens, "
         f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
-        "output": cfg.out_dir,
     }
+
+
+def startup(run: Run, state: TrainState, compiling: str) -> str:
+    """The start-up summary."""
+    cfg, rows = run.cfg, summary(run, state)
+    rows["device"] += f", compile {compiling}"
+    rows["output"] = cfg.out_dir
     if reference := find_reference(cfg, describe_data(run.meta)["sha256"]):
         where = f"{reference['hardware']}, seed {reference['seed']}, {reference['date']}"
         rows["reference"] = f"this run on {where}: its losses beside yours"
@@ -116,6 +129,26 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
         changes = f"; changed: {', '.join(run.changes)}" if run.changes else ""
         rows["resuming"] = f"at iteration {run.resumed_at:,}{changes}"
     return lines(rows)
+
+
+def page_facts(run: Run, state: TrainState) -> dict[str, str]:
+    """The head of run.html: the summary, and the settings that are not those of the preset."""
+    preset = with_preset(TrainConfig, run.cfg.preset).settings()
+    changed = differences(preset, run.cfg.settings(), preset)
+    settings = [f"{name} {new}" for name, (_, new) in changed.items() if name not in (*NOT_SETTINGS, "vocab_size")]
+    return {
+        **summary(run, state),
+        "settings": f"preset {run.cfg.preset}, with " + (", ".join(settings) or "nothing changed"),
+    }
+
+
+def page_status(cfg: TrainConfig, row: dict[str, Any], running: bool) -> str:
+    """How far a run is at this row of metrics.jsonl."""
+    text = f"iteration {row['iter']:,} of {cfg.max_iters:,} · {duration(row['seconds'])} of training"
+    if running and 0 < row["iter"] < cfg.max_iters:
+        left = row["seconds"] / row["iter"] * (cfg.max_iters - row["iter"])
+        text += f", about {duration(left)} left without evaluations"
+    return f"{text} · {datetime.now():%Y-%m-%d %H:%M}"
 
 
 def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine) -> str:
@@ -130,24 +163,32 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine
 
 
 class RunLog:
-    """The progress bar, config.json, metrics.jsonl and loss.png of a run. Process 0 alone does anything here.
+    """The progress bar, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html and tracker of a run. Process 0 alone
+    does anything here.
 
-    metrics.jsonl has a row for each log and each evaluation. Nothing here costs the run an iteration: rows that cannot be
+    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. Nothing here costs the run an iteration: rows that cannot be
     written wait in memory until the next attempt (`flush`), and each kind of failure is said once.
     """
 
     def __init__(self, run: Run, state: TrainState):
-        self.run, self.cfg, self.machine = run, run.cfg, run.machine
+        self.run, self.cfg, self.machine, self.state = run, run.cfg, run.machine, state
         reference = find_reference(run.cfg, describe_data(run.meta)["sha256"])
         self.reference: dict[int, float] = reference["val_loss"] if reference else {}
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
         self.failures: set[str] = set()  # kinds of failure that were said
+        self.sample = ""  # the text of the last evaluation
         if self.machine.is_main:
             write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
-            self.metrics = Metrics(run.out_dir / "metrics.jsonl", until=state.iter)
-            self._attempt("metrics.jsonl", self.metrics.cut)
+            self.metrics = Rows(run.out_dir / "metrics.jsonl", until=state.iter)
+            self.samples = Rows(run.out_dir / "samples.jsonl", until=state.iter)
+            for file in (self.metrics, self.samples):
+                self._attempt(file.path.name, file.cut)
+            self.tracker = Tracker(run.cfg.tracker)
+            self.tracker.open(run, self.metrics.rows)
+            if run.resumed_at is not None:  # the run may have been killed before it wrote the page
+                self._write_page(running=True)
         quiet = None if self.machine.is_main else True  # None: quiet if there is no terminal
         self.bar = tqdm(total=run.cfg.max_iters, initial=state.iter, unit="it", disable=quiet)
 
@@ -176,24 +217,47 @@ class RunLog:
         }
         self.row_seconds, self.row_tokens = 0.0, 0
         self.metrics.add(row)
+        self.tracker.log(row)
         self.flush()
+
+    def write_sample(self, state: TrainState, tokenizer: tiktoken.Encoding, sample: str) -> None:
+        """Add a row to samples.jsonl: a text that the model wrote, and its surprise at the passage."""
+        self.sample = sample
+        self._attempt("samples.jsonl", lambda: self.samples.add(sample_row(self.run, state, tokenizer, sample)))
 
     def flush(self) -> None:
         """Write the rows that wait."""
         if self.machine.is_main:
-            self._attempt("metrics.jsonl", self.metrics.flush)
+            for file in (self.metrics, self.samples):
+                self._attempt(file.path.name, file.flush)
+            self.tracker.flush()
 
     def tell_evaluation(self, best: bool) -> None:
-        """Print the evaluation of the last row, and draw the curves."""
+        """Print the evaluation of the last row and its sample, draw the curves and write the page."""
         if not self.machine.is_main:
             return
         row = self.metrics.rows[-1]
         tqdm.write(evaluation_line(row, best, self.reference.get(row["iter"])))
+        if self.sample:
+            tqdm.write(textwrap.indent(printable(self.sample).strip(), "    "))  # an untrained model writes any byte
         self._attempt("loss.png", lambda: plot(self.metrics.rows, self.run.out_dir / "loss.png", self.reference))
+        self._write_page(running=True)
 
     def close(self) -> None:
         self.flush()
+        if self.machine.is_main:
+            self._write_page(running=False)
+            self.tracker.close()
         self.bar.close()
+
+    def _write_page(self, running: bool) -> None:
+        def write() -> None:
+            facts, status = page_facts(self.run, self.state), page_status(self.cfg, self.metrics.rows[-1], running)
+            rows = self.metrics.rows, self.samples.rows
+            write_text(self.run.out_dir / "run.html", run_page(self.run, facts, status, *rows, self.reference, running))
+
+        if self.metrics.rows:
+            self._attempt("run.html", write)
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
         """Do what may fail without harm to the run. The first failure of each name is said."""
@@ -205,8 +269,8 @@ class RunLog:
                 tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues")
 
 
-class Metrics:
-    """metrics.jsonl: its rows in memory, and those that are not yet in the file.
+class Rows:
+    """metrics.jsonl or samples.jsonl: its rows in memory, and those that are not yet in the file.
 
     A run that begins keeps the rows up to its first iteration. Lines that are not rows of this project (a blank line, a
     note, a damaged line) stay where they are; only a half-written last line is dropped.
@@ -266,7 +330,7 @@ class Metrics:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl. None for any other line."""
+    """A row of metrics.jsonl or samples.jsonl. None for any other line."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -193,7 +193,16 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
 
 def check_own(out_dir: Path) -> None:
     """Raise UserError if files that a run would replace are there, but were not written by a run."""
-    names = ["config.json", "last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+    names = [
+        "config.json",
+        "last.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "loss.png",
+        "run.html",
+        "tracker.json",
+    ]
     present = [name for name in (*names, *(f"{name}.tmp" for name in names[1:])) if os.path.lexists(out_dir / name)]
     if present and not is_run_folder(out_dir):
         raise UserError(
@@ -348,9 +357,9 @@ def lock_run_folder(run: Run) -> Iterator[None]:
         return
     held = f"--out-dir {run.out_dir}: another training is at work there; give another --out-dir"
     with locked(run.out_dir, held):
-        names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp"]
+        names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp", "run.html.tmp"]
         if run.resumed_at is None:
-            names += ["last.pt", "best.pt", "metrics.jsonl", "loss.png"]
+            names += ["last.pt", "best.pt", "metrics.jsonl", "samples.jsonl", "loss.png", "run.html", "tracker.json"]
         with writing(run.out_dir):
             for name in names:
                 (run.out_dir / name).unlink(missing_ok=True)

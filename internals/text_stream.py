@@ -23,7 +23,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.pieces: list[str] = []  # the text so far
         self.held = ""
-        self.tokens = 0  # received, including end-of-text and those of a stop text
+        self.ids: list[int] = []  # the tokens received, including end-of-text and those of a stop text
         self.begin, self.seconds = time.perf_counter(), 0.0  # duration, set at the end
         self.ended = False
 
@@ -31,9 +31,14 @@ class TextStream:
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens received."""
+        return len(self.ids)
+
     def push(self, token: int) -> bool:
         """Add a token. Returns True if the text ends here: at end-of-text or before a stop text."""
-        self.tokens += 1
+        self.ids.append(token)
         if token == self.tokenizer.eot_token and not self.ignore_eot:
             return self.end()
         self.held += self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))

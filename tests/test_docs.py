@@ -29,7 +29,14 @@ SCRIPTS = {
     "generate.py": GenerateConfig,
     "export.py": ExportConfig,
 }
-BENCHMARKS = {"gpu": "Gpu", "loss": "Loss", "race": "Race", "reference": "Reference", "train": "Comparison"}
+BENCHMARKS = {
+    "gpu": "Gpu",
+    "loss": "Loss",
+    "page": "Page",
+    "race": "Race",
+    "reference": "Reference",
+    "train": "Comparison",
+}
 
 
 def code(text: str, *languages: str) -> list[str]:

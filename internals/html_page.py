@@ -1,0 +1,77 @@
+"""A page that needs nothing but itself: text, style, script and data in one file, which no text in it can change.
+
+The style is `page.css`, the scripts are `page.js` and `heads.js`. A content security policy names them by their SHA-256 and
+forbids everything else: other scripts, pictures, fonts, connections. Texts reach the page as data, and the script shows data as text.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+HEADS = Path(__file__).with_name("heads.js").read_text(encoding="utf-8")
+
+
+def render(title: str, body: str, data: dict[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        title: any text.
+        body: HTML, in which foreign text is escaped already (`html.escape`).
+        data: what the scripts show; may hold any text. With "attention" in it the page has heads.js, too.
+    """
+    scripts = [SCRIPT, HEADS] if "attention" in data else [SCRIPT]
+    allowed = " ".join(source_hash(script) for script in scripts)
+    policy = (
+        f"default-src 'none'; style-src {source_hash(STYLE)}; script-src {allowed}; base-uri 'none'; form-action 'none'"
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
+<div id="tip" hidden></div>
+<noscript>This page needs its own script to show pictures and texts. The script is in this file and loads nothing.</noscript>
+<script type="application/json" id="data">{as_json(data)}</script>
+{"".join(f"<script>{script}</script>" for script in scripts)}
+</body>
+</html>
+"""
+    return page.encode("utf-8", "replace").decode("utf-8")  # a text of the command line may hold half a character
+
+
+def source_hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON that cannot end the element it stands in: the only `<` in it are written as escapes."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def facts(rows: dict[str, str]) -> str:
+    """Names and texts as an HTML list."""
+    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in rows.items())
+    return f"<dl>{items}</dl>"
+
+
+LEGEND = """<p class="legend" aria-hidden="true">sure <span class="scale"></span> guessing blindly</p>"""
+
+SURPRISE = """<p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
+chance, 10 bits where it gave it 1 in 1,024. Point at a token, or tap it, to read its probability and the likeliest other
+tokens.</p>"""
+
+BITS_PER_BYTE = """<p class="note">Bits per byte are all the surprise divided by the length of the text in bytes. They are what
+the text would take if the model compressed it, so models with different tokenizers can be compared.</p>"""

@@ -1,0 +1,90 @@
+"""run.html: a run on one page, for people who want to watch it learn."""
+
+import html
+import math
+from typing import Any
+
+from internals import html_page
+from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
+from internals.run import Run
+
+POINTS = 2_000  # of the training curve, at most
+
+BODY = """<header><h1>{title}</h1>
+<p class="status"><b>{state}</b> {status}</p></header>
+<section><h2>The run</h2>{facts}</section>
+<section><h2>Loss</h2>
+<svg id="chart" role="img" aria-label="Losses and learning rate over the iterations"></svg>
+<ul id="reading" aria-live="polite"></ul>
+<p class="note">The loss is the mean surprise at the next token, in nats: training measures it on the text of the step,
+validation on text that the model never trains on. A guess among all {vocab_size:,} tokens would have {blind:.2f}; lower is
+better.</p>
+<p class="note">The learning rate is how far each step moves the weights. It rises at first, when gradients are large and
+erratic, and then falls, so that the model settles.</p></section>
+<section class="slider"><output id="label" for="slider"></output>
+<input id="slider" type="range" min="0" max="{last}" value="{last}" step="1" aria-label="evaluation"></section>
+<div class="columns">
+<section><h2>What the model writes</h2><p class="text" id="sample"></p>
+<p class="note">Text that the model wrote at this evaluation, after {prompt}. Each token is drawn at random from the likely
+ones (temperature 0.8, the 200 likeliest).</p></section>
+<section><h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
+<p class="text" id="passage"></p>{legend}{surprise}{bits_per_byte}
+<p class="note">The passage is the beginning of the validation split, the same at every evaluation.</p></section>
+</div>
+"""
+
+
+def run_page(
+    run: Run,
+    facts: dict[str, str],
+    status: str,
+    rows: list[dict[str, Any]],
+    samples: list[dict[str, Any]],
+    reference: dict[int, float],
+    running: bool,
+) -> str:
+    """The page of a run.
+
+    Args:
+        facts: names and texts for the head of the page.
+        status: how far the run is, in words.
+        rows, samples: of metrics.jsonl and samples.jsonl; at least one row.
+        reference: losses of the reference run by iteration, or nothing.
+        running: whether training goes on after this; the page then reloads itself.
+    """
+    title = run.out_dir.resolve().name
+    finished = rows[-1]["iter"] >= run.cfg.max_iters
+    data = {
+        "running": running and not finished,
+        "scale": round(math.log2(run.cfg.model.vocab_size), 3),
+        "curve": curve(rows, reference),
+        "views": [{"label": f"iteration {row['iter']:,}", **row} for row in samples],
+    }
+    body = BODY.format(
+        title=html.escape(title),
+        state="finished" if finished else "running" if running else "stopped",
+        status=html.escape(status),
+        facts=html_page.facts(facts),
+        vocab_size=run.cfg.model.vocab_size,
+        blind=math.log(run.cfg.model.vocab_size),
+        last=max(0, len(samples) - 1),
+        prompt=f"the prompt “{html.escape(run.cfg.sample_prompt)}”"
+        if run.cfg.sample_prompt
+        else "the beginning of an article",
+        legend=LEGEND,
+        surprise=SURPRISE,
+        bits_per_byte=BITS_PER_BYTE,
+    )
+    return html_page.render(f"{title}: a training run", body, data)
+
+
+def curve(rows: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, list[list[float]]]:
+    """`[iteration, value]` for each curve; of a long training curve every second, third, ... point."""
+    steps = [row for row in rows if row.get("train_loss") is not None]
+    steps = steps[:: math.ceil(len(steps) / POINTS) or 1]
+    return {
+        "training": [[row["iter"], round(row["train_loss"], 4)] for row in steps],
+        "validation": [[row["iter"], round(row["val_loss"], 4)] for row in rows if "val_loss" in row],
+        "reference": [[iter, round(loss, 4)] for iter, loss in reference.items()],
+        "rate": [[row["iter"], row["learning_rate"]] for row in steps],
+    }

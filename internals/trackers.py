@@ -1,0 +1,172 @@
+"""`--tracker`: the rows of metrics.jsonl in TensorBoard, Weights & Biases or Trackio, too.
+
+A tracker is a guest. It is imported when it is asked for, it changes nothing in the run, and a failure costs one line.
+"""
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from internals.files import write_json
+from internals.run import Run
+from internals.start import first_line
+
+PROJECT = "wikipedia-transformer"
+RECENT = 10.0  # seconds of training whose rows a killed run may have handed over, but a tracker not yet stored
+FINISH_SECONDS = 120.0  # that a tracker may take at the end of a run to send what it holds
+
+
+class Store(Protocol):
+    """Where rows go. A resumed run sends those of the last `late` seconds again."""
+
+    late: float
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """The store of `--tracker`, or none. The first failure is said and ends its use; training continues."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.store: Store | None = None
+
+    def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
+        """Start, or continue where the run was started with this tracker. `rows`: those of the run so far."""
+
+        def connect() -> None:
+            id, known = run_id(run.out_dir, self.name, new=run.resumed_at is None)
+            self.store = STORES[self.name](run, id)
+            since = run_seconds(rows) - self.store.late if known else -1.0
+            for row in rows:
+                if row.get("seconds", 0.0) > since:
+                    self.store.log(row)
+
+        if self.name != "none":
+            self._attempt(connect)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.store:
+            self._attempt(lambda: self.store.log(row))
+
+    def flush(self) -> None:
+        if self.store:
+            self._attempt(self.store.flush)
+
+    def close(self) -> None:
+        if self.store:
+            self._attempt(self.store.close)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a package, a network, an account, a disk: nothing of this is worth an iteration
+            self.store = None
+            reason = first_line(error)
+            if isinstance(error, ImportError):
+                reason += "; pip install -r requirements-trackers.txt"
+            tqdm.write(f"--tracker {self.name}: {reason}; training continues without it")
+
+
+def run_id(out_dir: Path, tracker: str, new: bool) -> tuple[str, bool]:
+    """What a tracker calls the run, and whether it knows it already. OUT_DIR/tracker.json remembers that."""
+    path = out_dir / "tracker.json"
+    if not new:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(path.read_bytes())
+            if saved["tracker"] == tracker:
+                return str(saved["id"]), True
+    id = f"{re.sub(r'[^A-Za-z0-9_-]', '-', out_dir.resolve().name)}-{secrets.token_hex(4)}"
+    write_json(path, {"tracker": tracker, "id": id})
+    return id, False
+
+
+def run_seconds(rows: Iterable[dict[str, Any]]) -> float:
+    return max((row.get("seconds", 0.0) for row in rows), default=0.0)
+
+
+class TensorBoard:
+    """Event files in OUT_DIR/tensorboard. They are flushed before each checkpoint."""
+
+    late = 0.0
+
+    def __init__(self, run: Run, id: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = 0 if run.resumed_at is None else run.resumed_at + 1
+        self.writer = SummaryWriter(
+            str(run.out_dir / "tensorboard"), purge_step=first
+        )  # hides what was there from here on
+        settings = json.dumps(run.cfg.settings(), indent=4)
+        self.writer.add_text("config", re.sub("^", "    ", settings, flags=re.M), first)
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "iter" and value is not None:
+                self.writer.add_scalar(name, value, row["iter"])
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases, in its cloud or, with WANDB_MODE=offline, in OUT_DIR/wandb."""
+
+    late = RECENT
+
+    def __init__(self, run: Run, id: str):
+        self.run = self.begin(run, id)
+
+    def begin(self, run: Run, id: str) -> Any:
+        import wandb
+
+        begun = wandb.init(
+            project=PROJECT,
+            id=id,
+            name=id,
+            resume="allow",
+            config=run.cfg.settings(),
+            dir=str(run.out_dir),
+            settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
+        )
+        # Its own steps must grow, but a resumed run repeats those after last.pt: the iteration is the axis
+        begun.define_metric("iter")
+        begun.define_metric("*", step_metric="iter")
+        return begun
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.run.log({name: value for name, value in row.items() if value is not None})
+
+    def flush(self) -> None:
+        pass  # a process of its own writes what it gets
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio(Wandb):
+    """Trackio, which has the interface of wandb: in its own folder (TRACKIO_DIR) or on a Space of the hub."""
+
+    def begin(self, run: Run, id: str) -> Any:
+        import trackio
+
+        return trackio.init(project=PROJECT, name=id, resume="allow", config=run.cfg.settings(), embed=False)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.run.log({name: value for name, value in row.items() if value is not None}, step=row["iter"])
+
+
+STORES: dict[str, Callable[[Run, str], Store]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}

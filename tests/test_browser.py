@@ -1,0 +1,139 @@
+"""run.html and the page of generate.py --html in a real browser, opened from the file system."""
+
+import json
+import re
+
+import pytest
+from chromium import PROGRAM, Browser
+from conftest import run_script
+from test_run_page import PROMPT, TEXT, rows, run, text_data  # noqa: F401  (fixtures)
+from test_train import quick  # noqa: F401  (acts by itself)
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")
+
+TOKEN = "document.querySelectorAll('#passage .t:not(.first)')"
+
+
+@pytest.fixture
+def browser(tmp_path):
+    with Browser(tmp_path / "profile") as browser:
+        browser.show(1280)
+        yield browser
+        assert browser.complaints() == []
+        assert all(address.startswith("file://") for address in browser.requests())
+
+
+def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):  # noqa: F811
+    address, samples = (run / "run.html").as_uri(), rows(run)
+    browser.open(address)
+    assert browser.run("slider.value") == "3" and browser.run("sample.textContent") == samples[3]["sample"]
+    assert browser.run("label.textContent") == "iteration 20"
+    browser.run("slider.focus()")
+    for _ in range(2):
+        browser.key("ArrowLeft", 37)
+    assert browser.run("label.textContent") == "iteration 8" and browser.run("location.hash") == "#8"
+    assert browser.run("sample.textContent") == samples[1]["sample"]
+    assert browser.run("bits.textContent") == f"{samples[1]['passage']['bits_per_byte']:.3f}"
+    assert browser.run("reading.textContent").startswith("iteration 8")
+    browser.reload()
+    assert (
+        browser.run("label.textContent") == "iteration 8" and browser.run("sample.textContent") == samples[1]["sample"]
+    )
+    browser.key("End", 35)  # the slider has no focus after a reload
+    assert browser.run("label.textContent") == "iteration 8"
+
+
+def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # noqa: F811
+    """It keeps a place that was chosen, and follows the newest evaluation otherwise."""
+    page, samples = (run / "run.html").read_text(encoding="utf-8"), rows(run)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+
+    def write(views: int) -> None:
+        now = json.dumps({**data, "running": True, "views": data["views"][:views]}).replace("<", "\\u003c")
+        page_now = page.replace(page.split('id="data">')[1].split("</script>")[0], now)
+        (tmp_path / "run.html").write_text(page_now.replace(f'max="{len(samples) - 1}"', f'max="{views - 1}"'))
+
+    write(2)
+    browser.open((tmp_path / "run.html").as_uri())
+    browser.run("window.before = true")
+    write(3)
+    browser.wait_until("!window.before && document.readyState === 'complete' && label.textContent === 'iteration 16'")
+    browser.run("slider.value = 0, slider.dispatchEvent(new Event('input')), window.before = true")
+    write(4)
+    browser.wait_until("!window.before && document.readyState === 'complete' && slider.max === '3'")
+    assert browser.run("label.textContent") == "iteration 0"
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
+def test_alternatives_show_at_a_token(browser, run, touch):  # noqa: F811
+    browser.show(390 if touch else 1280, touch=touch)
+    browser.open((run / "run.html").as_uri())
+    assert browser.run("$('tip').hidden")
+    (browser.tap if touch else browser.point)(f"{TOKEN}[3]")
+    browser.wait_until("!$('tip').hidden")
+    shown = browser.run("$('tip').innerText")
+    token = browser.run(f"{TOKEN}[3].group[0]")
+    passage = rows(run)[-1]["passage"]
+    assert f"{passage['bits'][token]:.1f} bits" in shown
+    for text, p in passage["alternatives"][token]:
+        assert text.replace(" ", "␣").replace("\n", "↵") in shown and re.search(rf"{100 * p:.1f}|{100 * p:.0f}", shown)
+    inside = "(() => { const r = $('tip').getBoundingClientRect(); return r.left >= 0 && r.right <= innerWidth; })()"
+    assert browser.run(inside)
+
+
+def test_a_character_of_several_tokens_is_one(browser, run):  # noqa: F811
+    browser.open((run / "run.html").as_uri())
+    shown = browser.run(f"[...{TOKEN}].map((span) => [span.textContent, span.group.length])")
+    assert ["三", 3] in shown and ["🦉", 4] in shown and ["ä", 2] in shown and ["K", 1] in shown
+    text = browser.run("passage.textContent").replace("↵\n", "\n")
+    assert TEXT.startswith(text) and len(text.encode()) > 250
+
+
+def test_script_tags_in_texts_do_nothing(browser, run):  # noqa: F811
+    browser.open((run / "run.html").as_uri())
+    assert "<script>alert(1)</script>" in browser.run("passage.textContent")
+    assert browser.run("sample.textContent").startswith(PROMPT)
+    assert browser.run("document.querySelectorAll('img, b:not(.status b, .figure b)').length") == 0
+    # and if text ever became HTML, the policy would still stop it; the browser says so, which is no complaint here
+    stopped = """new Promise((done) => { document.addEventListener("securitypolicyviolation", (e) => done(e.violatedDirective));
+        const s = document.createElement("script"); s.textContent = "window.hacked = 1"; document.body.append(s); })"""
+    assert browser.run(stopped).startswith("script-src") and not browser.run("window.hacked")
+    browser.events.clear()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_fits_and_follows_the_colour_scheme(browser, run, tmp_path, width, dark):  # noqa: F811
+    browser.show(width, dark=dark)
+    browser.open((run / "run.html").as_uri())
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    red, green, blue = map(int, re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor")))
+    assert (red + green + blue < 200) == dark
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_values_can_be_read_off_the_curves(browser, run):  # noqa: F811
+    browser.open((run / "run.html").as_uri())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    x, y = browser.place("document.querySelector('#chart')")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    text = browser.run("reading.innerText")
+    row = next(row for row in metrics if f"iteration {row['iter']}\n" in text + "\n")
+    assert abs(row["iter"] - 10) <= 1
+    assert f"training {row['train_loss']:.4f}" in text and f"validation {metrics[8]['val_loss']:.4f} (at 8)" in text
+
+
+def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # noqa: F811
+    path = tmp_path / "text.html"
+    made = run_script("generate.py", "--checkpoint", run, "--prompt", TEXT[:12], "--max-new-tokens", 0, "--html", path)
+    assert made.returncode == 0, made.stderr
+    browser.open(path.as_uri())
+    assert browser.run("$('heads').querySelectorAll('canvas').length") == 4  # 2 layers of 2 heads
+    assert browser.run("$('head').textContent") == "layer 1, head 1"
+    browser.run("$('heads').querySelectorAll('button')[3].click()")
+    assert browser.run("$('head').textContent") == "layer 2, head 2"
+    browser.point("looks.children[0]")
+    browser.wait_until("looks.children[0].classList.contains('on')")
+    strength = "[...looks.children].map((word) => +word.style.getPropertyValue('--a'))"
+    assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first sees itself alone
