@@ -4,6 +4,7 @@ Gradients travel by NCCL, from GPU to GPU. All else that the processes tell each
 it waits for no GPU, and a process that is gone ends the wait.
 """
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from internals.start import UserError
+from internals.start import FIRST_PROCESS_ENDED, UserError
 
 LOST_PROCESS = "another process of this run ended, and so does this one; --resume continues it"
 # Seconds in which a process may end by itself after another one has. More than those that a process waits to let the first
@@ -98,10 +99,11 @@ class Watch:
     @classmethod
     def start(cls) -> None:
         cls.current = cls(connect_to_first())
+        atexit.register(cls.stop)  # after a failure: the others learn it before Python takes its seconds to go down
 
     @classmethod
     def stop(cls) -> None:
-        """All processes have come to their end, so a connection that closes from now on means nothing."""
+        """This process ends, and so do the others, or they learn it now: a connection that closes means nothing here."""
         cls.current.over.set()
         cls.current.close()
         cls.current.thread.join()
@@ -121,6 +123,8 @@ class Watch:
             for connection in self.connections:
                 selector.register(connection, selectors.EVENT_READ)
             selector.select()
+        if int(os.environ["RANK"]) > 0:
+            FIRST_PROCESS_ENDED.set()
         self.close()
         if self.over.wait(GRACE):
             return

@@ -9,7 +9,7 @@ import io
 import os
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -17,6 +17,8 @@ from typing import Any, TextIO
 # Turns for which an OpenMP thread that waits for others keeps its core before it sleeps. PyTorch's default is so large that
 # one other busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
 SPINS = "1500"
+
+FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (internals/processes.py)
 
 
 class UserError(Exception):
@@ -157,16 +159,17 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
     else:
         return None
-    let_first_process_speak()
-    with contextlib.suppress(OSError, ValueError):  # stderr may be gone; the exit status still tells
-        print(text, file=sys.stderr, flush=True)
+    if not first_process_has_spoken():
+        with contextlib.suppress(OSError, ValueError):  # stderr may be gone; the exit status still tells
+            print(text, file=sys.stderr, flush=True)
     return status
 
 
-def let_first_process_speak() -> None:
-    """Let process 0 of a machine speak for all. If all fail alike, torchrun ends the others while they wait here. If not,
-    the failure was this process's alone, and it speaks after three seconds."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(3)
+def first_process_has_spoken() -> bool:
+    """Let process 0 of a machine speak for all. If all fail alike, it ends while the others wait here, or torchrun ends them.
+    If not, the failure was this process's alone, and it speaks after three seconds."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        return False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    return FIRST_PROCESS_ENDED.wait(3)
