@@ -359,6 +359,7 @@ class GenerateConfig(Compute, CheckpointFile):
 class ExportConfig(CheckpointFile):
     out_dir: Folder = tyro.MISSING  # the folder to make; must be new, or empty
     format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the weights; 16 bits halve the files
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A trained model in the formats of other tools. It is a GPT-2, so they can read it.
 
-python export.py --out-dir my-model                  a Hugging Face GPT-2 folder
-python export.py --out-dir my-model --format gguf    my-model/model.gguf, for llama.cpp
+python export.py --out-dir my-model                     a Hugging Face GPT-2 folder
+python export.py --out-dir my-model --format gguf       my-model/model.gguf, for llama.cpp
+python export.py --out-dir my-model --dtype bfloat16    half the size: the weights are rounded
 """
 
 from internals import start
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
+import torch
 
 from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
@@ -50,6 +52,7 @@ def export(cfg: ExportConfig) -> None:
     if os.path.lexists(out_dir):
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
     model, tokenizer, saved = open_checkpoint(cfg.checkpoint)
+    dtype = getattr(torch, cfg.dtype)
     gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
     with files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
         existing = next(folder for folder in out_dir.absolute().parents if folder.exists())
@@ -57,12 +60,14 @@ def export(cfg: ExportConfig) -> None:
             folder = Path(temporary, "incomplete")
             folder.mkdir()
             if cfg.format == "hf":
+                model = model.to(dtype)
                 huggingface.write_huggingface(folder, model, tokenizer)
                 written = gpt2_reference.read_huggingface(folder)
             else:
+                model = gguf.round_matrices(model, dtype)
                 gguf.write_gguf(folder, model, tokenizer, out_dir.name)
                 written = gpt2_reference.read_gguf(folder)
-            gpt2_reference.check(model, written)
+            gpt2_reference.check(model, written)  # both rounded: what the files say is exactly what the model has
             usage = how_to_load(USAGE[cfg.format], out_dir.name, tokenizer, model.config.block_size)
             (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, usage).encode())
             for path in folder.iterdir():
@@ -96,6 +101,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         "architecture": f"GPT-2: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions ({c.n_inner:,} "
         f"feed-forward), context of {c.block_size:,} tokens",
         "parameters": f"{count['total']:,} ({count['blocks']:,} in the blocks, {count['embedding']:,} in the embeddings)",
+        "weights": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
         "tokenizer": f"`{saved['tokenizer']}`, {c.vocab_size:,} tokens",
         "started from": f"`{saved['config']['init_from']}`" if saved["config"].get("init_from") else "random weights",
         "training text": "not recorded in the checkpoint",

@@ -42,6 +42,7 @@ from internals.text_stream import TextStream, print_json, print_text, write
 from model import GPT, KeyValueCache
 
 ONE_THREAD = 5e6  # parameters below which one thread generates as fast as two
+NOT_FINITE = "logits are infinite or NaN: training failed, or --dtype is too narrow (try float32)"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
@@ -271,7 +272,7 @@ def generate(
         logits = context.logits()  # (1, V) at first, then (R, V)
         if step == 0:
             if not logits.isfinite().all():
-                raise UserError("logits are infinite or NaN: training failed, or --dtype is too narrow (try float32)")
+                raise UserError(NOT_FINITE)
             logits = logits.expand(len(samples), -1)
             context.select([0] * len(samples))
         next_ids = sample(logits, sampling)  # (R,)
@@ -327,8 +328,25 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     p, ids = probabilities(logits, sampling)
-    choice = torch.multinomial(p, 1, generator=sampling.generator)  # (B, 1)
+    choice = draw(p, sampling.generator)  # (B, 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+
+
+def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one index from each row with a probability proportional to its value: (B, K) to (B, 1) int64.
+
+    One random number per row is looked up in the row's cumulative sum. `torch.multinomial` draws K random numbers for
+    the same, which took a fifth of a token's time and more on a CPU (docs/experiments.md, benchmarks/generate.py).
+    """
+    # In float32 the sum would lose the tokens below 1e-7. Apple's GPUs have nothing wider.
+    dtype = torch.float32 if p.device.type == "mps" else torch.float64
+    cumulative = p.cumsum(-1, dtype=dtype)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise UserError(NOT_FINITE)
+    # In (0, total], so that the first sum which reaches it exists, and is never that of a token with probability 0
+    threshold = (1 - torch.rand(len(p), 1, dtype=dtype, device=p.device, generator=generator)) * total
+    return torch.searchsorted(cumulative, threshold)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
@@ -348,9 +366,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
     k = min(sampling.top_k or logits.size(-1), logits.size(-1))
     if k < logits.size(-1) or sampling.top_p < 1:
         logits, ids = logits.topk(k)  # the likeliest first; from here on all work is on k tokens, not on V
-    logits = logits.float()
-    # The largest logit becomes 0 before the division, so that a tiny temperature never gives infinity minus infinity.
-    p = ((logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)).softmax(-1)
+    # Divided by less than 1e-20 a logit might become infinite. At 1e-20 the likeliest token already takes all.
+    p = (logits.float() / max(sampling.temperature, 1e-20)).softmax(-1)
     if sampling.top_p < 1:
         p = p.where(p.cumsum(-1) - p < sampling.top_p, 0)
     return p, ids

@@ -1,18 +1,27 @@
-"""The speed of generating text, compared with transformers, with a loop without a cache, and with the memory's limit.
+"""The speed of generating text, compared with transformers, llama.cpp, a loop without a cache, and the memory's limit.
 
-    python benchmarks/generate.py
+    python benchmarks/generate.py [--rounds 9]
 
 The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights continues a
-prompt of 8 tokens by 200, sampled with generate.py's defaults. All candidates run in this process, in turn, 9 rounds.
+prompt of 8 tokens by 200, sampled with generate.py's defaults. All candidates run in this process, in turn, 9 rounds,
+with the number of threads that PyTorch takes (OMP_NUM_THREADS sets it). How long idle threads spin is the environment's,
+which nobody sets here; GOMP_SPINCOUNT=1500 is what the commands set (benchmarks/busy.py).
+
 The first table shows the median speed, and of the ratio within a round the median and both ends. A machine that slows
 down for a while hardly changes these ratios. "Not packed" is the same code without `pack_weights`. The limit is the speed
 of reading all weights once per token at the bandwidth measured in the same round.
 
-The second table shows the time per token of longer texts, past the end of the context. The third shows the time from the
+The second table shows llama.cpp beside ours, in three formats, both at temperature 1 among all tokens. It reads what
+`export.py --format gguf --dtype ...` writes of the same model. It is there if llama_cpp (llama-cpp-python) and gguf can
+be imported, on a CPU. A CPU has no fast float16 in PyTorch, so llama.cpp's float16 stands beside our bfloat16.
+
+The third table shows the time per token of longer texts, past the end of the context. The fourth shows the time from the
 command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
+import argparse
 import copy
+import ctypes
 import dataclasses
 import statistics
 import subprocess
@@ -28,12 +37,17 @@ import transformers
 
 from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
-from internals import checkpoint
+from internals import checkpoint, gguf
 from internals.cpu_kernels import pack_weights
 from internals.device import resolve_device, resolve_dtype
 from internals.start import run
 from internals.tokenizer import load_tokenizer
 from model import GPT
+
+try:
+    import llama_cpp
+except ImportError:
+    llama_cpp = None
 
 REPO = Path(__file__).resolve().parent.parent
 ROUNDS, NEW, PROMPT = 9, 200, 8
@@ -65,6 +79,50 @@ def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
     return peer
 
 
+class LlamaCpp:
+    """A GGUF file in llama.cpp, through its C interface: llama-cpp-python's own loop would add its time to each token."""
+
+    def __init__(self, path: Path):
+        llama_cpp.llama_log_set(silence, None)
+        self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = ModelConfig.block_size
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.sampler = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        for part in (llama_cpp.llama_sampler_init_temp(1.0), llama_cpp.llama_sampler_init_dist(1)):
+            llama_cpp.llama_sampler_chain_add(self.sampler, part)
+
+    def generate(self, prompt: list[int], new: int) -> list[int]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        tokens, read = [], prompt
+        for _ in range(new):
+            array = (llama_cpp.llama_token * len(read))(*read)  # the batch only points to it
+            assert llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(read))) == 0
+            tokens.append(llama_cpp.llama_sampler_sample(self.sampler, self.context, -1))
+            read = tokens[-1:]
+        return tokens
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def silence(level: int, text: bytes, data: None) -> None:
+    """In place of llama.cpp's log."""
+
+
+def load_llama_cpp(model: GPT) -> dict[str, LlamaCpp]:
+    """The model in llama.cpp, by format."""
+    loaded = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with tempfile.TemporaryDirectory() as folder:  # mapped into memory, the file need not stay
+            gguf.write_gguf(Path(folder), gguf.round_matrices(copy.deepcopy(model), dtype), load_tokenizer("gpt2"), "")
+            loaded[dtype_name(dtype)] = LlamaCpp(Path(folder, "model.gguf"))
+    return loaded
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 @torch.inference_mode()
 def without_cache(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> None:
     """The plain loop: the whole text goes through the model for every token."""
@@ -92,7 +150,28 @@ def first_character(*command: str) -> float:
     return taken
 
 
-def start_up(model: GPT) -> None:
+def beside_llama_cpp(model: GPT, idx: torch.Tensor, rounds: int) -> None:
+    """Tokens/s of ours and of llama.cpp, in turn."""
+    engines, prompt = load_llama_cpp(model), idx.tolist()
+    packed = {
+        dtype_name(dtype): pack_weights(copy.deepcopy(model).to(dtype)) for dtype in (torch.float32, torch.bfloat16)
+    }
+    packed["float16"] = packed["bfloat16"]
+    print(f"\n{'temperature 1':16s} {'ours':>9s} {'llama.cpp':>10s} {'ours is':>9s} {'from':>7s} {'to':>7s}")
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            ours = NEW / seconds(lambda name=name: list(generate(packed[name], idx, NEW, Sampling())))
+            pairs[name].append((ours, NEW / seconds(lambda engine=engine: engine.generate(prompt, NEW))))
+    for name, rates in pairs.items():
+        ours, theirs = (statistics.median(rate) for rate in zip(*rates, strict=True))
+        ratios = sorted(ours / theirs for ours, theirs in rates)
+        print(
+            f"{name:16s} {ours:9.1f} {theirs:10.1f} {statistics.median(ratios):8.2f}x {ratios[0]:6.2f}x {ratios[-1]:6.2f}x"
+        )
+
+
+def start_up(model: GPT, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "best.pt")
         contents = {"model": model.state_dict(), "config": {"model": dataclasses.asdict(model.config)}}
@@ -104,7 +183,7 @@ def start_up(model: GPT) -> None:
             "python generate.py --help": ("generate.py", "--help"),
         }
         print(f"\n{'command':44s} {'s to the first character':>9s}")
-        times = [{name: first_character(*command) for name, command in commands.items()} for _ in range(ROUNDS)]
+        times = [{name: first_character(*command) for name, command in commands.items()} for _ in range(rounds)]
         for name in commands:
             print(f"{name:44s} {statistics.median(row[name] for row in times):9.2f}")
 
@@ -132,6 +211,9 @@ def long_texts(generating: Callable[[int], None]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds = parser.parse_args().rounds
     load_tokenizer("gpt2")  # fails now rather than after minutes: the command that is timed at the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -158,7 +240,7 @@ def main() -> None:
             top_p=SAMPLING.top_p,
         ).tolist()  # fmt: skip
 
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     rows: dict[str, tuple[int, Callable[[], object]]] = {  # tokens, run
         f"generate.py, {name}": (NEW, lambda: ours(model, 1)),
         "generate.py, float32": (NEW, lambda: ours(model32, 1)),
@@ -175,13 +257,17 @@ def main() -> None:
     read = (saved.num_parameters()["total"] - saved.config.block_size * saved.config.n_embd) * dtype.itemsize
     limit = f"limit: reading {read / 1e6:.0f} MB a token"
     rates: dict[str, list[float]] = {row: [] for row in (*rows, limit)}  # tokens/s
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         rates[limit].append(bandwidth(device) / read)
         for row, (tokens, generating) in rows.items():
             rates[row].append(tokens / seconds(generating))
     print_rates(rates)
+    if llama_cpp is None or device.type != "cpu":
+        print("\nllama.cpp: not measured (needs llama-cpp-python, and a CPU)")
+    else:
+        beside_llama_cpp(saved, idx, rounds)
     long_texts(lambda new: ours(model, 1, new))
-    start_up(saved)
+    start_up(saved, rounds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import tiktoken
+import torch
+from torch import nn
 
 from internals.huggingface import ARCHITECTURE, merges, real_weights, vocabulary
 from internals.start import UserError
@@ -17,8 +19,23 @@ curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens"
 ```"""
 
 
+# llama.cpp's names for a tensor's numbers, and for a file whose matrices have them
+NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+
+
+def round_matrices(model: GPT, dtype: torch.dtype) -> GPT:
+    """Round the tensors that llama.cpp takes in another dtype than float32: the embedding of tokens and the projections.
+
+    Changes the model. Its norms, biases and embedding of positions stay in float32, as in llama.cpp's own conversion.
+    """
+    for module in (model.transformer.wte, *(module for module in model.modules() if isinstance(module, nn.Linear))):
+        module.weight.data = module.weight.data.to(dtype)
+    return model
+
+
 def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str) -> None:
-    """Write `model.gguf` in float32. llama.cpp's llama-quantize makes smaller files of it."""
+    """Write `model.gguf`, each tensor in its own dtype. llama.cpp's llama-quantize makes smaller files of it."""
     try:
         import gguf  # imported here: only this format needs it
     except ImportError as error:
@@ -27,7 +44,7 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
     c, vocab = model.config, vocabulary(tokenizer)
     writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[model.transformer.wte.weight.dtype]])
     writer.add_block_count(c.n_layer)
     writer.add_head_count(c.n_head)
     writer.add_embedding_length(c.n_embd)
@@ -45,7 +62,9 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
     writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
     for gpt2_name, tensor in real_weights(model).items():  # projections are (out, in) in llama.cpp, as in nn.Linear
-        writer.add_tensor(names.get_name(gpt2_name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+        numbers = gguf.GGMLQuantizationType[NUMBERS[tensor.dtype]]
+        data = gguf.quantize(tensor.float().numpy(), numbers)  # numpy has no bfloat16
+        writer.add_tensor(names.get_name(gpt2_name, try_suffixes=(".weight", ".bias")), data, raw_dtype=numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

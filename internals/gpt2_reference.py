@@ -99,7 +99,7 @@ def read_gguf(folder: Path) -> GPT2:
     for tensor in reader.tensors:
         *block, part, kind = tensor.name.split(".")  # blk.0.attn_qkv.weight, output_norm.bias
         name = ".".join([*(["h", block[1]] if block else []), GGUF_NAMES[part], kind])
-        value = torch.tensor(tensor.data)
+        value = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         product = GGUF_NAMES[part] in PRODUCTS and kind == "weight"
         weights[name] = value.T if product else value  # llama.cpp has (out, in)
     return GPT2(weights, layers, heads, eps)

@@ -43,7 +43,7 @@ reads it literally, as in training."""
 
 
 def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) -> None:
-    """Write what transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline."""
+    """Write what transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline, in the model's dtype."""
     c = model.config
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_token)
     config = {
@@ -52,7 +52,7 @@ def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) ->
         **{"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner},
         **{"n_positions": c.block_size, "n_ctx": c.block_size, "vocab_size": c.vocab_size},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout),
-        "dtype": "float32",
+        "dtype": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
         **ends,
     }
     # The sampling defaults of generate.py. The default of transformers, greedy text, repeats itself.

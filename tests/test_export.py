@@ -20,6 +20,7 @@ import export
 from config import ExportConfig, ModelConfig, TrainConfig
 from internals import checkpoint, huggingface
 from internals.cli import parse
+from internals.pretrained import open_model
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from model import GPT
@@ -174,6 +175,31 @@ def test_transformers_computes_the_same(exported, texts):
     assert result["text"] == tokenizer.decode(until_end(prompt + greedy(model, prompt, 20), eot))
 
 
+AS_SAVED = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model.dtype)
+torch.save({name: value for name, value in model.state_dict().items()}, "loaded.pt")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_folder_of_rounded_weights(tmp_path, dtype):
+    model = save_checkpoint(tmp_path / "best.pt", "bytes")
+    export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "small"), dtype=dtype))
+    assert f"| weights | {dtype} |" in (tmp_path / "small" / "README.md").read_text()
+    assert plain_python(AS_SAVED, tmp_path, tmp_path / "small").stdout.split() == [f"torch.{dtype}"]
+    loaded, weights = torch.load(tmp_path / "loaded.pt"), model.state_dict()
+    for name, value in weights.items():
+        expected = value.to(getattr(torch, dtype))[: 257 if "wte" in name else None]
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert torch.equal(loaded[name], expected.T if transposed else expected), name
+    ours, _, _ = open_model(str(tmp_path / "small"))  # the way back: float32 again, with the rounded numbers
+    assert torch.equal(ours.transformer.wpe.weight, weights["transformer.wpe.weight"].to(getattr(torch, dtype)).float())
+
+
 def until_end(ids: list[int], eot: int) -> list[int]:
     return ids[: ids.index(eot)] if eot in ids else ids
 
@@ -288,6 +314,57 @@ def test_gguf_holds_the_same_numbers(exported_gguf):
     assert reader.get_field("gpt2.context_length").contents() == SIZES["block_size"]
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
     assert len(tokens) == VOCAB_SIZE[name] and tokens[-1] == "<|endoftext|>"
+
+
+def save_gguf(folder: Path, dtype: str, tokenizer: str = "bytes") -> tuple[GPT, Path]:
+    """A small model and the GGUF file that export.py makes of it in `dtype`."""
+    model = save_checkpoint(folder / "best.pt", tokenizer)
+    out_dir = folder / dtype
+    export.export(ExportConfig(checkpoint=str(folder / "best.pt"), out_dir=str(out_dir), format="gguf", dtype=dtype))
+    return model, out_dir / "model.gguf"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_smaller_gguf_rounds_the_matrices_alone(tmp_path, dtype):
+    gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    model, path = save_gguf(tmp_path, dtype)
+    reader = gguf.GGUFReader(path)
+    assert reader.get_field("general.file_type").contents() == {"float16": 1, "bfloat16": 32}[dtype]
+    for tensor in reader.tensors:
+        # Those that llama.cpp's convert_hf_to_gguf.py rounds: all of two dimensions but the position embedding
+        rounded = len(tensor.shape) == 2 and tensor.name != "position_embd.weight"
+        assert tensor.tensor_type.name == ({"float16": "F16", "bfloat16": "BF16"}[dtype] if rounded else "F32")
+    values = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}  # bfloat16 as bytes
+    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+    assert torch.equal(values["token_embd.weight"].view(getattr(torch, dtype)), wte[:257].to(getattr(torch, dtype)))
+    assert torch.equal(values["position_embd.weight"], wpe)
+    assert path.stat().st_size < 0.6 * (4 * sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("float16", 0.01), ("bfloat16", 0.05)])
+def test_llama_cpp_from_python_computes_the_same(tmp_path, texts, dtype, tolerance, tokenizer):
+    """Its GELU is a table of float16 numbers, and in the 16-bit formats it rounds what goes into a product, too."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    model, path = save_gguf(tmp_path, dtype, tokenizer)
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=SIZES["block_size"], n_threads=1, n_threads_batch=1, logits_all=True, flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, verbose=False,
+    )  # fmt: skip
+    encoding = load_tokenizer(tokenizer)
+    for text in texts if dtype == "float32" else []:
+        text = text.replace("\0", "")  # C's strings end there
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == encoding.encode_ordinary(text)
+    prompt, steps = encoding.encode_ordinary(PROMPT), 50
+    ids = prompt + greedy(model, prompt, steps)
+    llama.eval(ids)
+    theirs = torch.from_numpy(llama.scores[: len(ids)].copy())
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0]
+    assert (theirs - ours).std() < tolerance * ours.std()
+    if dtype == "float32":
+        assert theirs[len(prompt) - 1 : -1].argmax(-1).tolist() == ids[len(prompt) :]
 
 
 @pytest.mark.skipif(

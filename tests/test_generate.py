@@ -262,6 +262,70 @@ def test_draws_agree_with_the_exact_probabilities(temperature, top_k, top_p):
         assert sum((count - e) ** 2 / e for count, e in likely) < chi_square_limit(len(likely) - 1)
 
 
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, float]:
+    """The statistic of `counts` against the probabilities `p`, both (K,), and its limit. Rare outcomes count as one."""
+    expected = counts.sum() * p
+    rare = expected < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None])).clamp_min(1e-9)
+    return ((counts - expected) ** 2 / expected).sum().item(), chi_square_limit(len(counts) - 1)
+
+
+@pytest.mark.parametrize(
+    "dtype, temperature, top_k",
+    [(torch.float32, 0.7, None), (torch.bfloat16, 1.0, None), (torch.bfloat16, 0.8, 200)],
+)
+def test_draws_from_a_large_vocabulary_agree_with_softmax(dtype, temperature, top_k):
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(50_257, generator=generator)).to(dtype)
+    exact = (logits.double() / temperature).softmax(0)
+    if top_k:
+        likeliest = logits.float().topk(top_k).indices
+        exact = torch.zeros_like(exact).scatter(0, likeliest, exact[likeliest] / exact[likeliest].sum())
+    counts, sampling = torch.zeros(50_257), generate.Sampling(temperature, top_k, generator=generator)
+    for _ in range(40):
+        counts += torch.bincount(generate.sample(logits.expand(50, -1), sampling), minlength=50_257)
+    statistic, limit = chi_square(counts, exact)
+    assert statistic < limit
+
+
+def test_each_row_of_a_batch_is_drawn_from_its_own_distribution_and_by_itself():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, -1.0], [0.0, 0.0, -9.0]])
+    p, generator = logits.double().softmax(1), torch.Generator().manual_seed(2)
+    rows = logits.repeat(20_000, 1)  # (60,000, 3): in turn
+    tokens = generate.sample(rows, generate.Sampling(generator=generator)).view(20_000, 3)
+    together = torch.bincount(tokens @ torch.tensor([9, 3, 1]), minlength=27)
+    statistic, limit = chi_square(together, (p[0, :, None, None] * p[1, :, None] * p[2]).flatten())
+    assert statistic < limit
+
+
+@pytest.mark.parametrize(
+    "uniform, index", [(0.0, 5), (1 - 2**-53, 1), (0.4, 1), (1.4e-8, 5), (4e-8, 4), (7e-8, 3), (1e-7, 2)]
+)
+def test_a_draw_is_exact_to_the_rarest_token(monkeypatch, uniform, index):
+    """Float32 would give each of the rare tokens nothing, or four times its share."""
+    p = torch.tensor([[0.0, 1.0, 3e-8, 3e-8, 3e-8, 3e-8, 0.0]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **options: torch.full(shape, uniform, dtype=dtype))
+    assert generate.draw(p).tolist() == [[index]]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_logits_that_become_nan_later_are_an_error(top_k):
+    logits = torch.tensor([LOGITS, [math.nan] * len(LOGITS)])
+    with pytest.raises(UserError, match="infinite or NaN"):
+        generate.sample(logits, generate.Sampling(top_k=top_k))
+
+
+def test_a_seed_makes_the_same_tokens_again():
+    model, prompt = random_model(block_size=64), prompt_of(5)
+
+    def tokens(seed: int, **sampling) -> list[list[int]]:
+        return tokens_of(model, prompt, 30, generator=torch.Generator().manual_seed(seed), **sampling)
+
+    for sampling in ({}, {"top_k": 20}, {"top_p": 0.9}, {"num_samples": 3}):
+        assert tokens(1, **sampling) == tokens(1, **sampling) != tokens(2, **sampling)
+
+
 def test_top_k_keeps_exactly_k_of_equals():
     # The first two are in. Of the three equals after them one is, always the same one.
     counts = draw([2.0, 1.0, 0.0, 0.0, 0.0, -1.0], 1.0, 3, 1.0)
