@@ -35,6 +35,9 @@ Rate = Annotated[float, Range("0 or more, and finite", lambda value: 0 <= value 
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
+CountOrAuto = Annotated[
+    int | Literal["auto"], Range("at least 1, or auto", lambda value: value == "auto" or value >= 1)
+]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
 Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
 PATH = "path"  # marks a field in which the command line replaces a leading ~
@@ -228,7 +231,9 @@ class TrainConfig(Compute, DataDir):
     init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
-    batch_size: Count = 64  # sequences for one device in one micro-step, at most: as many as its memory holds
+    batch_size: CountOrAuto = (
+        64  # sequences for one device in one micro-step, at most; auto: as many as its memory holds
+    )
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends

@@ -56,6 +56,8 @@ def main(cfg: GenerateConfig) -> None:
     if notice := unused_card(cfg.device, device):
         say(notice)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
+    # The attention that PyTorch prefers on Hopper and Blackwell builds a plan for each length of the cache
+    torch.backends.cuda.enable_cudnn_sdp(False)
     parameters = model.num_parameters()["total"]
     say(
         f"{description}: {parameters / 1e6:.1f} million parameters; on {device} in "

@@ -125,54 +125,70 @@ class LinearCrossEntropy(torch.autograd.Function):
     minus one-hot), and then forgets the chunk. The backward pass only scales.
 
     The method is Liger Kernel's (Hsu et al., 2024; in the spirit of Cut Cross-Entropy, Wijmans et al., 2024), here in
-    plain PyTorch. benchmarks/loss.py measures it.
+    plain PyTorch. benchmarks/loss.py measures it; tests/test_gpu_loss.py counts the kernels and bytes of a GPU.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradient: bool
     ) -> Tensor:
-        chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
-        rows = math.ceil(len(x) / chunks)
-        # Small parts gain nothing on a GPU, nor with torch.compile, which makes one loop of all these steps.
+        rows = rows_within(LOGITS_AT_ONCE, weight)
+        # Small parts gain nothing on a GPU, nor with torch.compile, which makes one kernel of all steps on a chunk.
         in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows_in_part = min(rows, math.ceil(LOGITS_IN_CACHE / len(weight))) if in_parts else rows
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        rows_in_part = min(rows, rows_within(LOGITS_IN_CACHE, weight)) if in_parts else rows
+        losses: list[Tensor] = []
         grad_x: list[Tensor] = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        grad_weight: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)  # (padded V, C)
-            # The chunks share their memory: allocating it again and again costs a CPU more than the arithmetic
-            logits_buffer = torch.empty(rows, len(w), dtype=dtype, device=x.device)
-            exact_buffer = torch.empty(rows_in_part, len(w), dtype=torch.float32, device=x.device)
-            for x_chunk, targets_chunk in zip(x.to(dtype).chunk(chunks), targets[:, None].chunk(chunks), strict=True):
-                chunk = torch.mm(x_chunk, w.T, out=logits_buffer[: len(x_chunk)])  # (rows, padded V)
+            # The chunks share their memory: allocating it again and again costs a CPU page faults
+            buffer = torch.empty(min(rows, len(x)), len(w), dtype=dtype, device=x.device)
+            for x_chunk, targets_chunk in zip(x.to(dtype).split(rows), targets[:, None].split(rows), strict=True):
+                chunk = torch.mm(x_chunk, w.T, out=buffer[: len(x_chunk)])  # (rows, padded V)
                 chunk[:, vocab_size:] = -math.inf  # probability 0, gradient 0
                 for logits, target in zip(chunk.split(rows_in_part), targets_chunk.split(rows_in_part), strict=True):
-                    exact = exact_buffer[: len(logits)].copy_(logits)
-                    probabilities = torch.softmax(exact, dim=1, out=exact)
-                    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
-                    log_normaliser = (
-                        logits.amax(dim=1, keepdim=True).float() - probabilities.amax(dim=1, keepdim=True).log()
-                    )
-                    loss += (log_normaliser - logits.gather(1, target).float()).sum()
-                    if grad_weight is not None:
-                        # The gradient of the sum, not of the mean, which float16 could not hold
-                        probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
-                        logits.copy_(probabilities)
-                if grad_weight is not None:
+                    losses.append(cross_entropy_(logits, target, with_gradient))
+                if with_gradient:
                     grad_logits = chunk  # the buffer now holds the gradients of its logits
                     grad_x.append((grad_logits @ w).to(x.dtype))
-                    grad_weight += grad_logits.T @ x_chunk
-        if grad_weight is not None:
+                    share = grad_logits.T @ x_chunk
+                    grad_weight = share.float() if grad_weight is None else grad_weight.add_(share)
+        if with_gradient:
             ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return loss / len(x)
+        return torch.cat(losses).mean()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
         return grad_x * scale, grad_weight * scale, None, None, None, None
+
+
+def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tensor:
+    """The cross-entropy of each row in nats, float32. Replaces the logits by their gradient, of the sum of all rows.
+
+    No step writes to single columns of a large tensor: compiled, all of it is one kernel, which reads and writes the
+    logits once. On a CPU it takes as few passes as possible.
+
+    Args:
+        logits: (rows, padded V).
+        target: (rows, 1) token ids.
+    """
+    exact = logits.float()
+    likeliest, at_target = exact.amax(dim=1, keepdim=True), exact.gather(1, target)  # (rows, 1) each
+    probabilities = torch.softmax(exact, dim=1, out=exact)
+    if with_gradient:
+        # Of the sum, not of the mean, whose gradient float16 could not hold
+        one_hot = torch.zeros_like(probabilities).scatter_(1, target, 1.0)
+        logits.copy_(torch.sub(probabilities, one_hot, out=one_hot))
+    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
+    return likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
+
+
+def rows_within(logits: int, weight: Tensor) -> int:
+    """The most rows that together have at most `logits` logits, as a power of two: it divides most batches, so that all
+    chunks are equal, and equal chunks share a compiled kernel."""
+    return 2 ** int(math.log2(max(1, logits // len(weight))))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

@@ -20,6 +20,7 @@ if __name__ == "__main__":
     CFG = parse(TrainConfig, "Train a GPT-2 on a folder of token shards.")
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -33,6 +34,7 @@ from torch import Tensor
 from config import TrainConfig
 from generate import generate_text
 from internals import checkpoint, pretrained
+from internals.batch_size import with_batch_size
 from internals.compilation import training_model
 from internals.device import held_by_others, unused_card
 from internals.machine import Machine, Outcome, make_machine
@@ -304,6 +306,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         iteration, model = saved["iter"], checkpoint.build_model(saved)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
+    cfg = with_batch_size(dataclasses.replace(cfg, model=model.config), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     machine.print(

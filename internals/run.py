@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from config import NOT_SETTINGS, PRESETS, TrainConfig, differences, upgrade
 from internals import checkpoint, pretrained
+from internals.batch_size import with_batch_size
 from internals.cli import parse, with_preset
 from internals.files import locked, writing
 from internals.machine import Machine
@@ -92,7 +93,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
         UserError: the data is not ready, or `saved` belongs to another model, tokenizer or text.
     """
     meta = read_meta(cfg.data_dir)
-    cfg = complete_config(cfg, meta, saved)
+    cfg = with_batch_size(complete_config(cfg, meta, saved), machine)
     try:
         cfg.sequences_per_process(machine.processes)
     except ValueError as error:

@@ -32,11 +32,16 @@ def gradients(loss_function, x: Tensor, weight: Tensor, targets: Tensor, factor:
     return loss.detach(), *torch.autograd.grad(loss * factor, (x, weight))
 
 
-@pytest.fixture(params=[(1, 1), (7, 3), (50, 9), (50, 50), (1000, 1000)], ids="{0[0]} rows, in parts of {0[1]}".format)
+@pytest.fixture(params=[(1, 1), (8, 2), (64, 8), (32, 32), (1024, 1024)], ids="{0[0]} rows, in parts of {0[1]}".format)
 def chunked(request, monkeypatch):
     rows, rows_in_part = request.param
     monkeypatch.setattr(model, "LOGITS_AT_ONCE", rows * PADDED)
     monkeypatch.setattr(model, "LOGITS_IN_CACHE", rows_in_part * PADDED)
+
+
+@pytest.mark.parametrize(("logits", "rows"), [(2**27, 2048), (2048 * 50304 - 1, 1024), (50304, 1), (1, 1)])
+def test_a_chunk_has_the_largest_power_of_two_of_rows_that_fits(logits, rows):
+    assert model.rows_within(logits, torch.empty(50304, 1, device="meta")) == rows
 
 
 def test_loss_and_gradients_are_those_of_the_plain_way(chunked):
@@ -55,6 +60,20 @@ def test_under_autocast_it_is_as_exact_as_the_plain_way(chunked, dtype):
         assert value.dtype == torch.float32
         error, plain_error = ((v - reference).norm() / reference.norm() for v in (value, other))
         assert error <= 2 * plain_error + torch.finfo(dtype).eps / 4
+
+
+def test_the_gradient_of_a_likely_token_is_as_exact_as_cross_entropys():
+    """Where p(target) is almost 1, p - 1 must not lose its last digits to the dtype of the logits."""
+    logits = torch.zeros(4, PADDED).to(torch.bfloat16)
+    logits[:, 3] = torch.tensor([8.0, 12.0, 16.0, 100.0])
+    target = torch.full((4, 1), 3)
+    exact = logits.double().requires_grad_()
+    F.cross_entropy(exact, target[:, 0], reduction="sum").backward()
+    losses = model.cross_entropy_(logits, target, with_gradient=True)
+    torch.testing.assert_close(
+        losses.double().sum(), F.cross_entropy(exact, target[:, 0], reduction="sum"), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(logits.double(), exact.grad, atol=1.5e-7, rtol=2**-8)
 
 
 def test_padded_rows_get_no_gradient_however_large_they_are(chunked):

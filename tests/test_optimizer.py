@@ -6,18 +6,22 @@ import pytest
 import torch
 
 from config import ModelConfig, TrainConfig
+from internals.muon import StackedMuon
 from internals.optimizer import make_optimizer
 from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")  # as an argument of make_optimizer: the weights of these tests stay on the CPU
 
 
-def make(optimizer: str = "muon", **fields) -> tuple[GPT, TrainConfig, torch.optim.Optimizer]:
+def make(
+    optimizer: str = "muon", device: torch.device = CPU, **fields
+) -> tuple[GPT, TrainConfig, torch.optim.Optimizer]:
     cfg = TrainConfig(optimizer=optimizer, model=TINY, batch_size=2, tokens_per_iter=16, **fields)
     torch.manual_seed(0)
     model = GPT(TINY)
-    return model, cfg, make_optimizer(model, cfg, CPU)
+    return model, cfg, make_optimizer(model, cfg, device)
 
 
 def step(model: GPT, optimizer: torch.optim.Optimizer, it: int) -> None:
@@ -70,6 +74,43 @@ def test_two_in_one_do_what_the_two_do():
             other.zero_grad()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("began, continued", [(CPU, GPU), (GPU, CPU)], ids=["cpu to gpu", "gpu to cpu"])
+def test_a_run_can_move_between_cpu_and_gpu(began, continued):
+    """A GPU's matrices are stacked by shape. The state is that of torch.optim.Muon in both."""
+    straight, _, optimizer = make(device=CPU)
+    for it in range(8):
+        step(straight, optimizer, it)
+    moved, cfg, optimizer = make(device=began)
+    for it in range(4):
+        step(moved, optimizer, it)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer = make_optimizer(moved, cfg, continued)
+    optimizer.load_state_dict(saved)
+    for it in range(4, 8):
+        step(moved, optimizer, it)
+    assert type(optimizer.optimizers[1]) is (StackedMuon if continued is GPU else torch.optim.Muon)
+    for a, b in zip(straight.parameters(), moved.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # of 8 steps of 5e-3 each: bfloat16 may round otherwise
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (1152, 384), (384, 1536)])
+def test_a_stack_of_the_default_models_matrices_moves_as_they_do_one_by_one(shape):
+    torch.manual_seed(0)
+    alone = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    stacked = [torch.nn.Parameter(p.detach().clone()) for p in alone]
+    muons = [
+        cls([{"params": ps}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for cls, ps in ((torch.optim.Muon, alone), (StackedMuon, stacked))
+    ]
+    for _ in range(2):
+        for a, b in zip(alone, stacked, strict=True):
+            a.grad = torch.randn(shape)
+            b.grad = a.grad.clone()
+        for muon in muons:
+            muon.step()
+    assert all((a == b).all() for a, b in zip(alone, stacked, strict=True))
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

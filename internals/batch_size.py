@@ -1,0 +1,52 @@
+"""`--batch-size auto`: the sequences in a micro-step, calculated from the memory of the device."""
+
+import dataclasses
+
+import torch
+
+from config import TrainConfig
+from internals.machine import Machine
+from model import GPT, LOGITS_AT_ONCE
+
+USABLE = 0.9  # of a GPU's free memory; the rest is lost between blocks of the allocator, or to cuBLAS and cuDNN
+CPU_TOKENS = 4096  # in a micro-step on other devices, the size that benchmarks/train.py measures a CPU with
+
+
+def with_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
+    """`cfg` with a number for `--batch-size auto`: the largest that fits and divides `tokens_per_iter`.
+
+    On a GPU it is what the free memory holds, the least of all processes; otherwise what a CPU is fast with. A run
+    stores the number, so a resumed one keeps it.
+    """
+    if cfg.batch_size != "auto":
+        return cfg
+    fitting = max(1, CPU_TOKENS // cfg.model.block_size)
+    if machine.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(machine.device)
+        constant, sequence = training_bytes(cfg, machine.dtype)
+        fitting = int((USABLE * free - constant) / sequence)
+    fitting = int(machine.gather(torch.tensor([fitting])).min())
+    sequences = cfg.tokens_per_iter // (cfg.model.block_size * machine.processes)
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    return dataclasses.replace(cfg, batch_size=max([n for n in divisors if n <= fitting], default=1))
+
+
+def training_bytes(cfg: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of GPU memory that training takes for a batch of any size, and those for each sequence in it.
+
+    Without torch.compile, which needs less. Counted on a card that computes nothing (tests/test_gpu_batch_size.py).
+    """
+    c = cfg.model
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in GPT(c).parameters())
+    head = c.padded_vocab_size * c.n_embd
+    logits = min(LOGITS_AT_ONCE, cfg.tokens_per_iter * c.padded_vocab_size)
+    # Weights, gradients and AdamW's two moments in float32; a chunk of the logits in `dtype`, its probabilities and its
+    # one-hot in float32; the head in `dtype`, its gradient in `dtype` and in float32
+    constant = 16 * weights + logits * (dtype.itemsize + 8) + head * (2 * dtype.itemsize + 4)
+    # What the backward pass of a block needs, for each token. In float32: the residual stream before both norms. In
+    # `dtype`: both normalised streams, queries, keys and values, attention's output and its copy with the heads side by
+    # side, and the MLP's hidden layer before and after GELU. With dropout two masks of a byte and their results.
+    block = 8 * c.n_embd + dtype.itemsize * (8 * c.n_embd + 2 * c.n_inner)
+    block += (2 + 2 * dtype.itemsize) * c.n_embd if c.dropout else 0
+    return constant, c.block_size * c.n_layer * block

@@ -1,0 +1,117 @@
+"""The compiled loss and Muon's step on a GPU: kernels, launches, bytes and memory, counted on a card that computes nothing.
+
+`FAKE_GPU_DIR` has a module `counts`, which says what the card was asked to do. Bytes are Inductor's own count.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from conftest import needs_fake_gpu, run_on_fake_gpu
+
+ROWS, C, VOCAB, PADDED = 16_384, 384, 50_257, 50_304  # a micro-step of the default run
+
+LOSS = f"""
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import counts
+import torch
+from torch._inductor import metrics
+from torch.nn import functional as F
+import model
+
+def plain(x, weight, targets, vocab_size):
+    return F.cross_entropy(F.linear(x, weight)[:, :vocab_size].float(), targets)
+
+torch._logging.set_logs(inductor_metrics=True)  # without it Inductor does not count bytes
+figures = {{}}
+for function in (plain, model.linear_cross_entropy):
+    metrics.reset()
+    x = torch.zeros({ROWS}, {C}, device="cuda", requires_grad=True)
+    weight = torch.zeros({PADDED}, {C}, device="cuda", requires_grad=True)
+    targets = torch.zeros({ROWS}, dtype=torch.int64, device="cuda")
+    compiled = torch.compile(lambda *args, function=function: function(*args, {VOCAB}), dynamic=False, fullgraph=True)
+
+    def micro_step():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = compiled(x, weight, targets)
+        loss.backward()
+
+    micro_step()
+    x.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    counts.reset()
+    micro_step()
+    asked = counts.counts()
+    figures[function.__name__] = {{
+        "kernels": sum(count for count, _ in asked["kernel"].values()),
+        "products": sum(count for count, _ in asked["gemm"].values()),
+        "waits": sum(count for count, _ in asked["sync"].values()),
+        "bytes": metrics.num_bytes_accessed,
+        "peak": torch.cuda.max_memory_allocated() - before,
+    }}
+print(json.dumps(figures))
+"""
+
+
+MUON = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import counts
+import torch
+from config import ModelConfig, TrainConfig
+from internals.optimizer import make_optimizer
+from model import GPT
+
+model = GPT(ModelConfig()).to("cuda")
+_, muon = make_optimizer(model, TrainConfig(), torch.device("cuda")).optimizers
+original = torch.optim.Muon(muon.param_groups, adjust_lr_fn="match_rms_adamw")
+for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+figures = {}
+for name, optimizer in {"stacked": muon, "original": original}.items():
+    optimizer.step()
+    counts.reset()
+    optimizer.step()
+    asked = counts.counts()
+    figures[name] = {
+        "launches": sum(count for kind in ("kernel", "gemm", "memcpy", "memset") for count, _ in asked[kind].values()),
+        "flop": sum(flop for _, flop in asked["gemm"].values()),
+        "waits": sum(count for count, _ in asked["sync"].values()),
+    }
+print(json.dumps(figures))
+"""
+
+
+def on_fake_gpu(program: str, tmp_path: Path, **variables) -> dict:
+    """The last line that a program printed, as JSON. Inductor's caches are off: a cached kernel is not counted."""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    variables = {"PYTHONPATH": os.getcwd(), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1, **variables}
+    result = run_on_fake_gpu("python", file, os.environ["FAKE_GPU_DIR"], **variables)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@needs_fake_gpu
+def test_the_compiled_loss_is_one_kernel_a_chunk_and_moves_less_than_plain_cross_entropy(tmp_path):
+    figures = on_fake_gpu(LOSS, tmp_path)
+    ours, plain = figures["linear_cross_entropy"], figures["plain"]
+    print(figures, file=sys.stderr)
+    chunks = 8  # of 2,048 rows
+    assert ours["products"] == 3 * chunks
+    # A chunk has two kernels: the cast of its rows of x, and all between the products. The rest are casts and sums.
+    assert ours["kernels"] <= 2 * chunks + 8
+    assert ours["waits"] == 0
+    assert ours["bytes"] <= 12.5 * ROWS * PADDED < plain["bytes"]
+    assert ours["peak"] < 0.5 * plain["peak"]
+
+
+@needs_fake_gpu
+def test_muon_takes_a_quarter_of_the_launches_for_the_same_arithmetic(tmp_path):
+    figures = on_fake_gpu(MUON, tmp_path)
+    assert figures["stacked"]["launches"] <= 154 < 588 <= figures["original"]["launches"]
+    assert figures["stacked"]["flop"] == figures["original"]["flop"] > 9e10
+    assert figures["stacked"]["waits"] == 0
