@@ -1,9 +1,21 @@
 # make demo    prepare, train and generate, on any machine, in minutes
 # make test    all tests
-# Both set up .venv first. PYTHON=python3.12 make ... takes another Python.
+# Both set up .venv first. PYTHON=python3.12 make ... takes another Python. TORCH=cpu, cu126, ... takes PyTorch's build of
+# that name; without TORCH, a Linux machine that has no NVIDIA driver gets the one for CPUs, which is gigabytes smaller.
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# A build that was asked for must come from PyTorch's own index. The one for CPUs comes from there if it can: where the index
+# cannot be reached, pip warns and takes the ordinary build.
+DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)  # on Linux, and in WSL
+BUILDS := https://download.pytorch.org/whl
+ifdef TORCH
+TORCH_FROM := --index-url $(BUILDS)/$(TORCH)
+else ifeq ($(shell uname -s)$(strip $(DRIVER)),Linux)
+TORCH_FROM := --extra-index-url $(BUILDS)/cpu --retries 1 --timeout 15
+endif
 
 .PHONY: demo test lint clean
 
@@ -25,10 +37,11 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/installed: .venv/bin/python requirements.txt constraints.txt
+	$(if $(TORCH_FROM),$(INSTALL) --no-deps torch $(TORCH_FROM))
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@

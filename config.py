@@ -231,9 +231,7 @@ class TrainConfig(Compute, DataDir):
     init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
-    batch_size: CountOrAuto = (
-        64  # sequences for one device in one micro-step, at most; auto: as many as its memory holds
-    )
+    batch_size: CountOrAuto = 64  # sequences for one device in one micro-step, at most; auto: what its memory holds
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends

@@ -7,7 +7,8 @@
 Each `--run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not part of this project)
 trains with its own model, optimizer, schedule and sampling of batches, once for each of `--nanogpt-learning-rates`. The output
 is validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens
-and merges all others into one, so that a CPU can race in minutes.
+and merges all others into one, so that a CPU can race in minutes. A long race can be run in pieces: `--state FILE` keeps it
+after each evaluation, and the same command continues it; `--minutes` ends a piece.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import math
 import shlex
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import common  # the first: it decides which train.py is imported below
@@ -25,10 +27,10 @@ import tyro
 import train
 from config import TrainConfig
 from internals.cli import parse
-from internals.files import write_json
+from internals.files import atomic_write, write_json
 from internals.run import Run, TrainState
 from internals.shards import read_meta
-from internals.start import run
+from internals.start import UserError, run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
@@ -46,6 +48,8 @@ class Race:
     nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # 6e-4 is its GPT-2 recipe's; small models may need others
     evaluations: int = 8  # per run, evenly spaced
     out: str | None = None  # file for the curves, as JSON
+    state: str | None = None  # file that keeps the race after each evaluation; the same command continues from it
+    minutes: float | None = None  # end after the evaluation that follows so many minutes, with --state
 
 
 class Ours:
@@ -77,6 +81,14 @@ class Ours:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.state
+        return {part: getattr(state, part).state_dict() for part in ("model", "optimizer", "scaler")}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for part, state in saved.items():
+            getattr(self.state, part).load_state_dict(state)
 
     def evaluate(self) -> float:
         return train.evaluate(VAL_BATCH, self.state.model, self.training_run.val_windows, self.training_run.machine)
@@ -127,6 +139,15 @@ class NanoGPT:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        return {"model": model, "optimizer": optimizer, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.rng.bit_generator.state = saved["rng"]
+
     @torch.no_grad()
     def evaluate(self) -> float:
         self.model.eval()
@@ -153,21 +174,49 @@ def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
     return train_stream, val_stream, args.vocab_size
 
 
-def compete(runners: list[Any], evaluations: int) -> dict[str, list[tuple[int, float, float]]]:
-    """Train all in turns. Returns (tokens, seconds, validation loss) of each at every evaluation."""
-    curves: dict[str, list[tuple[int, float, float]]] = {runner.name: [] for runner in runners}
-    seconds = dict.fromkeys(curves, 0.0)
-    for part in range(evaluations):
+Curve = list[tuple[int, float, float]]  # tokens, seconds, validation loss at every evaluation
+
+
+def compete(runners: list[Any], args: Race) -> dict[str, Curve]:
+    """Train all in turns, from the start or from `--state`, to the end or for `--minutes`."""
+    curves: dict[str, Curve] = {runner.name: [] for runner in runners}
+    if args.state and Path(args.state).exists():
+        curves = load_state(args.state, runners)
+    started, done = time.perf_counter(), len(next(iter(curves.values())))
+    for part in range(done, args.evaluations):
         for runner in runners:
+            before = curves[runner.name][-1][1] if part else 0.0
             begin = time.perf_counter()
-            first, last = (runner.max_iters * n // evaluations for n in (part, part + 1))
+            first, last = (runner.max_iters * n // args.evaluations for n in (part, part + 1))
             for it in range(first, last):
                 runner.step(it)
-            seconds[runner.name] += time.perf_counter() - begin
-            row = (last * runner.tokens_per_iter, seconds[runner.name], runner.evaluate())
+            seconds = before + time.perf_counter() - begin
+            row = (last * runner.tokens_per_iter, seconds, runner.evaluate())
             curves[runner.name].append(row)
             print(f"{runner.name:60} {row[0]:>12,} tokens {row[1]:8.1f} s   {row[2]:.4f}", flush=True)
+        if args.state:
+            save_state(args.state, runners, curves)
+        if args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
+            break
     return curves
+
+
+def save_state(file: str, runners: list[Any], curves: dict[str, Curve]) -> None:
+    states = {runner.name: runner.state_dict() for runner in runners}
+    with atomic_write(file) as stream:
+        torch.save({"curves": curves, "states": states}, stream)
+
+
+def load_state(file: str, runners: list[Any]) -> dict[str, Curve]:
+    """Continue the runners from where a race of the same ones was kept. Returns its curves."""
+    saved = torch.load(file, map_location="cpu")
+    if saved["states"].keys() != {runner.name for runner in runners}:
+        raise UserError(
+            f"--state {file}: keeps another race ({', '.join(saved['states'])}); delete it or name another file"
+        )
+    for runner in runners:
+        runner.load_state_dict(saved["states"][runner.name])
+    return saved["curves"]
 
 
 def main() -> None:
@@ -185,9 +234,10 @@ def main() -> None:
                 runners.append(NanoGPT(args.nanogpt, rate, flags("", seed), train_stream, val_stream))
                 runners[-1].name += f" seed {seed}"
         runners += [Ours(f"{text} seed {seed}", flags(text, seed), train_stream, val_stream) for text in args.run]
-    curves = compete(runners, args.evaluations)
+    curves = compete(runners, args)
 
-    print("\nAt the end:")
+    evaluations = len(next(iter(curves.values())))
+    print("\nAt the end:" if evaluations == args.evaluations else f"\nAfter {evaluations} of {args.evaluations} parts:")
     for name in dict.fromkeys(name.rsplit(" seed ")[0] for name in curves):
         ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
         losses = ", ".join(f"{end[2]:.4f}" for end in ends)

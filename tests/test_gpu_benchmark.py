@@ -1,0 +1,104 @@
+"""benchmarks/gpu.py: what is measured is kept, training runs stop and continue, and one page shows the figures.
+
+No figure is tested here: they need a card. nanoGPT is not part of this project, so its race runs with our own parts.
+"""
+
+import json
+import sys
+
+import pytest
+from conftest import REPO, assert_user_error, run_script, write_data
+
+sys.path.append(str(REPO / "benchmarks"))
+import gpu_summary
+
+SHAPE = (
+    "--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --n-inner 32 --block-size 16 --batch-size 4 "
+    "--tokens-per-iter 64 --max-iters 6 --eval-tokens 256"
+)
+
+
+def gpu(out, *args):
+    return run_script("benchmarks/gpu.py", "--small", "--out", out, *args)
+
+
+def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path):
+    write_data(tmp_path / "data", train_tokens=4_000)
+    first = gpu(tmp_path, "--part", "data", "matrix-rate", "race-ours-third", "--piece-minutes", "0.15")
+    assert first.returncode in (0, 2), first.stderr  # 2: on a slow machine the run was stopped before it had begun
+    card = tmp_path / "CPU"
+    kept = (card / "matrix-rate.json").read_text()
+    assert json.loads(kept)["figures"]["flops"] > 0
+    assert json.loads((card / "data.json").read_text())["figures"] == {"train": 4_000, "val": 500}
+
+    second = gpu(tmp_path, "--part", "matrix-rate", "race-ours-third")
+    assert second.returncode == 0, second.stderr
+    assert "== matrix-rate" not in second.stdout
+    assert (card / "matrix-rate.json").read_text() == kept
+    assert "Left: loss-eager, " in second.stdout.splitlines()[-2]
+    curve = json.loads((card / "race-ours-third.json").read_text())["figures"]["curve"]
+    assert [tokens for tokens, _, _ in curve] == [
+        1024 * n for n in range(6)
+    ]  # a third of 16 iterations, each evaluated
+    summary = (card / "summary.md").read_text()
+    assert f"{curve[-1][2]:.4f}" in summary and "TFLOP/s" in summary
+
+
+def test_a_part_that_does_not_exist_is_named(tmp_path):
+    assert_user_error(gpu(tmp_path, "--part", "speed"), "--part speed", "matrix-rate", "default-run")
+
+
+def test_a_race_in_pieces_is_the_same_race(tmp_path):
+    data = write_data(tmp_path / "data", train_tokens=4_000)
+
+    def race(*args):
+        shape = [f"--shape={SHAPE}", "--run=", "--run=--optimizer adamw"]
+        result = run_script("benchmarks/race.py", "--data-dir", data, *shape, "--evaluations", 3, *args)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    race("--out", tmp_path / "whole.json")
+    pieces = ("--state", tmp_path / "state.pt", "--minutes", 0, "--out", tmp_path / "pieces.json")
+    assert "After 1 of 3 parts" in race(*pieces)
+    assert "After 2 of 3 parts" in race(*pieces)
+    assert "At the end" in race(*pieces)
+    whole, parted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "pieces"))
+    for name, curve in whole.items():
+        assert [(tokens, loss) for tokens, _, loss in curve] == [(tokens, loss) for tokens, _, loss in parted[name]]
+
+
+def part(figures, **changed):
+    machine = {"card": "A", "driver": "580.1", "torch": "2.13.0", "cuda": "13.0", "python": "3.11.7", "commit": "c"}
+    return {**machine, "seconds": 1.0, "date": "2026-11-25", "figures": figures, **changed}
+
+
+def measured(speed, peak):
+    return {"tokens_per_second": speed, "peak_bytes": peak << 20, "micro_step": 0.010, "update": 0.002}
+
+
+def test_the_summary_compares_turns_and_finds_the_runs_below_nanogpts_loss():
+    turns = [
+        {"ours": measured(a, 900), "nanoGPT": measured(b, 2000)} for a, b in ((300_000, 100_000), (500_000, 300_000))
+    ]
+    rest = {"flops_per_token": 10**8, "batch_size": 64, "run_tokens": 24_000_000_000}
+    compiling = [[0, 0.0, 11.0], [1000, 90.0, 6.0], [2000, 100.0, 5.0], [3000, 110.0, 4.0]]  # 100 tokens/s
+    half = [[0, 0.0, 11.0], [500, 5.0, 6.0], [1000, 10.0, 4.0], [1500, 15.0, 3.9]]
+    parts = {
+        "matrix-rate": part({"flops": 1e14}, driver="570.0"),
+        "speed-wikipedia-1": part({"results": turns[0], **rest}),
+        "speed-wikipedia-2": part({"results": turns[1], **rest}),
+        "race-nanogpt-6e-4": part({"curve": compiling, "bits_per_byte": 1.0}),
+        "race-ours-half": part({"curve": half, "bits_per_byte": 0.9}),
+        "race-ours-third": part({"curve": half[:2], "bits_per_byte": 2.0}),
+    }
+    page = gpu_summary.markdown(parts, part({}))
+    assert "- matrix-rate: driver 570.0" in page
+    assert "| ours | 300,000 / 500,000 | 1.00 | 900 | 10.0 | 2.0 |" in page
+    assert "| nanoGPT | 100,000 / 300,000 | 2.00 | 2,000 |" in page
+    assert "MFU 40.0%" in page and "would take 1,000 minutes" in page
+    assert "At or below nanoGPT's best loss, 4.0000: race-ours-half in 0.50 of the time." in page
+
+
+@pytest.mark.parametrize("parts", [{}, {"data": part({"train": 1, "val": 1})}])
+def test_the_summary_of_little_is_a_page(parts):
+    assert gpu_summary.markdown(parts, part({})).startswith("# Figures on A\n")
