@@ -35,9 +35,8 @@ Rate = Annotated[float, Range("0 or more, and finite", lambda value: 0 <= value 
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
-CountOrAuto = Annotated[
-    int | Literal["auto"], Range("at least 1, or auto", lambda value: value == "auto" or value >= 1)
-]
+CountOrAuto = Annotated[int | Literal["auto"], Range("at least 1, or auto", lambda n: n == "auto" or n >= 1)]
+VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
 Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
 PATH = "path"  # marks a field in which the command line replaces a leading ~
@@ -148,7 +147,8 @@ class PrepareConfig(DataDir):
     text_column: str = "text"  # of .parquet, .jsonl and .json: the column that holds the text
     encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
     separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download
+    tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: one of its own, made from the source; or the tokenizer.json of another data folder
+    vocab_size: VocabSize | None = None  # of --tokenizer train: its tokens; None: 16,384
     val_fraction: Share | None = None  # share of the text held out; None: 0.005, of the sample 0.1
     shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: Count | None = None  # stop after about so many, at an article's end or inside a long one; None: all
@@ -168,6 +168,11 @@ class PrepareConfig(DataDir):
             is_encoding(self.encoding),
             f"--encoding {self.encoding}: is not a text encoding that Python knows; give utf-16, cp1252, ...",
         )
+        require(self.tokenizer != "", "--tokenizer: is empty; give gpt2, bytes, train or a tokenizer.json")
+        require(
+            self.vocab_size is None or self.tokenizer == "train",
+            f"--vocab-size {self.vocab_size}: only --tokenizer train takes it; other tokenizers have a size",
+        )
         require(self.show == () or all(self.show), "--show: names no token; give the number of one, from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)
@@ -178,6 +183,11 @@ class PrepareConfig(DataDir):
         """What to prepare, in order: each `--source` once, or the preset's."""
         given = (self.source,) if isinstance(self.source, str) else tuple(chain.from_iterable(self.source))
         return tuple(dict.fromkeys(given)) or (self.preset_source,)
+
+    @property
+    def trained_size(self) -> int | None:
+        """The tokens of the tokenizer to be trained; None: none is."""
+        return (self.vocab_size or 16_384) if self.tokenizer == "train" else None
 
     @property
     def held_out(self) -> float:

@@ -29,6 +29,7 @@ from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
 from internals.pretrained import open_checkpoint
 from internals.start import UserError
+from internals.tokenizer import tokenizer_name
 from model import GPT
 
 PROMPTS = ("The best thing is", "The best", "The", "T")  # of the example, the first that leaves room for an answer
@@ -102,7 +103,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         f"feed-forward), context of {c.block_size:,} tokens",
         "parameters": f"{count['total']:,} ({count['blocks']:,} in the blocks, {count['embedding']:,} in the embeddings)",
         "weights": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
-        "tokenizer": f"`{saved['tokenizer']}`, {c.vocab_size:,} tokens",
+        "tokenizer": f"`{tokenizer_name(saved['tokenizer'])}`, {c.vocab_size:,} tokens",
         "started from": f"`{saved['config']['init_from']}`" if saved["config"].get("init_from") else "random weights",
         "training text": "not recorded in the checkpoint",
         "iterations": f"{saved['iter']:,}",

@@ -4,6 +4,7 @@
     python prepare_data.py --max-tokens 1_100_000_000       a fair quarter of it, enough for the default training run
     python prepare_data.py --preset demo                    the embedded sample
     python prepare_data.py --source my_texts --data-dir data/my_texts
+    python prepare_data.py --language hi --tokenizer train --data-dir data/hindi    with a vocabulary of its own
 
 Stop it whenever you like: the same command resumes where it stopped.
 """
@@ -39,15 +40,17 @@ from config import PrepareConfig
 from internals.articles import Tokens, tokenize
 from internals.data_folder import DataFolder
 from internals.file_walk import file_type
-from internals.files import locked, write_json, writing
+from internals.files import locked, sha256, write_json, write_text, writing
 from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, shard_settings
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
-from internals.shards import META_FORMAT, ShardWriter, read_meta
+from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source, counted, listed
-from internals.tokenizer import load_tokenizer, token_bytes
+from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes, tokenizer_name
+from internals.tokenizer_json import sha256_of
+from internals.tokenizer_training import sample_texts, train_tokenizer
 from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
@@ -79,14 +82,17 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     source = make_source(cfg, data_dir)
     folder = DataFolder(data_dir)
     if folder.meta and not cfg.overwrite:
-        check_same(cfg, source, read_meta(data_dir), "is finished, and was prepared")
+        meta = read_meta(data_dir)
+        check_same(cfg, source, meta, "is finished, and was prepared")
+        read_tokenizer(data_dir, meta)  # raises if it has been damaged
         for split in SPLITS:
             TokenStream.open(data_dir, split)  # raises if a shard has been damaged
         folder.delete_notes()
         print(f"{data_dir} is finished: nothing to do (--overwrite starts again)")
         return
-    folder.refuse_foreign()
-    load_tokenizer(cfg.tokenizer)  # before anything is written
+    folder.refuse_foreign(own_tokenizer=cfg.tokenizer not in NAMES)
+    if not cfg.trained_size:
+        load_tokenizer(given_tokenizer(cfg.tokenizer))  # before anything is written
 
     # 2. Where to begin
     resumes = folder.noted is not None and not cfg.overwrite
@@ -95,7 +101,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     print(source.summary())
     if cfg.overwrite:
         folder.delete()  # only now: a source that is not there must not cost the old shards
-    pipeline = Pipeline(cfg, source, progress)
+    pipeline = Pipeline(cfg, source, progress, find_tokenizer(cfg, source, progress))
 
     # 3. Articles -> tokens -> shards
     try:
@@ -134,6 +140,35 @@ def resume(cfg: PrepareConfig, source: Source) -> Progress:
     progress = Progress.load(Path(cfg.data_dir) / "progress.json", cfg, source)
     print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
     return progress
+
+
+def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
+    """The tokenizer of the shards, as `load_tokenizer` takes it. One of our own lies in the folder before the first shard."""
+    if cfg.tokenizer in NAMES:
+        return cfg.tokenizer
+    path = Path(cfg.data_dir) / TOKENIZER_FILE
+    if progress.tokenizers and path.exists() and sha256(path) == progress.tokenizers[-1]:
+        return path.read_bytes().decode()
+    return write_tokenizer(cfg, source, progress)
+
+
+def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
+    """Train a tokenizer, or take the given one, and write it to the folder. It is noted first: so it is known as ours."""
+    path, began = Path(cfg.data_dir) / TOKENIZER_FILE, time.monotonic()
+    if cfg.trained_size:
+        print(f"training a tokenizer of {cfg.trained_size:,} tokens")
+        text = train_tokenizer(sample_texts(cfg, source, progress.tail), cfg.trained_size)
+        print(f"trained {tokenizer_name(text)} in {time.monotonic() - began:.0f} s")
+    else:
+        text = given_tokenizer(cfg.tokenizer)
+    if progress.tokens and progress.tokenizers[-1] != sha256_of(text):
+        raise UserError(
+            f"{path}: is missing, and cannot be made again; put it back, or give --overwrite to start again"
+        )
+    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, sha256_of(text)]))
+    progress.save(path.with_name("progress.json"), cfg, source)
+    write_text(path, text)
+    return text
 
 
 def print_result(cfg: PrepareConfig, progress: Progress) -> None:
@@ -175,8 +210,9 @@ class Pipeline:
     shards and then notes the progress. A resumed run drops what the shards hold beyond that note.
     """
 
-    def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress):
+    def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
+        self.tokenizer = tokenizer
         self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
         self.open_shards()
 
@@ -228,7 +264,7 @@ class Pipeline:
             for number in range(self.progress.file, len(self.source.files)):
                 for chunk, following in pairwise(chain(self.chunks(number), [None])):
                     file, row = (number, chunk.first + chunk.count) if following else (number + 1, 0)
-                    tokens = pool.submit(tokenize, chunk, self.cfg.tokenizer, val_fraction)
+                    tokens = pool.submit(tokenize, chunk, self.tokenizer, val_fraction)
                     waiting.append(Work(tokens, chunk.reader.name, file, row, positions[number] + chunk.position))
                     if len(waiting) == in_flight:
                         yield waiting.popleft()
@@ -253,7 +289,7 @@ class Pipeline:
         whole = len(new.tokens)
         if whole and whole >= room:
             limit = max(self.cfg.max_tokens // 10, LEAST_CUT)
-            new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.cfg.tokenizer))
+            new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.tokenizer))
             self.progress.end, self.progress.cut = "max_tokens", as_utf8_name(name) if is_cut else ""
         self.left_out = len(new.tokens) < whole
         for split_name, chosen in (("train", ~new.val), ("val", new.val)):
@@ -286,7 +322,8 @@ class Pipeline:
             "format": META_FORMAT,
             "source": self.source.provenance(),
             **shard_settings(self.cfg),
-            "vocab_size": load_tokenizer(self.cfg.tokenizer).n_vocab,
+            "vocab_size": load_tokenizer(self.tokenizer).n_vocab,
+            **({"tokenizer_sha256": sha256_of(self.tokenizer)} if is_json(self.tokenizer) else {}),
             "end": self.progress.end,
             "empty": self.progress.empty,
             "repaired": self.progress.repaired,
@@ -298,10 +335,12 @@ class Pipeline:
         write_json(self.data_dir / "meta.json", meta)
 
     def start_again_with_tail(self) -> None:
-        """Tokenize the source once more, everything into the training split, from which the tail is then cut."""
+        """Prepare the source once more, everything as training text, from which the tail is then cut."""
         for shards in self.shards.values():
             shards.close()
         self.progress.start_again()
+        if self.cfg.trained_size:  # again: the end of the text was in the sample
+            self.tokenizer = write_tokenizer(self.cfg, self.source, self.progress)
         self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
         self.open_shards()
         self.tokenize_source()
@@ -309,7 +348,7 @@ class Pipeline:
     def hold_out_tail(self) -> None:
         """Move the last tokens of the training split to the validation split."""
         train, val = self.progress.splits["train"], self.progress.splits["val"]
-        tokenizer, sizes = load_tokenizer(self.cfg.tokenizer), token_bytes(self.cfg.tokenizer)
+        tokenizer, sizes = load_tokenizer(self.tokenizer), token_bytes(self.tokenizer)
         held_out = int(train.tokens * self.cfg.held_out)
         ends = 0
         for part in self.shards["train"].tail(held_out):

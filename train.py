@@ -57,7 +57,7 @@ from internals.run import (
     save,
 )
 from internals.samples import printable
-from internals.shards import read_meta
+from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
 from internals.stopping import catch_signals
 from internals.tokenizer import load_tokenizer
@@ -215,7 +215,7 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
 def window_text(run: Run, window_id: int) -> str:
     """What a training window reads, in one line of a message; empty if there is no tokenizer."""
     try:
-        tokenizer = load_tokenizer(run.meta["tokenizer"])
+        tokenizer = load_tokenizer(run.tokenizer)
     except UserError:
         return ""
     text = tokenizer.decode(run.train_windows.batch([window_id])[0].tolist(), errors="replace")
@@ -274,7 +274,7 @@ def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
     if not run.machine.is_main:
         return None
     try:
-        return load_tokenizer(run.meta["tokenizer"])
+        return load_tokenizer(run.tokenizer)
     except UserError as error:
         run.machine.print(f"Evaluations show no text: {error}")
         return None
@@ -298,7 +298,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
         name, iteration = cfg.init_from, 0
-        model = pretrained.initial_model(name, meta["tokenizer"], complete_config(cfg, meta, None).model)
+        tokenizer = read_tokenizer(cfg.data_dir, meta)
+        model = pretrained.initial_model(name, tokenizer, complete_config(cfg, meta, None).model)
     else:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)

@@ -9,15 +9,21 @@ trains with its own model, optimizer, schedule and sampling of batches, once for
 is validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens
 and merges all others into one, so that a CPU can race in minutes. A long race can be run in pieces: `--state FILE` keeps it
 after each evaluation, and the same command continues it; `--minutes` ends a piece.
+
+A run may have a `--data-dir` of its own, prepared from the same text with another tokenizer. Bits per byte compare them, and
+`--minutes-each` gives each run as many iterations as it does in that time:
+
+    python benchmarks/race.py --minutes-each 30 --run="--data-dir data/gpt2" --run="--data-dir data/own-8192"
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common  # the first: it decides which train.py is imported below
 import numpy as np
@@ -35,6 +41,7 @@ from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
 VAL_BATCH = 64
+TIMED = 3  # iterations for `--minutes-each`
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Race:
     vocab_size: int | None = None  # tokens to keep, the last one for all rarer ones; None: all
     shape: str = ""  # flags of train.py for every run: model and length
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py for one of our runs; repeat it for more
+    minutes_each: float | None = (
+        None  # of training for each run, measured in its first iterations; None: its --max-iters
+    )
     seeds: tuple[int, ...] = (1337,)  # every run is done once per seed
     nanogpt: str | None = None  # folder of a checkout of nanoGPT
     nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # 6e-4 is its GPT-2 recipe's; small models may need others
@@ -52,14 +62,43 @@ class Race:
     minutes: float | None = None  # end after the evaluation that follows so many minutes, with --state
 
 
+class Text(NamedTuple):
+    """A data folder as the runs read it."""
+
+    train: TokenStream
+    val: TokenStream
+    vocab_size: int
+    bytes_per_token: float | None  # of validation text; None: rare tokens are merged, so the loss is not the text's
+
+    def bits(self, val_loss: float) -> str:
+        return f"{val_loss / math.log(2) / self.bytes_per_token:.4f} bits per byte" if self.bytes_per_token else ""
+
+
+@functools.cache
+def read_text(data_dir: str, kept: int | None) -> Text:
+    """Training and validation tokens. `kept`: the vocabulary, its last token standing for all rarer ones; None: all."""
+    train_stream, val_stream = (TokenStream.open(data_dir, split) for split in ("train", "val"))
+    meta = read_meta(data_dir)
+    if kept is None:
+        split = meta["splits"]["val"]
+        return Text(train_stream, val_stream, meta["vocab_size"], split["bytes"] / split["tokens"])
+    counts = sum(np.bincount(shard, minlength=meta["vocab_size"]) for shard in train_stream.shards)
+    new = np.full(meta["vocab_size"], kept - 1, dtype=np.uint16)
+    new[np.argsort(-counts)[: kept - 1]] = np.arange(kept - 1)
+    share = counts[np.argsort(-counts)[: kept - 1]].sum() / counts.sum()
+    print(f"{kept:,} tokens kept: {share:.1%} of the text")
+    train_stream, val_stream = (TokenStream([new[s] for s in t.shards]) for t in (train_stream, val_stream))
+    return Text(train_stream, val_stream, kept, None)
+
+
 class Ours:
     """train.py's loop without logging and saving."""
 
-    def __init__(self, name: str, cfg: TrainConfig, train_stream: TokenStream, val_stream: TokenStream):
-        self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
+    def __init__(self, name: str, cfg: TrainConfig, text: Text):
+        self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         machine = train.make_machine(cfg)
-        windows = TrainingWindows(train_stream, cfg.model.block_size, cfg.seed)
-        val_windows = ValidationWindows(val_stream, cfg.model.block_size, cfg.eval_tokens)
+        windows = TrainingWindows(text.train, cfg.model.block_size, cfg.seed)
+        val_windows = ValidationWindows(text.val, cfg.model.block_size, cfg.eval_tokens)
         self.training_run = Run(cfg, {}, machine, windows, val_windows)
         torch.manual_seed(cfg.seed)
         model = GPT(cfg.model).to(machine.device)
@@ -97,8 +136,9 @@ class Ours:
 class NanoGPT:
     """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
-    def __init__(self, folder: str, rate: float, cfg: TrainConfig, train_stream: Any, val_stream: Any):
+    def __init__(self, folder: str, rate: float, cfg: TrainConfig, text: Text):
         self.name, self.rate, self.cfg, self.max_iters = f"nanoGPT {rate:g}", rate, cfg, cfg.max_iters
+        self.text = text
         self.tokens_per_iter = cfg.tokens_per_iter
         self.machine = train.make_machine(cfg)
         self.cuda = self.machine.device.type == "cuda"
@@ -114,9 +154,9 @@ class NanoGPT:
         self.forward = torch.compile(self.model) if self.cuda else self.model
         if self.cuda:
             self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
-        self.tokens = np.concatenate(train_stream.shards)
+        self.tokens = np.concatenate(text.train.shards)
         self.rng = np.random.default_rng(cfg.seed)
-        self.val_windows = ValidationWindows(val_stream, c.block_size, cfg.eval_tokens)
+        self.val_windows = ValidationWindows(text.val, c.block_size, cfg.eval_tokens)
 
     def loss(self, array: np.ndarray) -> torch.Tensor:
         inputs, targets = self.machine.to_device(array)
@@ -159,21 +199,6 @@ class NanoGPT:
         return total / count
 
 
-def streams(args: Race) -> tuple[TokenStream, TokenStream, int]:
-    """Training and validation tokens, and the size of the vocabulary."""
-    train_stream, val_stream = (TokenStream.open(args.data_dir, split) for split in ("train", "val"))
-    vocab_size = read_meta(args.data_dir)["vocab_size"]
-    if args.vocab_size is None:
-        return train_stream, val_stream, vocab_size
-    counts = sum(np.bincount(shard, minlength=vocab_size) for shard in train_stream.shards)
-    new = np.full(vocab_size, args.vocab_size - 1, dtype=np.uint16)
-    new[np.argsort(-counts)[: args.vocab_size - 1]] = np.arange(args.vocab_size - 1)
-    kept = counts[np.argsort(-counts)[: args.vocab_size - 1]].sum() / counts.sum()
-    print(f"{args.vocab_size:,} tokens kept: {kept:.1%} of the text")
-    train_stream, val_stream = (TokenStream([new[s] for s in t.shards]) for t in (train_stream, val_stream))
-    return train_stream, val_stream, args.vocab_size
-
-
 Curve = list[tuple[int, float, float]]  # tokens, seconds, validation loss at every evaluation
 
 
@@ -193,7 +218,10 @@ def compete(runners: list[Any], args: Race) -> dict[str, Curve]:
             seconds = before + time.perf_counter() - begin
             row = (last * runner.tokens_per_iter, seconds, runner.evaluate())
             curves[runner.name].append(row)
-            print(f"{runner.name:60} {row[0]:>12,} tokens {row[1]:8.1f} s   {row[2]:.4f}", flush=True)
+            print(
+                f"{runner.name:60} {row[0]:>12,} tokens {row[1]:8.1f} s   {row[2]:.4f}   {runner.text.bits(row[2])}",
+                flush=True,
+            )
         if args.state:
             save_state(args.state, runners, curves)
         if args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
@@ -219,30 +247,47 @@ def load_state(file: str, runners: list[Any]) -> dict[str, Curve]:
     return saved["curves"]
 
 
+def iterations_in(seconds: float, cfg: TrainConfig, text: Text) -> int:
+    """How many iterations a run does in that time, from a few of its own."""
+    runner, times = Ours("", cfg, text), []
+    for it in range(1 + TIMED):
+        begin = time.perf_counter()
+        runner.step(it)
+        times.append(time.perf_counter() - begin)
+    return max(1, round(seconds / np.median(times[1:])))
+
+
 def main() -> None:
     args = tyro.cli(Race, description=__doc__)
-    train_stream, val_stream, vocab_size = streams(args)
 
-    def flags(text: str, seed: int) -> TrainConfig:
-        cfg = parse(TrainConfig, "", [*shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)])
-        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+    def flags(text: str, seed: int) -> tuple[TrainConfig, Text]:
+        words = ["--data-dir", args.data_dir, *shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)]
+        cfg = parse(TrainConfig, "", words)
+        source = read_text(cfg.data_dir, args.vocab_size)
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=source.vocab_size)), source
 
     runners: list[Any] = []
     for seed in args.seeds:
         if args.nanogpt:
             for rate in args.nanogpt_learning_rates:
-                runners.append(NanoGPT(args.nanogpt, rate, flags("", seed), train_stream, val_stream))
+                runners.append(NanoGPT(args.nanogpt, rate, *flags("", seed)))
                 runners[-1].name += f" seed {seed}"
-        runners += [Ours(f"{text} seed {seed}", flags(text, seed), train_stream, val_stream) for text in args.run]
+        for text in args.run:
+            cfg, source = flags(text, seed)
+            if args.minutes_each:
+                cfg = dataclasses.replace(cfg, max_iters=iterations_in(60 * args.minutes_each, cfg, source))
+            runners.append(Ours(f"{text} seed {seed}", cfg, source))
     curves = compete(runners, args)
 
+    texts = {runner.name: runner.text for runner in runners}
     evaluations = len(next(iter(curves.values())))
     print("\nAt the end:" if evaluations == args.evaluations else f"\nAfter {evaluations} of {args.evaluations} parts:")
     for name in dict.fromkeys(name.rsplit(" seed ")[0] for name in curves):
         ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
         losses = ", ".join(f"{end[2]:.4f}" for end in ends)
         mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
-        print(f"{name or '(no flags)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})")
+        bits = next(text.bits(mean) for other, text in texts.items() if other.rsplit(" seed ")[0] == name)
+        print(f"{name or '(no flags)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})   {bits}")
     if args.out:
         write_json(args.out, curves)
 

@@ -17,7 +17,7 @@ from internals.files import atomic_write, system_error, writing
 from internals.memory import is_out_of_memory
 from internals.shards import MAGIC as SHARD_MAGIC
 from internals.start import UserError, first_line
-from internals.tokenizer import load_tokenizer
+from internals.tokenizer import load_tokenizer, tokenizer_name
 from model import GPT
 
 FORMAT = 1
@@ -128,7 +128,7 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]
     if tokenizer.n_vocab != model.config.vocab_size:
         raise UserError(
             f"{path}: is damaged: its model has {model.config.vocab_size:,} tokens, its tokenizer "
-            f"({saved['tokenizer']}) {tokenizer.n_vocab:,}"
+            f"({tokenizer_name(saved['tokenizer'])}) {tokenizer.n_vocab:,}"
         )
     return model, tokenizer, saved
 

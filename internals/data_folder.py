@@ -10,28 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, UNFINISHED_HEADER
+from internals.files import sha256
+from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER
 from internals.start import UserError
 
 DOWNLOADS = ".downloads-in-progress"  # no person calls a folder so
 OLD_DOWNLOADS = "downloads"  # of versions before November 2026
 BEGINNING = b'{\n  "format": '  # of our JSON files
+TOKENIZER_FILES = (TOKENIZER_FILE, f"{TOKENIZER_FILE}.tmp")
+TOKENIZER_BEGINNING = b'{\n  "version": "1.0",\n  "truncation": null'
 
 
 class DataFolder:
     """The files of a data folder, ours told from others'.
 
-    Ours are a `meta.json` and a `progress.json` with our keys, the shards that one of them names, and unfinished shards
-    with our header. A file of ours that is gone or damaged is no obstacle; one of somebody else's is.
+    Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them names,
+    and unfinished shards with our header. A file of ours that is gone or damaged is no obstacle; one of somebody else's is.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.meta, self.noted = (own_json(path / name) for name in ("meta.json", "progress.json"))
 
-    def refuse_foreign(self) -> None:
+    def refuse_foreign(self, own_tokenizer: bool) -> None:
         """Raise UserError if a file that the command did not make has a name that it needs."""
-        if foreign := [path.name for path in sorted(self.path.iterdir()) if self.is_in_the_way(path)]:
+        names = [path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name not in TOKENIZER_FILES]
+        if foreign := [path.name for path in names if self.is_in_the_way(path)]:
             more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
             raise UserError(
                 f"{self.path / foreign[0]}{more}: is damaged, or not made by this command; nothing is deleted or "
@@ -43,6 +47,10 @@ class DataFolder:
             return own_json(path) is None
         if path.name in ("meta.json.tmp", "progress.json.tmp"):
             return not path.is_file() or not begins_as(path, BEGINNING)
+        if path.name == TOKENIZER_FILE:
+            return not self.is_own_tokenizer(path)
+        if path.name == f"{TOKENIZER_FILE}.tmp":
+            return not (self.tokenizers() and path.is_file() and begins_as(path, TOKENIZER_BEGINNING))
         if path.name == DOWNLOADS:
             return path.is_symlink() or not path.is_dir()
         return bool(SHARD_NAME.fullmatch(path.name)) and not self.is_own_shard(path)
@@ -61,6 +69,14 @@ class DataFolder:
             return path.stat().st_size == sizes[0] or has_magic(path)
         return length > 0 and path.stat().st_size == HEADER_BYTES + 2 * length and has_magic(path)
 
+    def tokenizers(self) -> list[str]:
+        """The SHA-256 of each tokenizer.json that was written here."""
+        finished = [self.meta["tokenizer_sha256"]] if self.meta and "tokenizer_sha256" in self.meta else []
+        return finished + list((self.noted or {}).get("tokenizers", []))
+
+    def is_own_tokenizer(self, path: Path) -> bool:
+        return path.is_file() and sha256(path) in self.tokenizers()
+
     def meta_entries(self, split: str) -> list[dict[str, Any]]:
         with contextlib.suppress(KeyError, TypeError):
             return self.meta["splits"][split]["shards"]
@@ -76,7 +92,8 @@ class DataFolder:
     def delete(self) -> None:
         """Delete what is ours. The files that show what is ours go last, so a kill on the way leaves nothing strange."""
         for path in sorted(self.path.iterdir()):
-            if SHARD_NAME.fullmatch(path.name) and self.is_own_shard(path):
+            is_shard = SHARD_NAME.fullmatch(path.name) and self.is_own_shard(path)
+            if is_shard or (path.name == TOKENIZER_FILE and self.is_own_tokenizer(path)):
                 path.unlink()
         self.delete_notes()
         (self.path / "meta.json").unlink(missing_ok=True)
@@ -85,7 +102,7 @@ class DataFolder:
     def delete_notes(self) -> None:
         """Delete what a finished folder does not need."""
         Downloads.of(self.path, (self.noted or {}).get("resolved") or {}).delete_all()
-        for name in ("progress.json", "progress.json.tmp", "meta.json.tmp"):
+        for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
                 (self.path / name).unlink()
         self.noted = None

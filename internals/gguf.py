@@ -6,9 +6,9 @@ import tiktoken
 import torch
 from torch import nn
 
-from internals.huggingface import ARCHITECTURE, merges, real_weights, vocabulary
+from internals.huggingface import ARCHITECTURE, real_weights
 from internals.start import UserError
-from internals.tokenizer import END_OF_TEXT
+from internals.tokenizer_json import END_OF_TEXT, is_own, merges, vocabulary
 from model import GPT
 
 USAGE = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
@@ -52,7 +52,7 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
     writer.add_context_length(c.block_size)
     writer.add_layer_norm_eps(ARCHITECTURE["layer_norm_epsilon"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("qwen35" if is_own(tokenizer) else "gpt-2")  # the pattern, by the name of a model
     writer.add_token_list(list(vocab))
     writer.add_token_types([gguf.TokenType.NORMAL] * tokenizer.eot_token + [gguf.TokenType.CONTROL])
     # llama.cpp refuses a vocabulary without merges, such as bytes. This merge never applies to a text.

@@ -1,9 +1,9 @@
 """A model as a Hugging Face folder, which transformers opens. `huggingface_import.py` is the way back.
 
-Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019), `bytes` being the one without merges.
+Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019), `bytes` being the one without merges. Own ones
+cut text by another pattern, which only tokenizer.json can say: vocab.json and merges.txt would be read as GPT-2's.
 """
 
-import itertools
 from pathlib import Path
 
 import tiktoken
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import GenerateConfig
 from internals.files import as_json
-from internals.tokenizer import END_OF_TEXT
+from internals.tokenizer_json import END_OF_TEXT, is_own, merges, to_json, vocabulary
 from model import GPT
 
 # Stored as (in, out) in GPT-2's files, where nn.Linear has (out, in)
@@ -81,69 +81,19 @@ def real_weights(model: GPT) -> dict[str, Tensor]:
 
 
 def tokenizer_files(tokenizer: tiktoken.Encoding, block_size: int) -> dict[str, str]:
-    """The text of each tokenizer file in a Hugging Face GPT-2 folder, by file name."""
-    vocab, merge_list = vocabulary(tokenizer), merges(tokenizer)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end_of_text = {"id": tokenizer.eot_token, "content": END_OF_TEXT, "special": True}
-    fast = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end_of_text | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merge_list},
-    }
+    """The text of each tokenizer file in a Hugging Face folder, by file name."""
+    own = is_own(tokenizer)
     settings = {
-        "tokenizer_class": "GPT2Tokenizer",
+        # GPT-2's class cuts by GPT-2's pattern, whatever tokenizer.json says.
+        "tokenizer_class": "PreTrainedTokenizerFast" if own else "GPT2Tokenizer",
         "model_max_length": block_size,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",  # generating adds tokens on the right
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
     }
-    return {
-        "tokenizer.json": as_json(fast),
-        "tokenizer_config.json": as_json(settings),
-        "vocab.json": as_json(vocab),
-        "merges.txt": "\n".join(["#version: 0.2", *merge_list, ""]),
-    }
-
-
-def vocabulary(tokenizer: tiktoken.Encoding) -> dict[str, int]:
-    """Every token in the notation of GPT-2's vocab.json, with its id: `{"!": 0, ...}`, in the order of the ids."""
-    alphabet = byte_alphabet()
-    tokens = (tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token))
-    return {"".join(alphabet[byte] for byte in token): i for i, token in enumerate(tokens)} | {
-        END_OF_TEXT: tokenizer.eot_token
-    }
-
-
-def merges(tokenizer: tiktoken.Encoding) -> list[str]:
-    """The merges of a byte-level BPE in order, in the notation of GPT-2's merges.txt: `["Ġ t", "Ġ a", ...]`.
-
-    tiktoken keeps only the tokens, by rank. Applying all earlier merges to the bytes of a token leaves two parts: the
-    merge that made it.
-    """
-    alphabet = byte_alphabet()
-    ranks = {tokenizer.decode_single_token_bytes(i): i for i in range(tokenizer.eot_token)}
-    result = []
-    for token, rank in ranks.items():
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            first = min(range(len(pairs)), key=pairs.__getitem__)
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            result.append(" ".join("".join(alphabet[byte] for byte in part) for part in parts))
-    return result
-
-
-def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in GPT-2's vocabulary files: printable ones for themselves, the others
-    for characters from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    texts = {"tokenizer.json": to_json(tokenizer), "tokenizer_config.json": as_json(settings)}
+    if own:
+        return texts
+    merge_list = "\n".join(["#version: 0.2", *merges(tokenizer), ""])
+    return {**texts, "vocab.json": as_json(vocabulary(tokenizer)), "merges.txt": merge_list}

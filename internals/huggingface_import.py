@@ -1,7 +1,7 @@
 """A GPT-2 in Hugging Face format, from a folder or from the hub, as what model.py computes. Undoes an export bit for bit.
 
     read_config        config.json -> sizes
-    find_tokenizer     its tokenizer's name in this project
+    find_tokenizer     its tokenizer, as load_tokenizer takes it
     read_weights       model.safetensors, or the files that its index names -> the weights of a GPT
 
 In all functions, `source` is a local folder or a hub id such as `openai-community/gpt2`.
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from config import ModelConfig
 from internals.checkpoint import WithoutInit, reading
-from internals.huggingface import ARCHITECTURE, TRANSPOSED, vocabulary
+from internals.huggingface import ARCHITECTURE, TRANSPOSED
 from internals.start import UserError
-from internals.tokenizer import load_tokenizer
+from internals.tokenizer import load_tokenizer, tokenizer_name
+from internals.tokenizer_json import OWN_PRE_TOKENIZER, canonical, vocabulary
 from model import GPT
 
 SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gigabytes are fetched for a model that fits
@@ -135,31 +136,35 @@ def read_vocabulary(source: str, rows: int) -> dict[str, int] | None:
 
 
 def find_tokenizer(source: str, rows: int) -> str:
-    """The name of its tokenizer in this project. `rows` is the number of rows of the embedding."""
+    """Its tokenizer, as `load_tokenizer` takes it. `rows` is the number of rows of the embedding."""
     theirs = read_vocabulary(source, rows)
     if theirs is None:
         raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
     for name, size in TOKENIZERS.items():
         if len(theirs) == size and theirs == vocabulary(load_tokenizer(name)):
             return name
+    path = fetch(source, SMALL_FILES) / "tokenizer.json"
+    if path.exists() and read_json(path).get("pre_tokenizer") == OWN_PRE_TOKENIZER:
+        return canonical(path.read_text(encoding="utf-8"), str(path))
     raise UserError(
-        f"{source}: its tokenizer ({len(theirs):,} tokens) is not one of this project's: {' and '.join(TOKENIZERS)}"
+        f"{source}: its tokenizer ({len(theirs):,} tokens) is not one of this project's: {', '.join(TOKENIZERS)}, or one "
+        "that prepare_data.py trained"
     )
 
 
-def check_tokenizer(source: str, rows: int, name: str) -> int:
-    """Refuse a model whose tokens are not those of the tokenizer `name`. Returns their number; later rows are unused.
+def check_tokenizer(source: str, rows: int, tokenizer: str) -> int:
+    """Refuse a model whose tokens are not those of `tokenizer`. Returns their number; later rows are unused.
 
     Without a tokenizer among its files, the number of rows decides: as many as tokens, or padded to a multiple of 64
     or 128.
     """
-    ours, theirs = vocabulary(load_tokenizer(name)), read_vocabulary(source, rows)
+    ours, theirs = vocabulary(load_tokenizer(tokenizer)), read_vocabulary(source, rows)
     usual = {math.ceil(len(ours) / multiple) * multiple for multiple in (1, 64, 128)}
     if (rows not in usual) if theirs is None else (theirs != ours):
         tokens = rows if theirs is None else len(theirs)
         raise UserError(
-            f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {name} ({len(ours):,} tokens); prepare the data "
-            "with the model's tokenizer (prepare_data.py --tokenizer)"
+            f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {tokenizer_name(tokenizer)} ({len(ours):,} tokens); "
+            "prepare the data with the model's tokenizer (prepare_data.py --tokenizer)"
         )
     return len(ours)
 

@@ -28,7 +28,7 @@ from internals.huggingface_import import (
     without_weights,
 )
 from internals.start import UserError
-from internals.tokenizer import load_tokenizer
+from internals.tokenizer import load_tokenizer, tokenizer_name
 from model import GPT
 
 T = TypeVar("T")
@@ -54,14 +54,14 @@ def open_checkpoint(source: str) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]
     return checkpoint.load_model(find(source).checkpoint())
 
 
-def initial_config(source: str, tokenizer_name: str, model_config: ModelConfig) -> ModelConfig:
+def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> ModelConfig:
     """The configuration of a model that starts from `source`, the value of `--init-from`.
 
     Args:
-        tokenizer_name: the data's tokenizer, which must be the model's as well.
+        tokenizer: the data's, as `load_tokenizer` takes it, which must be the model's as well.
         model_config: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
     """
-    config = named("--init-from", lambda: find(source).config(tokenizer_name))
+    config = named("--init-from", lambda: find(source).config(tokenizer))
     if model_config.block_size > config.block_size:
         raise UserError(
             f"--block-size {model_config.block_size}: {source} has {config.block_size} positions; give --block-size "
@@ -70,10 +70,10 @@ def initial_config(source: str, tokenizer_name: str, model_config: ModelConfig) 
     return replace(config, block_size=model_config.block_size, dropout=model_config.dropout)
 
 
-def initial_model(source: str, tokenizer_name: str, model_config: ModelConfig) -> GPT:
+def initial_model(source: str, tokenizer: str, model_config: ModelConfig) -> GPT:
     """The model that starts from `source`, float32 on the CPU. Arguments as for `initial_config`."""
-    config = initial_config(source, tokenizer_name, model_config)
-    weights = named("--init-from", lambda: find(source).weights(tokenizer_name))
+    config = initial_config(source, tokenizer, model_config)
+    weights = named("--init-from", lambda: find(source).weights(tokenizer))
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     with checkpoint.fitting(f"--init-from: {source}: its weights do not fit its configuration"):
         with checkpoint.WithoutInit():
@@ -107,16 +107,16 @@ class Checkpoint:
     def checkpoint(self) -> Path:
         return self.path
 
-    def config(self, tokenizer_name: str) -> ModelConfig:
+    def config(self, tokenizer: str) -> ModelConfig:
         saved = checkpoint.load(self.path)
-        if saved["tokenizer"] != tokenizer_name:
+        if saved["tokenizer"] != tokenizer:
             raise UserError(
-                f"{self.path}: was trained with the tokenizer {saved['tokenizer']}, but the data is prepared with "
-                f"{tokenizer_name}; prepare it with the model's (prepare_data.py --tokenizer)"
+                f"{self.path}: was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but the data is prepared "
+                f"with {tokenizer_name(tokenizer)}; prepare it with the model's (prepare_data.py --tokenizer)"
             )
         return checkpoint.build_model(saved, str(self.path)).config
 
-    def weights(self, tokenizer_name: str) -> dict[str, Tensor]:
+    def weights(self, tokenizer: str) -> dict[str, Tensor]:
         return checkpoint.build_model(checkpoint.load(self.path), str(self.path)).state_dict()
 
 
@@ -128,11 +128,11 @@ class HuggingFace:
 
     def open(self) -> Opened:
         config = read_config(self.source)
-        name = find_tokenizer(self.source, config.vocab_size)
-        tokenizer = load_tokenizer(name)
+        found = find_tokenizer(self.source, config.vocab_size)
+        tokenizer = load_tokenizer(found)
         with checkpoint.WithoutInit():
             model = GPT(replace(config, vocab_size=tokenizer.n_vocab)).eval()
-        model.load_state_dict(self.weights(name), assign=True)
+        model.load_state_dict(self.weights(found), assign=True)
         return Opened(model, tokenizer, f"{self.source}, in Hugging Face format")
 
     def checkpoint(self) -> Path:
@@ -141,12 +141,12 @@ class HuggingFace:
             "folder of a run"
         )
 
-    def config(self, tokenizer_name: str) -> ModelConfig:
+    def config(self, tokenizer: str) -> ModelConfig:
         config = read_config(self.source)
-        return replace(config, vocab_size=check_tokenizer(self.source, config.vocab_size, tokenizer_name))
+        return replace(config, vocab_size=check_tokenizer(self.source, config.vocab_size, tokenizer))
 
-    def weights(self, tokenizer_name: str) -> dict[str, Tensor]:
-        return read_weights(self.source, read_config(self.source).vocab_size, self.config(tokenizer_name))
+    def weights(self, tokenizer: str) -> dict[str, Tensor]:
+        return read_weights(self.source, read_config(self.source).vocab_size, self.config(tokenizer))
 
 
 def find(source: str) -> Checkpoint | HuggingFace:

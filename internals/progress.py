@@ -17,6 +17,8 @@ from internals.files import write_json
 from internals.shards import META_FORMAT
 from internals.start import UserError
 from internals.text_files import FEW_DOCUMENTS, Source, counted
+from internals.tokenizer import given_tokenizer, is_json
+from internals.tokenizer_json import sha256_of
 
 SPLITS = ("train", "val")
 MEASURE_SECONDS = 3.0  # of tokenizing, before the needs of the whole run are estimated
@@ -45,6 +47,7 @@ class Progress:
     ids: list[str] = field(default_factory=list)  # different ids seen, while they are few
     reading: str = ""  # the file that was read last
     characters: int = 0  # of it
+    tokenizers: list[str] = field(default_factory=list)  # SHA-256 of each tokenizer.json written; the last is in use
     resolved: dict[str, Any] = field(default_factory=dict)  # by the source: the hub's commit and files
 
     @property
@@ -94,7 +97,7 @@ class Progress:
 
     def start_again(self) -> None:
         """Back to the first file, with the end of the text to be held out."""
-        fresh = Progress(tail=True, resolved=self.resolved)
+        fresh = Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)
         for name, value in vars(fresh).items():
             setattr(self, name, value)
 
@@ -117,6 +120,7 @@ class Progress:
                 "ids",
                 "reading",
                 "characters",
+                "tokenizers",
             )  # than folders that November 2026's versions began
             values |= {name: noted[name] for name in newer if name in noted}
             splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
@@ -133,7 +137,7 @@ def as_utf8_name(name: str) -> str:
 def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
     """What decides the shards, besides the source. Resuming needs the same."""
     return {
-        "tokenizer": cfg.tokenizer,
+        **tokenizer_settings(cfg),
         "text_column": cfg.text_column,
         "encoding": codecs.lookup(cfg.encoding).name,
         "separator": cfg.separator_text,
@@ -143,10 +147,35 @@ def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
     }
 
 
+def tokenizer_settings(cfg: PrepareConfig) -> dict[str, Any]:
+    """What the command says of the tokenizer. In `meta.json` its SHA-256 joins what is said here of a trained one."""
+    if cfg.trained_size:
+        return {"tokenizer": "own", "trained": True, "vocab_size": cfg.trained_size}
+    tokenizer = given_tokenizer(cfg.tokenizer)
+    return (
+        {"tokenizer": "own", "tokenizer_sha256": sha256_of(tokenizer)}
+        if is_json(tokenizer)
+        else {"tokenizer": tokenizer}
+    )
+
+
+def tokenizer_flags(settings: dict[str, Any]) -> str:
+    """The flags of these settings: `--tokenizer train --vocab-size 8192`."""
+    if settings["tokenizer"] != "own":
+        return f"--tokenizer {settings['tokenizer']}"
+    if settings.get("trained"):
+        return f"--tokenizer train --vocab-size {settings['vocab_size']}"
+    return f"a --tokenizer of SHA-256 {settings['tokenizer_sha256'][:8]}"
+
+
 def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state: str) -> None:
     """Raise UserError if the folder was begun with other settings or another source."""
-    changes = differences(noted, shard_settings(cfg), defaults=shard_settings(PrepareConfig()))
+    settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
+    others = {name: value for name, value in settings.items() if name not in tokenizer}
+    changes = differences(noted, others, defaults=shard_settings(PrepareConfig()))
     differs = [f"with --{name.replace('_', '-')} {old}, not {new}" for name, (old, new) in changes.items()]
+    if not tokenizer.items() <= noted.items():
+        differs.insert(0, f"with {tokenizer_flags(noted)}, not {tokenizer_flags(tokenizer)}")
     if not source.identity.items() <= noted["source"].items():
         differs.insert(0, f"from another source ({describe(noted['source'])}, not {describe(source.identity)})")
     if differs:

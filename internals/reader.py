@@ -12,7 +12,7 @@ import pyarrow as pa
 from internals.encodings import Block, as_utf8, check_text
 from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
-from internals.tokenizer import END_OF_TEXT
+from internals.tokenizer_json import END_OF_TEXT
 
 CHUNK_BYTES = 1 << 20  # about the text in a chunk: much work for a thread, little memory
 CHUNK_ROWS = 256

@@ -23,6 +23,7 @@ from internals.run import Run, TrainState, describe_data
 from internals.run_page import run_page
 from internals.samples import printable, sample_row
 from internals.start import first_line
+from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
 
 REFERENCES = Path(__file__).resolve().parents[1] / "sample"
@@ -108,7 +109,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         f"embeddings ({model.n_layer} layers, {model.n_head} heads, {model.n_embd} dimensions, context "
         f"{model.block_size})",
         "data": f"{cfg.data_dir}: {train['tokens']:,} tokens of {train['articles']:,} articles to train on, "
-        f"{len(run.val_windows) * model.block_size:,} to evaluate on; tokenizer {run.meta['tokenizer']}, "
+        f"{len(run.val_windows) * model.block_size:,} to evaluate on; tokenizer {tokenizer_name(run.tokenizer)}, "
         f"{model.vocab_size:,} tokens",
         "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",

@@ -7,6 +7,7 @@ lock_run_folder    one training at a time in OUT_DIR
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,8 +29,9 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
-from internals.shards import read_meta
+from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
+from internals.tokenizer import tokenizer_name
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
@@ -55,6 +57,11 @@ class Run:
     def batch_size(self) -> int:
         """Sequences in a micro-step of each process, as long as memory does not run out."""
         return self.cfg.micro_batch_size(self.machine.processes)
+
+    @functools.cached_property
+    def tokenizer(self) -> str:
+        """The data's, as `load_tokenizer` takes it."""
+        return read_tokenizer(self.cfg.data_dir, self.meta)
 
     def window_ids(self, tokens: int, batch_size: int) -> list[range]:
         """The training windows of one iteration that are this process's: a range of ids for each micro-step.
@@ -158,14 +165,14 @@ def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any
         sizes = {name: saved["config"]["model"][name] for name in ("n_layer", "n_head", "n_embd", "n_inner")}
         model = dataclasses.replace(model, **sizes)
     elif cfg.init_from:
-        model = pretrained.initial_config(cfg.init_from, meta["tokenizer"], model)
+        model = pretrained.initial_config(cfg.init_from, read_tokenizer(cfg.data_dir, meta), model)
     return dataclasses.replace(cfg, model=model)
 
 
 def initial_model(run: Run) -> GPT:
     """The model that a new run starts from: random weights, or those of `--init-from`."""
     if run.cfg.init_from and run.resumed_at is None:
-        return pretrained.initial_model(run.cfg.init_from, run.meta["tokenizer"], run.cfg.model)
+        return pretrained.initial_model(run.cfg.init_from, run.tokenizer, run.cfg.model)
     return GPT(run.cfg.model)
 
 
@@ -279,10 +286,11 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
 
 def check_tokenizer(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any], name: str) -> None:
     """Raise UserError if a checkpoint (`name` in the message) was trained with another tokenizer than the data's."""
-    if saved["tokenizer"] != meta["tokenizer"]:
+    tokenizer = read_tokenizer(cfg.data_dir, meta)
+    if saved["tokenizer"] != tokenizer:
         raise UserError(
-            f"{name} was trained with the tokenizer {saved['tokenizer']}, but {cfg.data_dir} is prepared with "
-            f"{meta['tokenizer']}; give the --data-dir of that run"
+            f"{name} was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but {cfg.data_dir} is prepared with "
+            f"{tokenizer_name(tokenizer)}; give the --data-dir of that run"
         )
 
 
@@ -303,7 +311,7 @@ def save(run: Run, state: TrainState, best: bool) -> None:
         "format": checkpoint.FORMAT,
         "model": state.model.state_dict(),
         "config": run.cfg.settings(),
-        "tokenizer": run.meta["tokenizer"],
+        "tokenizer": run.tokenizer,
         "iter": state.iter,
         "tokens": state.tokens,
         "val_loss": state.val_loss,

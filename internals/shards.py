@@ -11,13 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from internals.files import sha256
-from internals.start import UserError
+from internals.start import UserError, first_line
+from internals.tokenizer_json import sha256_of
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
 META_FORMAT = 1
 UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # shows whose an unfinished shard is
 PIECE_TOKENS = 1 << 20  # read at once
+TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
 SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
 
 
@@ -170,6 +172,23 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as meta.json ({error}); delete it, then {command}") from error
     return meta
+
+
+def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
+    """The tokenizer of a data folder, as `load_tokenizer` takes it: its name, or the text of its tokenizer.json."""
+    if "tokenizer_sha256" not in meta:
+        return meta["tokenizer"]
+    path, advice = (
+        Path(data_dir) / TOKENIZER_FILE,
+        "put it back, or prepare the data again (prepare_data.py --overwrite)",
+    )
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
+    if sha256_of(text) != meta["tokenizer_sha256"]:
+        raise UserError(f"{path}: is not the tokenizer of the shards beside it; {advice}")
+    return text
 
 
 def verify(data_dir: str | Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from internals.shards import read_meta
+from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream
@@ -17,7 +17,8 @@ BLOCK = 1 << 24  # tokens searched at once
 
 def show_tokens(data_dir: Path, numbers: list[int]) -> None:
     """Print the text around these tokens of the training split, and which article it is part of."""
-    stream, encoding = TokenStream.open(data_dir, "train"), load_tokenizer(read_meta(data_dir)["tokenizer"])
+    stream = TokenStream.open(data_dir, "train")
+    encoding = load_tokenizer(read_tokenizer(data_dir, read_meta(data_dir)))
     for number in numbers:
         if not 0 <= number < len(stream):
             raise UserError(

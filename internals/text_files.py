@@ -12,7 +12,7 @@ from internals.file_walk import file_type, find_files
 from internals.files import sha256
 from internals.reader import ReadOptions, reading
 from internals.readers import make_reader, read_chunks
-from internals.tokenizer import END_OF_TEXT
+from internals.tokenizer_json import END_OF_TEXT
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
 FEW_DOCUMENTS = 50  # below this many, choosing whole documents cannot give the validation share
@@ -47,6 +47,10 @@ class Source:
     def has_few_documents(self) -> bool:
         """Whether choosing whole documents cannot give the validation share, as there are so few."""
         return False
+
+    def sample_files(self, size: int) -> range:
+        """The numbers of the files that a sample of `size` bytes of text is taken from."""
+        return range(len(self.files))
 
     def provenance(self) -> dict[str, Any]:
         """What meta.json says of the source."""

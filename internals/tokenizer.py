@@ -1,7 +1,11 @@
-"""Tokenizers by name."""
+"""Tokenizers. Everywhere, one string says which: `gpt2`, `bytes`, or the text of an own one's tokenizer.json.
+
+Equal strings are equal tokenizers: `tokenizer_json.py` writes each in one way only.
+"""
 
 import functools
 import sys
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -10,9 +14,10 @@ import tiktoken_ext.openai_public
 from tqdm import tqdm
 
 from internals.network import answer_within, patiently
-from internals.start import UserError
+from internals.start import UserError, first_line
+from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, canonical, from_json, short_name
 
-END_OF_TEXT = "<|endoftext|>"
+NAMES = ("gpt2", "bytes")
 
 VOCABULARY = "the gpt2 tokenizer's vocabulary"
 VOCABULARY_ADVICE = (
@@ -20,27 +25,27 @@ VOCABULARY_ADVICE = (
 )
 FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
 
-# GPT-2's pattern cuts a text into pieces, which are then encoded one by one. The bracket is ours. It holds everything
-# that does not look ahead, so fancy-regex runs that part as an automaton and only the rest step by step. The pieces are
-# the same and encoding takes two thirds of the time (benchmarks/prepare.py, `tiktoken` against `limit`).
-GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
-
 
 @functools.cache
-def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """`gpt2` (50,257 tokens) or `bytes` (257 tokens: the 256 bytes and end-of-text; needs no download).
+def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
+    """`gpt2` (50,257 tokens), `bytes` (257 tokens: the 256 bytes and end-of-text; needs no download), or an own one.
 
     Raises:
-        UserError: the name is unknown, or GPT-2's vocabulary is neither on this machine nor within reach.
+        UserError: there is no such tokenizer, or GPT-2's vocabulary is neither on this machine nor within reach.
     """
-    if name == "bytes":
+    if is_json(tokenizer):
+        try:
+            return from_json(tokenizer)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the tokenizer {short_name(tokenizer)} is damaged ({first_line(error)})") from error
+    if tokenizer == "bytes":
         return tiktoken.Encoding(
             "bytes",
             pat_str=r"[\s\S]+",
             mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={END_OF_TEXT: 256},
         )
-    if name == "gpt2":
+    if tokenizer == "gpt2":
         tiktoken.load.read_file = fetch  # which tiktoken calls if the vocabulary is not in its cache
         try:
             # The ranks and the special token of tiktoken's "gpt2", but in one file, which loads five times faster.
@@ -48,7 +53,38 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         except (OSError, ValueError) as error:  # the cache cannot be read or written, or the file is another one
             raise UserError(f"{VOCABULARY}: could not be read or stored ({error}); {VOCABULARY_ADVICE}") from error
         return tiktoken.Encoding(**{**encoding, "pat_str": GPT2_PATTERN})
-    raise UserError(f"no tokenizer is called {name!r}: there are gpt2 and bytes")
+    raise UserError(f"no tokenizer is called {tokenizer!r}: there are {' and '.join(NAMES)}, and own ones")
+
+
+def is_json(tokenizer: str) -> bool:
+    return tokenizer.startswith("{")
+
+
+def tokenizer_name(tokenizer: str) -> str:
+    """What people call it: `gpt2`, `bytes`, or for an own one `own-` and the beginning of its SHA-256."""
+    return short_name(tokenizer) if is_json(tokenizer) else tokenizer
+
+
+@functools.cache
+def given_tokenizer(name: str) -> str:
+    """The tokenizer that `--tokenizer NAME` names: one of `NAMES`, or a file.
+
+    Raises:
+        UserError: there is no such file, or it is not a tokenizer of ours.
+    """
+    if name in NAMES:
+        return name
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--tokenizer {name}: there is no such file; give gpt2, bytes, train or a tokenizer.json"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--tokenizer {name}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        text = ""
+    return canonical(text, f"--tokenizer {name}")
 
 
 def fetch(url: str) -> bytes:
@@ -71,9 +107,9 @@ def fetch(url: str) -> bytes:
 
 
 @functools.cache
-def token_bytes(name: str) -> np.ndarray:
+def token_bytes(tokenizer: str) -> np.ndarray:
     """The bytes that each token stands for, (vocabulary,) int64; none for end-of-text."""
-    encoding = load_tokenizer(name)
+    encoding = load_tokenizer(tokenizer)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
     lengths[encoding.eot_token] = 0
     return np.array(lengths, np.int64)

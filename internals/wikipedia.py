@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 import tempfile
@@ -112,6 +113,11 @@ class HubWikipedia(Source):
             if ahead not in self._futures:
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
         return self._futures[number].result()
+
+    def sample_files(self, size: int) -> range:
+        """The first files that hold so much: they are in a mixed order, and no other has to be downloaded."""
+        sums = itertools.accumulate((file.bytes for file in self.files), initial=0)
+        return range(min(len(self.files), sum(before < size for before in sums)))
 
     def release(self, before: int) -> None:
         """Delete the downloads before this number."""

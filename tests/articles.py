@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pytest
 from conftest import REPO
 
 from config import PrepareConfig
-from internals.shards import read_meta
+from internals.shards import read_meta, read_tokenizer
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream
 
@@ -74,7 +76,7 @@ def files(folder):
 
 def texts(folder, split):
     """The articles of a split, decoded."""
-    stream, tokenizer = TokenStream.open(folder, split), load_tokenizer(read_meta(folder)["tokenizer"])
+    stream, tokenizer = TokenStream.open(folder, split), load_tokenizer(read_tokenizer(folder, read_meta(folder)))
     tokens = stream.read(0, len(stream))
     assert tokens[-1] == tokenizer.eot_token
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token) + 1)[:-1]
@@ -83,3 +85,30 @@ def texts(folder, split):
 
 def as_text(row):
     return f"{row['title']}\n\n{row['text']}"
+
+
+def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwargs):
+    """Start a script and kill it at random moments, until `kills` of them hit it. What it makes in `folder` is `want`."""
+    rng, survived, finished = random.Random(0), 0, 0
+    while survived < kills:
+        process = start_script(arguments, **kwargs)
+        # Count the seconds from the lock. Before it, there is nothing to harm.
+        deadline = time.monotonic() + 60
+        while not (folder / ".lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(shortest, longest))
+        if process.poll() is None:
+            process.kill()
+            survived += 1
+        _, stderr = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        if process.returncode == 0:
+            assert files(folder) == want
+            finished += 1
+            for path in folder.iterdir():
+                path.unlink()
+    process = start_script(arguments, **kwargs)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert files(folder) == want
+    print(f"{survived} kills survived, {finished + 1} preparations finished")

@@ -35,6 +35,7 @@ BENCHMARKS = {
     "page": "Page",
     "race": "Race",
     "reference": "Reference",
+    "tokenizer": "Tokenizers",
     "train": "Comparison",
 }
 

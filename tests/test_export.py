@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 import export
 from config import ExportConfig, ModelConfig, TrainConfig
-from internals import checkpoint, huggingface
+from internals import checkpoint
 from internals.cli import parse
 from internals.pretrained import open_model
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
+from internals.tokenizer_json import merges as merges_of
 from model import GPT
 
 VOCAB_SIZE = {"gpt2": 50257, "bytes": 257}
@@ -219,7 +220,7 @@ def test_the_files_of_a_folder(exported):
 
 @needs_gpt2
 def test_merges_are_those_of_gpt2():
-    merges = huggingface.merges(load_tokenizer("gpt2"))
+    merges = merges_of(load_tokenizer("gpt2"))
     assert len(merges) == 50_000
     assert merges[:5] == ["Ġ t", "Ġ a", "h e", "i n", "r e"]  # merges.txt as OpenAI published it begins so
 

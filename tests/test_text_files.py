@@ -15,7 +15,7 @@ from internals import reader
 from internals.cli import parse
 from internals.shards import read_meta
 from internals.start import UserError
-from internals.tokenizer import END_OF_TEXT
+from internals.tokenizer_json import END_OF_TEXT
 from prepare_data import prepare
 
 

@@ -13,7 +13,8 @@ from conftest import needs_gpt2, needs_wikipedia
 
 from internals.bulk_encoding import PIECE, encode
 from internals.start import UserError
-from internals.tokenizer import GPT2_PATTERN, load_tokenizer
+from internals.tokenizer import load_tokenizer
+from internals.tokenizer_json import GPT2_PATTERN
 
 
 def test_bytes_tokenizer_is_the_bytes():

@@ -6,14 +6,11 @@ TIKTOKEN_CACHE_DIR takes real articles.
 
 import json
 import os
-import random
-import signal
 import threading
-import time
 
 import hub
 import pytest
-from articles import as_text, command, files, make_articles, posix, start_script, texts, write_parquet
+from articles import as_text, command, files, kill_until, make_articles, posix, texts, write_parquet
 from conftest import assert_user_error, run_script
 
 from internals.shards import read_meta
@@ -206,9 +203,15 @@ def test_the_users_own_downloads_stay(tmp_path, serve, hub_folder):
 
 
 @posix
-def test_kills_at_random_moments(tmp_path, serve, hub_folder):
-    kills, more, low, high = int(os.environ.get("PREPARE_KILLS", "6")), [], 0.0, 1.5
-    if "PREPARE_KILLS" in os.environ and "WIKIPEDIA_SAMPLE_DIR" in os.environ and "TIKTOKEN_CACHE_DIR" in os.environ:
+@pytest.mark.parametrize("more", [[], ["--tokenizer", "train", "--vocab-size", "300"]])
+def test_kills_at_random_moments(tmp_path, serve, hub_folder, more):
+    kills, low, high = int(os.environ.get("PREPARE_KILLS", "6")), 0.0, 3.0 if more else 1.5
+    if (
+        not more
+        and "PREPARE_KILLS" in os.environ
+        and "WIKIPEDIA_SAMPLE_DIR" in os.environ
+        and "TIKTOKEN_CACHE_DIR" in os.environ
+    ):
         for path in hub_folder.rglob("*.parquet"):
             path.unlink()
             path.symlink_to(os.path.join(os.environ["WIKIPEDIA_SAMPLE_DIR"], path.name))
@@ -217,25 +220,4 @@ def test_kills_at_random_moments(tmp_path, serve, hub_folder):
     arguments = hub_command(tmp_path / "out", "--shard-tokens", "1000000", *more)
     once = run_script(*hub_command(tmp_path / "once", "--shard-tokens", "1000000", *more), env=env)
     assert once.returncode == 0, once.stderr
-    want, rng, survived, finished = files(tmp_path / "once"), random.Random(0), 0, 0
-    while survived < kills:
-        process = start_script(arguments, env=env)
-        # Count the seconds from the lock. Before it, there is nothing to harm.
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "out" / ".lock").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(low, high))
-        if process.poll() is None:
-            process.kill()
-            survived += 1
-        _, stderr = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), stderr
-        if process.returncode == 0:
-            assert files(tmp_path / "out") == want
-            finished += 1
-            for path in (tmp_path / "out").iterdir():
-                path.unlink()
-    result = run_script(*arguments, env=env)
-    assert result.returncode == 0, result.stderr
-    assert files(tmp_path / "out") == want
-    print(f"{survived} kills survived, {finished + 1} preparations finished")
+    kill_until(kills, arguments, tmp_path / "out", files(tmp_path / "once"), low, high, env=env)

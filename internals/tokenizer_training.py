@@ -1,0 +1,110 @@
+"""A tokenizer of one's own: a byte-level BPE (Radford et al., 2019), trained on a sample of the source.
+
+sample_texts       source -> training articles, spread over it, of bounded size
+train_tokenizer    texts -> the text of a tokenizer.json
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+from config import PrepareConfig
+from internals.articles import is_held_out
+from internals.reader import Chunk, ReadOptions
+from internals.readers import read_chunks
+from internals.start import UserError
+from internals.text_files import Source
+from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
+
+SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
+LEAST_COUNT = 2  # a pair of tokens that occurs once in the sample is no token
+
+
+def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:
+    """Training articles, so many that about `SAMPLE_BYTES` of text are spread over the source, or all there are.
+
+    The sample is a function of the source and the flags alone. Where the end of the text is held out (`tail`), it leaves
+    out twice that share: where the tokens of the end begin is not known before they are counted.
+    """
+    options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
+    numbers = source.sample_files(SAMPLE_BYTES)
+    size, limit, val_fraction = sum(source.files[n].bytes for n in numbers), math.inf, cfg.held_out
+    if tail:
+        share, val_fraction = max(0.0, 1 - 2 * cfg.held_out), 0.0
+        limit = share * (cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
+        size = min(share * size, limit)
+    before = position = seen = taken = 0  # the first two in bytes of the source, the others of text
+    for number in numbers:
+        for chunk in read_chunks(source.fetch(number), source.files[number].name, options):
+            start, position = position, before + chunk.position
+            is_due = taken * size <= SAMPLE_BYTES * position
+            if is_due or limit < math.inf:
+                texts = training_texts(chunk, val_fraction)
+                amount = sum(len(text.encode()) for text in texts)
+                room = min(limit - seen, amount * (size - start) / max(1, position - start)) if tail else math.inf
+                seen += amount
+                if is_due:
+                    taken += amount
+                    yield from first_bytes(texts, room)
+            if tail and (position >= size or seen >= limit):
+                return
+        before += source.files[number].bytes
+
+
+def first_bytes(texts: list[str], room: float) -> Iterator[str]:
+    """The first `room` bytes of the texts; a character that is cut is left out."""
+    for text in texts:
+        data = text.encode()
+        if len(data) > room:
+            yield data[: max(0, int(room))].decode("utf-8", "ignore")
+            return
+        yield text
+        room -= len(data)
+
+
+def training_texts(chunk: Chunk, val_fraction: float) -> list[str]:
+    texts = []
+    for article in chunk.articles():
+        text = f"{article.title}\n\n{article.text}" if article.title else article.text
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which are not characters
+        if not is_held_out(text.encode() if article.id is None else article.id, val_fraction):
+            texts.append(text)
+    return texts
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json of a BPE of `vocab_size` tokens, end-of-text included.
+
+    Raises:
+        UserError: the texts have too few different pairs for so many tokens.
+    """
+    tokens = learn_tokens(texts, vocab_size - 1)
+    if len(tokens) < vocab_size - 1:
+        raise UserError(
+            f"--vocab-size {vocab_size}: the training text has pairs for {len(tokens) + 1:,} tokens; give --vocab-size "
+            f"{len(tokens) + 1}, or more text"
+        )
+    return to_json(own_tokenizer("trained", tokens))
+
+
+def learn_tokens(texts: Iterable[str], count: int, pattern: str = OWN_PATTERN) -> list[bytes]:
+    """The 256 bytes and the results of merges, in order, `count` in all or as many as there are.
+
+    A terminal shows a bar. Ctrl-C takes effect when the library returns, after seconds.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # imported here: only training needs it
+
+    alphabet = byte_alphabet()
+    bpe = Tokenizer(models.BPE())
+    cut, as_bytes = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=count,
+        min_frequency=LEAST_COUNT,
+        initial_alphabet=alphabet,
+        show_progress=bool(sys.stderr) and sys.stderr.isatty(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    byte, vocab = {character: value for value, character in enumerate(alphabet)}, bpe.get_vocab()
+    return [bytes(byte[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__)]
