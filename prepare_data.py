@@ -38,6 +38,7 @@ import numpy as np
 
 from config import PrepareConfig
 from internals.articles import Tokens, tokenize
+from internals.bulk_encoding import bulk_encoder
 from internals.data_folder import DataFolder
 from internals.file_walk import file_type
 from internals.files import locked, sha256, write_json, write_text, writing
@@ -102,6 +103,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     if cfg.overwrite:
         folder.delete()  # only now: a source that is not there must not cost the old shards
     pipeline = Pipeline(cfg, source, progress, find_tokenizer(cfg, source, progress))
+    print(bulk_encoder(pipeline.tokenizer).summary)
 
     # 3. Articles -> tokens -> shards
     try:
@@ -122,13 +124,15 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
     is_hub = cfg.sources == ("wikipedia",)
     source = (
-        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir)
+        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads)
         if is_hub
         else LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
     )
     kinds = {".parquet"} if is_hub else {file_type(file.name) for file in source.files}
     if cfg.encoding != PrepareConfig.encoding and kinds == {".parquet"}:
         raise UserError(f"--encoding {cfg.encoding}: .parquet files are always UTF-8; leave the flag out")
+    if cfg.keep_downloads and not is_hub:
+        raise UserError("--keep-downloads: only --source wikipedia is downloaded; leave the flag out")
     if cfg.separator and ".txt" not in kinds:
         raise UserError(
             "--separator: the source has no .txt file, and other formats have documents; leave the flag out"
@@ -213,7 +217,7 @@ class Pipeline:
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
         self.tokenizer = tokenizer
-        self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
+        self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
         self.open_shards()
 
     def open_shards(self) -> None:

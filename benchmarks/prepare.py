@@ -1,21 +1,26 @@
-"""How fast prepare_data.py is and how much memory it takes, next to tiktoken alone and to the usual way.
+"""How fast prepare_data.py is and how much memory it takes, next to the tokenizers alone and to the usual way.
 
     TIKTOKEN_CACHE_DIR=... WIKIPEDIA_SAMPLE_DIR=FOLDER_OF_PARQUET_FILES python benchmarks/prepare.py
 
-    ours     the whole command `prepare_data.py --source FOLDER`, from the start of Python to its end
-    tiktoken tiktoken alone, as it comes, on the same articles, already in memory, in as many processes
-    limit    the same with the pattern of internals/tokenizer.py, which cuts alike and is faster
-    usual    load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
+    ours      the whole command `prepare_data.py --source FOLDER`, from the start of Python to its end
+    without   the same as if gigatoken were not installed
+    gigatoken gigatoken alone, all articles in one call, already in memory, with as many threads
+    tiktoken  tiktoken alone, as it comes, on the same articles, already in memory, in as many processes
+    limit     the same with the pattern of internals/tokenizer.py, which cuts alike and is faster
+    usual     load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
 
-`ours` and `usual` include the start of Python, the other two do not. `--times 4` makes that a small part. All are timed
-in turns. The tables show medians and bests of the repetitions, and their ratios.
+`ours`, `without` and `usual` include the start of Python, the others do not. `--times 4` makes that a small part. All are
+timed in turns. The tables show medians and bests of the repetitions, and their ratios. On a busy machine, compare the
+tokens per second of processor time (user and system, of all threads and processes).
 """
 
 import argparse
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +36,7 @@ import tiktoken
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from internals.bulk_encoding import rank_lines  # noqa: E402
 from internals.shards import read_meta  # noqa: E402
 from internals.tokenizer import load_tokenizer  # noqa: E402
 
@@ -39,21 +45,34 @@ from internals.tokenizer import load_tokenizer  # noqa: E402
 class Timing:
     tokens: int
     seconds: float
+    cpu_seconds: float  # of all threads and processes
     peak_bytes: int = 0  # resident
 
 
-def run_ours(source: Path, workers: int, folder: Path) -> Timing:
-    command = [sys.executable, "prepare_data.py", "--source", source, "--data-dir", folder, "--workers", workers]
-    start = time.perf_counter()
+WITHOUT_GIGATOKEN = (
+    "import runpy, sys; sys.modules['gigatoken'] = None; sys.argv[0] = 'prepare_data.py'; "
+    "runpy.run_path('prepare_data.py', run_name='__main__')"
+)
+
+
+def cpu_seconds_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def run_ours(source: Path, workers: int, folder: Path, script: tuple[str, ...] = ("prepare_data.py",)) -> Timing:
+    command = [sys.executable, *script, "--source", source, "--data-dir", folder, "--workers", workers]
+    start, cpu = time.perf_counter(), cpu_seconds_of_children()
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.DEVNULL)
     peaks = [0]
     watch = threading.Thread(target=watch_memory, args=(process, peaks))
     watch.start()
     status = process.wait()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds_of_children() - cpu
     watch.join()
     assert status == 0, f"prepare_data.py ended with {status}"
-    return Timing(sum(split["tokens"] for split in read_meta(folder)["splits"].values()), seconds, max(peaks))
+    tokens = sum(split["tokens"] for split in read_meta(folder)["splits"].values())
+    return Timing(tokens, seconds, cpu, max(peaks))
 
 
 def watch_memory(process: subprocess.Popen, peaks: list[int]) -> None:
@@ -78,9 +97,9 @@ def encode_share(way: str, texts: list[str], barrier, results) -> None:
     """One process: encode its share of the texts, once all processes are ready."""
     encoding = load_tokenizer("gpt2") if way == "limit" else tiktoken.get_encoding("r50k_base")  # gpt2 in one file
     barrier.wait()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     tokens = sum(len(encoding.encode_to_numpy(text, disallowed_special=())) + 1 for text in texts)
-    results.put(Timing(tokens, time.perf_counter() - start))
+    results.put(Timing(tokens, time.perf_counter() - start, time.process_time() - cpu))
 
 
 def run_alone(way: str, source: Path, workers: int, with_titles: bool = True) -> Timing:
@@ -96,7 +115,39 @@ def run_alone(way: str, source: Path, workers: int, with_titles: bool = True) ->
     timings = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return Timing(sum(timing.tokens for timing in timings), max(timing.seconds for timing in timings))
+    return Timing(
+        sum(timing.tokens for timing in timings),
+        max(timing.seconds for timing in timings),
+        sum(timing.cpu_seconds for timing in timings),
+    )
+
+
+def encode_all(texts: list[bytes], workers: int, vocabulary: bytes, results) -> None:
+    """A process with nothing in gigatoken's cache: encode all texts in one call."""
+    os.environ["RAYON_NUM_THREADS"] = str(workers)  # before the library starts its threads
+    import awkward  # noqa: F401  (it would be imported within the timed call)
+    import gigatoken
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vocabulary")
+        path.write_bytes(vocabulary)
+        tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+    start, cpu = time.perf_counter(), time.process_time()
+    rows = tokenizer.encode_batch(texts, parallel=True)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    results.put(Timing(len(rows.layout.content) + len(texts), seconds, cpu))
+
+
+def run_gigatoken(source: Path, workers: int, folder: Path) -> Timing:
+    """gigatoken alone: its tokens plus an end-of-text per article."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    texts = [text.encode() for text in read_texts(source, with_titles=True)]
+    process = context.Process(target=encode_all, args=(texts, workers, rank_lines(load_tokenizer("gpt2")), results))
+    process.start()
+    timing = results.get()
+    process.join()
+    return timing
 
 
 def usual(source: Path, workers: int, folder: Path) -> None:
@@ -131,15 +182,17 @@ def run_usual(source: Path, workers: int, folder: Path) -> Timing:
     """`usual` in a process of its own, with empty caches."""
     command = [sys.executable, __file__, "--usual", folder, "--source", source, "--workers", workers]
     env = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds_of_children()
     result = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds_of_children() - cpu
     assert result.returncode == 0, result.stderr
-    return Timing(int(result.stdout.split()[-1]), seconds)
+    return Timing(int(result.stdout.split()[-1]), seconds, cpu)
 
 
 WAYS = {
     "ours": run_ours,
+    "without": lambda source, workers, folder: run_ours(source, workers, folder, ("-c", WITHOUT_GIGATOKEN)),
+    "gigatoken": run_gigatoken,
     "tiktoken": lambda source, workers, folder: run_alone("tiktoken", source, workers),
     "limit": lambda source, workers, folder: run_alone("limit", source, workers),
     "usual": run_usual,
@@ -175,19 +228,22 @@ def main() -> None:
         usual(args.source, args.workers, args.usual)
         return
 
+    if importlib.util.find_spec("gigatoken") is None:
+        print("gigatoken is not installed (pip install -r requirements-fast.txt): left out, and `ours` is without it")
+        args.ways = [way for way in args.ways if way not in ("gigatoken", "without")]
     print(f"{cpu_name()}, {os.cpu_count()} cores, {args.workers} workers, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as name:
         (measure_scaling if args.scaling else measure_speed)(args, Path(name))
 
 
 def repeated(source: Path, times: int, folder: Path) -> Path:
-    """A folder with `times` links to each file of the source."""
-    links = folder / f"in{times}"
-    links.mkdir()
+    """A folder with `times` copies of each file of the source. Of links to one file, the command would take one."""
+    copies = folder / f"in{times}"
+    copies.mkdir()
     for copy in range(times):
         for path in sorted(source.glob("*.parquet")):
-            (links / f"{copy}-{path.name}").symlink_to(path)
-    return links
+            shutil.copyfile(path, copies / f"{copy}-{path.name}")
+    return copies
 
 
 def measure_speed(args: argparse.Namespace, folder: Path) -> None:
@@ -202,13 +258,25 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> None:
             out.mkdir()
             timing = WAYS[way](source, args.workers, out)
             timings[way].append(timing)
-            print(f"{way:8} {timing.tokens:,} tokens in {timing.seconds:.2f} s", flush=True)
+            print(
+                f"{way:10}{timing.tokens:,} tokens in {timing.seconds:.2f} s, {timing.cpu_seconds:.2f} s of CPU",
+                flush=True,
+            )
     assert len({timing.tokens for several in timings.values() for timing in several}) == 1, timings
     for name, pick in (("median", statistics.median), ("best", min)):  # the best is the least disturbed by others
-        rates = {way: several[0].tokens / pick(t.seconds for t in several) for way, several in timings.items()}
-        print(f"\n{name:8}{'M tokens/s':>12}{args.ways[0] + ' / it':>12}")
-        for way, rate in rates.items():
-            print(f"{way:8}{rate / 1e6:12.2f}{rates[args.ways[0]] / rate:12.2f}")
+        print(
+            f"\n{name:10}{'M tokens/s':>12}{args.ways[0] + ' / it':>14}{'M tokens/CPU s':>18}{args.ways[0] + ' / it':>14}"
+        )
+        rates = {
+            way: (
+                several[0].tokens / pick(t.seconds for t in several),
+                several[0].tokens / pick(t.cpu_seconds for t in several),
+            )
+            for way, several in timings.items()
+        }
+        first, first_cpu = rates[args.ways[0]]
+        for way, (rate, cpu_rate) in rates.items():
+            print(f"{way:10}{rate / 1e6:12.2f}{first / rate:14.2f}{cpu_rate / 1e6:18.2f}{first_cpu / cpu_rate:14.2f}")
 
 
 def measure_scaling(args: argparse.Namespace, folder: Path) -> None:

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import tiktoken
 
-from internals.bulk_encoding import encode, thread_tokenizer
-from internals.reader import Chunk
-from internals.tokenizer import cut_tokens
+from internals.bulk_encoding import Texts, bulk_encoder, encode
+from internals.reader import Chunk, is_utf8
+from internals.tokenizer import END_OF_TEXT, cut_tokens
 
 FEW_IDS = 10  # different ones: fewer explain why a split misses its share
 
@@ -52,30 +53,40 @@ class Tokens:
 
 def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
     """An article becomes its title, a blank line, its text (without a title: its text), and end-of-text."""
-    texts, text_bytes, val, ids, empty, repaired, characters, replaced = [], [], [], set(), 0, 0, 0, 0
-    for article in chunk.articles():
-        if chunk.starts and chunk.ends and not article.text.strip():
-            empty += 1
-            continue
-        text = f"{article.title}\n\n{article.text}" if article.title else article.text
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:  # lone surrogates, which are not characters
-            text, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
-            repaired, replaced = repaired + 1, replaced + count
-            data = text.encode()
-        texts.append(text)
-        text_bytes.append(len(data))
-        characters += len(text)
-        key = data if article.id is None else article.id
-        val.append(is_held_out(key, val_fraction))
-        if len(ids) < FEW_IDS:
-            ids.add(key[:40])
-    tokens, lengths = encode(thread_tokenizer(tokenizer), texts)
+    articles = list(chunk.articles())
+    kept = [article for article in articles if not (chunk.starts and chunk.ends and article.is_blank)]
+    texts, repaired, replaced = Texts([(article.heading, article.text) for article in kept]), 0, 0
+    if not is_utf8(texts.data):
+        texts, repaired, replaced = repair(texts)
+    keys = [text if article.id is None else article.id for article, text in zip(kept, texts, strict=True)]
+    tokens, lengths = encode(bulk_encoder(tokenizer), texts)
     if not chunk.ends:  # the document continues: no end-of-text yet
         tokens, lengths = tokens[:-1], lengths - 1
-    counts = (chunk.ends, empty, repaired, characters, replaced, frozenset(ids))
-    return Tokens(tokens, lengths, np.array(text_bytes, np.int64), np.array(val, bool), *counts)
+    return Tokens(
+        tokens,
+        lengths,
+        texts.sizes,
+        np.array([is_held_out(key, val_fraction) for key in keys], bool),
+        chunk.ends,
+        len(articles) - len(kept),
+        repaired,
+        count_characters(texts),
+        replaced,
+        frozenset(islice(dict.fromkeys(key[:40] for key in keys), FEW_IDS)),
+    )
+
+
+def count_characters(texts: Texts) -> int:
+    starts = np.frombuffer(texts.data, np.int8) >= -64  # all bytes but 10xxxxxx, which continue a character
+    return int(np.count_nonzero(starts)) - len(texts) * len(END_OF_TEXT)
+
+
+def repair(texts: Texts) -> tuple[Texts, int, int]:
+    """Texts with U+FFFD for each invalid byte, how many of them are repaired, and how many bytes."""
+    decoded = (text.decode("utf-8", "surrogateescape") for text in texts)
+    pairs = [re.subn("[\udc80-\udcff]", "\ufffd", text) for text in decoded]
+    counts = [count for _, count in pairs]
+    return Texts([(text.encode(),) for text, _ in pairs]), sum(map(bool, counts)), sum(counts)
 
 
 def is_held_out(key: bytes, val_fraction: float) -> bool:

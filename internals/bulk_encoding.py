@@ -1,31 +1,160 @@
-"""Many texts to tokens in one call, in any number of threads."""
+"""Many texts to tokens in one call, in any number of threads, by tiktoken or, where it is installed, by gigatoken.
 
+tiktoken is the reference. gigatoken is many times as fast and gives the same tokens.
+"""
+
+import base64
 import copy
+import functools
 import itertools
 import re
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
-from internals.tokenizer import END_OF_TEXT, load_tokenizer
+from internals.tokenizer import load_tokenizer
+from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, OWN_PATTERN
 
-PIECE = 1 << 16  # characters per call of the tokenizer: tiktoken's core fails at a run of a million blanks
+PIECE = 1 << 16  # bytes or characters per call of the tokenizer: tiktoken's core fails at a run of a million blanks
+END = END_OF_TEXT.encode()
 
-per_thread = threading.local()
+GIGATOKEN_PATTERNS = {
+    GPT2_PATTERN: "gpt2",
+    OWN_PATTERN: "qwen35",
+}  # the patterns that gigatoken has code for, and their names there
+INSTALL_GIGATOKEN = "pip install -r requirements-fast.txt makes this several times as fast"
+# gigatoken's cache keeps every word, and version 0.10.0 has no limit for that. A new word costs time, so a limit on the
+# time limits the memory too: to 0.15 GB more for ordinary text, 0.65 GB for random letters. Building it anew takes 0.03 s
+# and filling it again 0.3 s.
+CACHE_SECONDS = 3.0
 
 
-def thread_tokenizer(name: str) -> tiktoken.Encoding:
-    """This thread's own copy of a tokenizer.
+class Texts(Sequence):
+    """Texts in UTF-8, side by side in one buffer, with an end-of-text after each."""
 
-    tiktoken releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other
-    inside its regular expression: two are slower than one (docs/experiments.md; measured by benchmarks/prepare.py).
+    def __init__(self, texts: Sequence[Sequence[bytes]]):
+        """Args: texts: each in one or several parts, such as a title and what follows it."""
+        self.data = b"".join(part for parts in texts for part in (*parts, END))
+        self.sizes = np.array([sum(map(len, parts)) for parts in texts], np.int64)  # (texts,) bytes
+        self.ends = np.cumsum(self.sizes + len(END))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, number: int) -> bytes:
+        end = int(self.ends[number]) - len(END)
+        return self.data[end - int(self.sizes[number]) : end]
+
+    def joined(self, first: int, last: int) -> bytes:
+        """The texts `first <= n < last` with their ends; all of them without a copy."""
+        return self.data[int(self.ends[first - 1]) if first else 0 : int(self.ends[last - 1])]
+
+
+class TiktokenEncoder:
+    """tiktoken, in any number of threads.
+
+    It releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other inside its
+    regular expression: two are slower than one (docs/experiments.md). So each thread has its own copy.
     """
-    if not hasattr(per_thread, name):
-        setattr(per_thread, name, copy.copy(load_tokenizer(name)))
-    return getattr(per_thread, name)
+
+    def __init__(self, encoding: tiktoken.Encoding, remark: str = ""):
+        self.encoding, self.per_thread = encoding, threading.local()
+        self.summary = f"encoding with tiktoken{remark}"
+
+    @property
+    def own(self) -> tiktoken.Encoding:
+        if not hasattr(self.per_thread, "encoding"):
+            self.per_thread.encoding = copy.copy(self.encoding)
+        return self.per_thread.encoding
+
+    def joined(self, data: bytes) -> np.ndarray:
+        """The tokens of valid UTF-8, (N,) uint32. The characters of an end-of-text become an end-of-text."""
+        return self.own.encode_to_numpy(data.decode(), allowed_special={END_OF_TEXT})
+
+    def ordinary(self, text: str) -> np.ndarray:
+        """The tokens of a text, (N,) uint32. The characters of an end-of-text are characters like any others."""
+        return self.own.encode_to_numpy(text, disallowed_special=())
+
+
+class GigatokenEncoder(TiktokenEncoder):
+    """gigatoken, and tiktoken for what it cannot do.
+
+    Threads share one and use it in turns. One thread encodes faster than the others read and join articles, and there is
+    one cache to fill and to keep.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        super().__init__(encoding)
+        self.lock, self.vocabulary = threading.Lock(), rank_lines(encoding)
+        self.build()
+        self.summary = f"encoding with gigatoken {version('gigatoken')}"
+
+    def build(self) -> None:
+        """Begin with an empty cache."""
+        import gigatoken
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "vocabulary")
+            path.write_bytes(self.vocabulary)
+            pattern, ends = GIGATOKEN_PATTERNS[self.encoding._pat_str], {END_OF_TEXT: self.encoding.eot_token}
+            self.fast = gigatoken.Tokenizer.from_tiktoken(path, pattern, ends)
+        self.as_source, self.seconds = gigatoken.BytesSource, 0.0
+
+    def joined(self, data: bytes) -> np.ndarray:
+        with self.lock:
+            if self.seconds > CACHE_SECONDS:
+                self.build()
+            began = time.thread_time()
+            try:
+                # A source, and not a list, because for a list it imports awkward, which takes longer than a million tokens.
+                rows, _ = self.fast.encode_batch_padded(self.as_source(data), 0, parallel=False)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of a bug in its core; not an Exception
+                    raise
+                self.build()
+                return super().joined(data)
+            self.seconds += time.thread_time() - began
+        return rows[0]
+
+    def ordinary(self, text: str) -> np.ndarray:
+        return super().ordinary(text) if END_OF_TEXT in text else self.joined(text.encode())
+
+
+def rank_lines(encoding: tiktoken.Encoding) -> bytes:
+    """A tokenizer's vocabulary as tiktoken's files have it: a line for each token, in order."""
+    tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+@functools.cache
+def bulk_encoder(tokenizer: str) -> TiktokenEncoder:
+    """gigatoken where it is installed, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
+    encoding = load_tokenizer(tokenizer)
+    if encoding._pat_str not in GIGATOKEN_PATTERNS:
+        return TiktokenEncoder(encoding)
+    try:
+        fast = GigatokenEncoder(encoding)
+    except ImportError:
+        return TiktokenEncoder(encoding, f"; {INSTALL_GIGATOKEN}")
+    if fast.joined(probe().encode()).tolist() != encoding.encode_ordinary(probe()):
+        return TiktokenEncoder(encoding, f": on this machine, gigatoken {version('gigatoken')} gives other tokens")
+    return fast
+
+
+def probe() -> str:
+    """A text with characters of every script: gigatoken has other code for each kind of processor."""
+    characters = (chr(c) for c in range(0, 0x20000, 61) if not 0xD800 <= c < 0xE000)
+    return "".join(f"a{c} {c}1  {c}.{c}\n" for c in characters)
 
 
 class Encoded(NamedTuple):
@@ -33,44 +162,69 @@ class Encoded(NamedTuple):
     lengths: np.ndarray  # (texts,) int64: tokens per text, end-of-text included
 
 
-def encode(encoding: tiktoken.Encoding, texts: list[str]) -> Encoded:
-    """Encode many texts. What looks like end-of-text inside a text is encoded as plain text.
+def encode(encoder: TiktokenEncoder, texts: Texts) -> Encoded:
+    """Encode many texts in valid UTF-8. What looks like end-of-text inside a text is encoded as plain text.
 
-    Texts are joined by end-of-text and encoded in one call. If that gives more ends than texts, one of the texts
-    contains the characters of an end-of-text, and each text gets a call of its own. Long texts are cut into pieces.
+    Neighbours are encoded in one call. If that gives more ends than texts, one of the texts contains the characters of an
+    end-of-text, and each text gets a call of its own. Long texts are cut into pieces.
     """
-    parts = []
-    for is_long, group in itertools.groupby(texts, lambda text: len(text) > PIECE):
-        group = list(group)
+    end, parts = encoder.encoding.eot_token, []
+    for is_long, group in itertools.groupby(range(len(texts)), lambda number: texts.sizes[number] > PIECE):
+        numbers = list(group)
         if not is_long:
-            tokens = encoding.encode_to_numpy(END_OF_TEXT.join([*group, ""]), allowed_special={END_OF_TEXT})
-            if np.count_nonzero(tokens == encoding.eot_token) == len(group):
+            tokens = encoder.joined(texts.joined(numbers[0], numbers[-1] + 1))
+            if np.count_nonzero(tokens == end) == len(numbers):
                 parts.append(tokens)
                 continue
-        for text in group:
-            parts += [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
-            parts.append(np.array([encoding.eot_token], np.uint32))
+        for number in numbers:
+            parts += [encoder.ordinary(piece) for piece in pieces(texts[number].decode(), encoder.encoding)]
+            parts.append(np.array([end], np.uint32))
     tokens = np.concatenate(parts or [np.zeros(0)], dtype=np.uint16, casting="unsafe")
-    return Encoded(tokens, np.diff(np.flatnonzero(tokens == encoding.eot_token), prepend=-1))
+    return Encoded(tokens, np.diff(np.flatnonzero(tokens == end), prepend=-1))
 
 
-def pieces(text: str) -> Iterator[str]:
+# ----------------------------------------------------------------------------------------------------------------------
+# Long texts
+
+CUT_WITHIN = 4096  # characters at the end of a text in which to look for a cut
+CUT_TRIES = 32  # of each kind of place
+CUT_CONTEXT = 256  # characters on each side that are encoded together and apart
+
+
+def pieces(text: str, encoding: tiktoken.Encoding) -> Iterator[str]:
     start = 0
     while start < len(text):
         piece = text[start : start + PIECE]
         if start + PIECE < len(text):
-            piece = piece[: last_cut(piece)]
+            piece = piece[: last_cut(piece, encoding)]
         yield piece
         start += len(piece)
 
 
-def last_cut(text: str) -> int:
-    """Where to cut a text that is too long for one piece: `"one two three" -> 7`.
+def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
+    """Where to cut a text that is too long for one piece, so that the parts have the tokens of the whole.
 
-    The cut is before the last single blank or newline between two words, if there is one in the last 4,096 characters.
-    GPT-2's pattern never matches across such a place, so the pieces have the tokens of the whole text. Otherwise the
-    cut is at the end: the tokens may differ there, but they still decode to the exact text.
+    `"one two three" -> 7`, before a single blank or newline between two words near the end, if that is right: not every
+    tokenizer's pattern ends a match there, so the tokenizer itself is asked. Text without such a place (Chinese) is cut
+    between other characters. If there is no place at all (a long run of blanks), the cut is at the end: then the tokens
+    may differ there, but they still decode to the exact text.
     """
-    offset = max(0, len(text) - 4096)
-    cuts = [match.start() for match in re.finditer(r"(?<=\S)[ \n](?=\S)", text[offset:])]
-    return offset + cuts[-1] if cuts else len(text)
+    last = len(text) - CUT_CONTEXT
+    offset = max(0, last - CUT_WITHIN)
+    words = [offset + match.start() for match in re.finditer(r"(?<=\S)[ \n](?=\S)", text[offset : max(0, last) + 1])]
+    others = range(last, max(0, last - CUT_TRIES), -1)
+    for cut in itertools.chain(words[: -CUT_TRIES - 1 : -1], others):
+        if can_cut(text, cut, encoding):
+            return cut
+    return len(text)
+
+
+def can_cut(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
+    """Whether the characters around a cut have the same tokens with the cut and without it.
+
+    That is enough where a match of the pattern depends on the text near it, as in all known tokenizers. It would not be for
+    a pattern that counts, such as words in pairs.
+    """
+    left, right = text[max(0, cut - CUT_CONTEXT) : cut], text[cut : cut + CUT_CONTEXT]
+    apart = encoding.encode_ordinary(left) + encoding.encode_ordinary(right)
+    return apart == encoding.encode_ordinary(left + right)

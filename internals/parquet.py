@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from internals import reader
-from internals.reader import CHUNK_ROWS, Article, Chunk, Reader
+from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, is_utf8
 from internals.start import UserError, first_line
 
 
@@ -51,7 +50,7 @@ class ParquetReader(Reader):
             yield Article.from_row(*row)
 
     def column(self, chunk: Chunk, name: str) -> list[Any]:
-        """A column as Python values, all None if there is no such column."""
+        """A column as Python values, all None if there is no such column. Text is left as bytes, but for ids."""
         if name not in chunk.data.schema.names:
             return [None] * chunk.count
         values = chunk.data.column(name)
@@ -60,15 +59,14 @@ class ParquetReader(Reader):
                 return values.to_pylist()
             if pa.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
-            # Decoded here: Arrow would stop at invalid UTF-8.
-            texts = [value and value.decode("utf-8", "surrogateescape") for value in as_bytes(values).to_pylist()]
+            texts = as_bytes(values).to_pylist()  # as strings, Arrow would stop at invalid UTF-8
         except (pa.ArrowException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             if name == "id":
                 return self.odd_ids(values)
             raise self.unreadable(name, values, error) from error
         if "binary" in str(values.type):
             self.refuse_pictures(name, texts)
-        return texts
+        return [text and text.decode("utf-8", "surrogateescape") for text in texts] if name == "id" else texts
 
     def odd_ids(self, values: pa.Array) -> list[Any]:
         """Ids that Python has no value for, such as a date in the year 20,000: as Arrow writes them, or their number."""
@@ -83,10 +81,8 @@ class ParquetReader(Reader):
             f"{self.name}: column {name!r} ({values.type}) cannot be read ({text}); fix or drop that column"
         )
 
-    def refuse_pictures(self, name: str, texts: list[str | None]) -> None:
-        broken = sum(
-            bool(text) and not text.isascii() and re.search("[\udc80-\udcff]", text) is not None for text in texts
-        )
+    def refuse_pictures(self, name: str, texts: list[bytes | None]) -> None:
+        broken = sum(bool(text) and not text.isascii() and not is_utf8(text) for text in texts)
         if 2 * broken > len(texts):
             raise UserError(
                 f"{self.name}: column {name!r} holds bytes that are not UTF-8 text; give another --text-column"

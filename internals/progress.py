@@ -227,7 +227,7 @@ class Display:
         if passing := self.source.peak_bytes:
             download = left * position // max(1, self.progress.tokens)
             seconds = max(seconds, download * self.source.seconds_per_byte)
-            disk += passing - self.source.bytes_on_disk
+            disk += self.needed_for_downloads(passing - self.source.bytes_on_disk)
             text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
         free = shutil.disk_usage(self.cfg.data_dir).free
         tqdm.write(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free")
@@ -237,6 +237,19 @@ class Display:
                 f"--data-dir {self.cfg.data_dir}: {disk / 1e9:,.2f} GB more are needed there, and {free / 1e9:,.2f} GB "
                 f"are free; make room and give the same command, or start again with --overwrite --max-tokens {fits}"
             )
+
+    def needed_for_downloads(self, size: int) -> int:
+        """What downloads of this size take of the data folder's disk. Raises UserError if their own disk is too small."""
+        folder = self.source.download_folder
+        if folder.stat().st_dev == Path(self.cfg.data_dir).stat().st_dev:
+            return size
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(
+                f"--keep-downloads: {size / 1e9:,.2f} GB more are needed in {folder}, and {free / 1e9:,.2f} GB are free; "
+                "make room, or point HF_HOME to another disk, or leave the flag out"
+            )
+        return 0
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +28,45 @@ class ReadOptions:
     text_column: str = "text"
     encoding: str = "utf-8"
     separator: str = ""
+    tokenizer: str = "bytes"  # long documents are cut where its tokens do not change; those of bytes never do
 
 
 class Article(NamedTuple):
     id: bytes | None  # decides the split; None: the text does
     title: str | None
-    text: str  # invalid UTF-8 is kept as lone surrogates; empty if there is no text
+    text: bytes  # UTF-8, with the invalid bytes of the file; empty if there is no text
 
     @classmethod
-    def from_row(cls, id: Any, title: Any, text: str | None) -> "Article":
+    def from_row(cls, id: Any, title: Any, text: str | bytes | None) -> "Article":
         id = None if id is None or id == "" else str(id).encode("utf-8", "surrogatepass")
-        return cls(id, as_title(title), text or "")
+        return cls(id, as_title(title), to_utf8(text) if isinstance(text, str) else text or b"")
+
+    @property
+    def heading(self) -> bytes:
+        return to_utf8(f"{self.title}\n\n") if self.title else b""
+
+    @property
+    def is_blank(self) -> bool:
+        head = self.text[:64].decode("utf-8", "ignore").strip()
+        return not head and not self.text.decode("utf-8", "surrogateescape").strip()
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8. A lone surrogate, which is no character, becomes an invalid byte."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\udcff", text).encode("utf-8", "surrogateescape")
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether the bytes are valid UTF-8. Arrow looks at them without Python's lock, and copies nothing."""
+    ends = pa.py_buffer(struct.pack("=2q", 0, len(data)))
+    try:
+        pa.LargeStringArray.from_buffers(1, ends, pa.py_buffer(data)).validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def as_title(value: Any) -> str | None:

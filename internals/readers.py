@@ -17,8 +17,9 @@ from internals.bulk_encoding import last_cut
 from internals.encodings import Block
 from internals.file_walk import file_type
 from internals.parquet import ParquetReader
-from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, ReadOptions, reading
+from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, ReadOptions, reading, to_utf8
 from internals.start import UserError, first_line
+from internals.tokenizer import load_tokenizer
 
 DOCUMENT_BYTES = 1 << 31  # the largest file that is parsed as one JSON document, in memory
 
@@ -125,15 +126,15 @@ class TxtReader(Reader):
     """The file is one document. Its content decides the split, so it is read twice unless it is short."""
 
     def chunks(self) -> Iterator[Chunk]:
-        digest = self.digest()
+        digest, tokenizer = self.digest(), load_tokenizer(self.options.tokenizer)
         text, piece, decoder = "", 0, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         for block in self.blocks():
-            if text and ((cut := last_cut(text)) < len(text) or cut > 4 * reader.CHUNK_BYTES):
-                article = Article(digest, None, text[:cut])
+            if text and ((cut := last_cut(text, tokenizer)) < len(text) or cut > 4 * reader.CHUNK_BYTES):
+                article = Article(digest, None, to_utf8(text[:cut]))
                 yield Chunk(self, piece, 1, block.position, article, starts=piece == 0, ends=False)
                 text, piece = text[cut:], piece + 1
             text += decoder.decode(block.data)
-        article = Article(digest, None, text + decoder.decode(b"", final=True))
+        article = Article(digest, None, to_utf8(text + decoder.decode(b"", final=True)))
         yield Chunk(self, piece, 1, os.path.getsize(self.path), article, starts=piece == 0)
 
     def digest(self) -> bytes:
@@ -167,18 +168,18 @@ class SeparatedReader(Reader):
                 first, batch, size = first + len(batch), [], 0
             if long:
                 starts, key = key is None, key or hashlib.sha256(part.text.encode("utf-8", "surrogatepass")).digest()
-                article = Article(key, None, part.text)
+                article = Article(key, None, to_utf8(part.text))
                 yield Chunk(self, first, 1, part.position, [article], starts=starts, ends=part.ends)
                 first, key = first + 1, None if part.ends else key
             else:
-                batch.append(Article(None, None, part.text))
+                batch.append(Article(None, None, to_utf8(part.text)))
                 size += len(part.text)
         if batch:
             yield Chunk(self, first, len(batch), os.path.getsize(self.path), batch)
 
     def parts(self) -> Iterator[Part]:
         """The documents, long ones in parts. A blank one at the beginning or the end of the file is none."""
-        end = Block(b"", os.path.getsize(self.path))
+        end, tokenizer = Block(b"", os.path.getsize(self.path)), load_tokenizer(self.options.tokenizer)
         separator = re.compile(re.escape(self.options.separator).replace("\\\n", "\r?\n"))
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         text, is_first, continues = "", True, False
@@ -193,7 +194,8 @@ class SeparatedReader(Reader):
                     yield Part(document, True, block.position)
                 is_first = continues = False
             if block is not end and len(text) > 4 * reader.CHUNK_BYTES:
-                cut = last_cut(text[: -2 * len(self.options.separator)])  # the rest may be a separator's beginning
+                certain = text[: -2 * len(self.options.separator)]  # the rest may be a separator's beginning
+                cut = last_cut(certain, tokenizer)
                 yield Part(text[:cut] if continues else text[:cut].lstrip("\r\n"), False, block.position)
                 text, is_first, continues = text[cut:], False, True
 

@@ -36,6 +36,7 @@ class Source:
     peak_bytes = 0  # the most that downloads take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
+    download_folder: Path  # where they lie, if there are any
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         """Find out what must stay the same in later runs, unless an earlier run did. Takes and returns plain data."""
@@ -95,8 +96,8 @@ class LocalFiles(Source):
                 documents += 1
             else:
                 chunks = read_chunks(self.fetch(number), file.name, self.options)
-                texts = (article.text for chunk in chunks if chunk.starts for article in chunk.articles())
-                documents += sum(1 for _ in islice(filter(str.strip, texts), FEW_DOCUMENTS))
+                articles = (article for chunk in chunks if chunk.starts for article in chunk.articles())
+                documents += sum(1 for _ in islice((a for a in articles if not a.is_blank), FEW_DOCUMENTS))
             if documents >= FEW_DOCUMENTS:
                 return False
         return True

@@ -66,8 +66,8 @@ def first_bytes(texts: list[str], room: float) -> Iterator[str]:
 def training_texts(chunk: Chunk, val_fraction: float) -> list[str]:
     texts = []
     for article in chunk.articles():
-        text = f"{article.title}\n\n{article.text}" if article.title else article.text
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # lone surrogates, which are not characters
+        text = (article.heading + article.text).decode("utf-8", "surrogateescape")
+        text = re.sub("[\udc80-\udcff]", "\ufffd", text)  # invalid bytes, as articles.py replaces them
         if not is_held_out(text.encode() if article.id is None else article.id, val_fraction):
             texts.append(text)
     return texts

@@ -34,11 +34,12 @@ class HubWikipedia(Source):
     the first quarter of them a fair quarter.
 
     A download into the data folder begins when the file before it is read, and stays until `release`. A file in the Hugging
-    Face cache is read there and stays there.
+    Face cache is read there and stays there. With `keep`, downloads go to that cache: any later run finds them, also one
+    into another data folder, and so do other programs.
     """
 
-    def __init__(self, language: str, dump: str, revision: str, data_dir: Path):
-        self.config, self.data_dir = f"{dump}.{language}", data_dir
+    def __init__(self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False):
+        self.config, self.data_dir, self.keep = f"{dump}.{language}", data_dir, keep
         self.downloads = Downloads.of(data_dir, {})
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
         # Xet, the hub's newer protocol, has hung for over an hour (github.com/huggingface/xet-core, issue 883). Plain
@@ -126,29 +127,51 @@ class HubWikipedia(Source):
         self.downloads.delete(file.name for file in self.files[:before])
 
     @property
-    def peak_bytes(self) -> int:  # of three files: one is read, the next one comes, one is not noted as done yet
-        return sum(sorted((file.bytes for file in self.files), reverse=True)[:3])
+    def peak_bytes(self) -> int:
+        sizes = sorted((file.bytes for file in self.files), reverse=True)
+        return sum(sizes if self.keep else sizes[:3])  # one is read, the next one comes, one is not noted as done yet
 
     @property
     def bytes_on_disk(self) -> int:
+        if self.keep:
+            return sum(file.bytes for file in self.files if self._cached(file))
         return sum(path.stat().st_size for path in self.downloads.folder.rglob("*") if path.is_file())
+
+    @property
+    def download_folder(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE) if self.keep else self.downloads.folder
+
+    def _where(self, file: SourceFile) -> dict[str, str]:
+        """The file, as huggingface_hub names it."""
+        return {"repo_id": REPOSITORY, "filename": file.name, "repo_type": "dataset", "revision": self.commit}
+
+    def _cached(self, file: SourceFile) -> Path | None:
+        """Its path in the Hugging Face cache."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(**self._where(file))
+        return Path(path) if isinstance(path, str) else None
 
     def _fetch(self, file: SourceFile) -> Path:
         return ask_hub(file.name, functools.partial(self._download, file))
 
     def _download(self, file: SourceFile) -> Path:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import hf_hub_download
 
-        where = {"repo_id": REPOSITORY, "filename": file.name, "repo_type": "dataset", "revision": self.commit}
-        cached = try_to_load_from_cache(**where)
-        for path in (self.downloads.folder / file.name, Path(cached) if isinstance(cached, str) else None):
+        cached = self._cached(file)
+        for path in (self.downloads.folder / file.name, cached):
             if path and path.exists() and is_whole(path, file):
                 return path
-        start = time.monotonic()
-        path = Path(hf_hub_download(**where, local_dir=self.downloads.folder, force_download=True))
+        start, folder = time.monotonic(), None if self.keep else self.downloads.folder
+        path = Path(
+            hf_hub_download(**self._where(file), local_dir=folder, force_download=not self.keep or bool(cached))
+        )
         self.seconds_per_byte = (time.monotonic() - start) / file.bytes
         if not is_whole(path, file):  # huggingface_hub checks the size only
-            path.unlink()
+            path.resolve().unlink()  # in the cache, the path is a link to it
+            path.unlink(missing_ok=True)
             raise OSError("the download is damaged (its SHA-256 is not the hub's)")
         return path
 

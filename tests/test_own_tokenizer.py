@@ -21,7 +21,7 @@ from conftest import REPO, assert_user_error, needs_wikipedia, run_script
 from config import ModelConfig, PrepareConfig, TrainConfig
 from internals import checkpoint, tokenizer_training
 from internals.articles import is_held_out
-from internals.bulk_encoding import encode
+from internals.bulk_encoding import Texts, TiktokenEncoder, bulk_encoder, encode
 from internals.files import sha256
 from internals.reader import ReadOptions
 from internals.shards import read_meta
@@ -120,10 +120,11 @@ def test_ids_are_those_of_the_tokenizers_library(own):
     assert encoding.encode_ordinary(text) == theirs.encode(text).ids
 
 
-def test_many_texts_in_one_call(own):
-    some = odd_texts(300)
-    encoding = load_tokenizer(own)
-    tokens, lengths = encode(encoding, some)
+@pytest.mark.parametrize("encoder", ["tiktoken", "the fastest here"])
+def test_many_texts_in_one_call(own, encoder):
+    some, encoding = odd_texts(2000), load_tokenizer(own)
+    encode_with = TiktokenEncoder(encoding) if encoder == "tiktoken" else bulk_encoder(own)
+    tokens, lengths = encode(encode_with, Texts([(text.encode(),) for text in some]))
     parts = np.split(tokens, np.cumsum(lengths)[:-1])
     assert [part.tolist() for part in parts] == [[*encoding.encode_ordinary(text), 2999] for text in some]
 

@@ -141,7 +141,7 @@ def test_ids_and_titles_of_other_kinds(tmp_path):
     pq.write_table(table, tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.parquet"):
         got = [a for chunk in read_chunks(tmp_path / name, name, ReadOptions()) for a in chunk.articles()]
-        assert [(key, title or "", text) for key, title, text in got] == [
+        assert [(key, title or "", text.decode()) for key, title, text in got] == [
             (b"7", "", "a"),
             (None, "", "b"),
             (None, "T", "c"),
@@ -243,7 +243,9 @@ def test_json_in_every_form(tmp_path, form, ending):
     }
     (tmp_path / f"a{ending}").write_bytes(pack.get(os.path.splitext(ending)[1], bytes)(text))
     got = as_rows(tmp_path / f"a{ending}")
-    assert [(a.id.decode(), a.title, a.text) for a in got] == [(row["id"], row["title"], row["text"]) for row in rows]
+    assert [(a.id.decode(), a.title, a.text.decode()) for a in got] == [
+        (row["id"], row["title"], row["text"]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize(

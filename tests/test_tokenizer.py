@@ -1,17 +1,14 @@
-"""internals/tokenizer.py: the tokens are those of tiktoken and GPT-2, however texts are joined or cut."""
+"""internals/tokenizer.py: the tokens are those of tiktoken and GPT-2."""
 
 import os
 import random
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from articles import as_text, make_articles
 from conftest import needs_gpt2, needs_wikipedia
 
-from internals.bulk_encoding import PIECE, encode
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_json import GPT2_PATTERN
@@ -59,27 +56,3 @@ def test_gpt2_tokenizer_is_tiktokens_own():
 def test_unknown_tokenizer():
     with pytest.raises(UserError, match="gpt3"):
         load_tokenizer("gpt3")
-
-
-@needs_gpt2
-def test_cutting_long_texts_does_not_change_their_tokens():
-    text = "\n\n".join(as_text(row) for row in make_articles(400)) + "  \n \n x  y\tz " * 2000
-    assert len(text) > 5 * PIECE
-    encoding = load_tokenizer("gpt2")
-    got, lengths = encode(encoding, [text])
-    assert got.tolist() == [*encoding.encode_ordinary(text), encoding.eot_token]
-    assert lengths.tolist() == [len(got)]
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
-@pytest.mark.parametrize("odd", [None, "one <|endoftext|> two", "<|endoftext|>", "long", "<|endof"])
-def test_many_texts_in_one_call_have_the_tokens_of_each_alone(tokenizer, odd):
-    texts = ["x", " ends in blanks  \n ", "\n\nbegins so", "text|>", "'s", "東京", *(map(as_text, make_articles(20)))]
-    if odd is not None:
-        texts.insert(7, " word" * PIECE if odd == "long" else odd)
-    encoding = load_tokenizer(tokenizer)
-    want = [[*encoding.encode_ordinary(text), encoding.eot_token] for text in texts]
-    tokens, lengths = encode(encoding, texts)
-    assert tokens.dtype == np.uint16
-    assert [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])] == want
-    assert [len(array) for array in encode(encoding, [])] == [0, 0]

@@ -7,13 +7,27 @@ TIKTOKEN_CACHE_DIR takes real articles.
 import json
 import os
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import hub
 import pytest
-from articles import as_text, command, files, kill_until, make_articles, posix, texts, write_parquet
+from articles import (
+    as_text,
+    command,
+    config,
+    files,
+    kill_until,
+    make_articles,
+    posix,
+    texts,
+    write_parquet,
+)
 from conftest import assert_user_error, run_script
 
+from internals.progress import Display, Progress
 from internals.shards import read_meta
+from internals.start import UserError
 
 
 @pytest.fixture
@@ -86,7 +100,8 @@ def test_the_hub(tmp_path, serve, hub_folder):
     assert [name for name, _ in handler.downloads] == names
 
 
-def test_faults_of_the_hub_are_overcome(tmp_path, serve):
+@pytest.mark.parametrize("keep", [[], ["--keep-downloads"]])
+def test_faults_of_the_hub_are_overcome(tmp_path, serve, keep):
     _, env = serve()
     assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
     faults = ["error", "drop", "stall", "truncate", "corrupt", "ok", "corrupt"]
@@ -94,7 +109,7 @@ def test_faults_of_the_hub_are_overcome(tmp_path, serve):
     handler, env = serve(faults)
     handler.unanswered = 1
     code = without_pauses(
-        hub_command(tmp_path / "out"), "from internals import wikipedia; wikipedia.ANSWER_SECONDS = 5"
+        hub_command(tmp_path / "out", *keep), "from internals import wikipedia; wikipedia.ANSWER_SECONDS = 5"
     )
     result = run_script(*code, env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
     assert result.returncode == 0, result.stderr
@@ -167,6 +182,47 @@ def test_offline_with_the_dataset_in_the_cache(tmp_path, serve, by):
     assert_user_error(
         run_script(*hub_command(tmp_path / "other"), env=offline), "HF_HUB_OFFLINE", "not whole in the cache"
     )
+
+
+def test_kept_downloads_are_found_by_later_runs(tmp_path, serve):
+    handler, env = serve()
+    result = run_script(*hub_command(tmp_path / "first", "--keep-downloads"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(handler.downloads) == 4 and ".downloads-in-progress" not in os.listdir(tmp_path / "first")
+    flags = ["--val-fraction", "0.3"]
+    for name, more in (("second", {}), ("offline", {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})):
+        result = run_script(*hub_command(tmp_path / name, *flags), env={**env, **more})
+        assert result.returncode == 0, result.stderr
+    assert len(handler.downloads) == 4
+    _, elsewhere = serve()
+    result = run_script(*hub_command(tmp_path / "fresh", *flags), env=elsewhere)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "second") == files(tmp_path / "offline") == files(tmp_path / "fresh")
+    assert_user_error(run_script(*command(tmp_path / "x", "sample", "--keep-downloads")), "--keep-downloads")
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev,
+    reason="needs a second file system, such as Linux has in /dev/shm",
+)
+def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
+    source = SimpleNamespace(files=[], download_folder=tmp_path)
+    display = Display(config(tmp_path, "wikipedia"), source, Progress())
+    assert display.needed_for_downloads(10**18) == 10**18  # of the data folder's disk, which is checked with the shards
+    source.download_folder = Path("/dev/shm")
+    assert display.needed_for_downloads(1) == 0
+    with pytest.raises(UserError, match=r"--keep-downloads: .* needed in /dev/shm"):
+        display.needed_for_downloads(10**18)
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path, serve):
+    handler, env = serve()
+    assert run_script(*hub_command(tmp_path / "first", "--keep-downloads"), env=env).returncode == 0
+    damaged = next((tmp_path / "home1" / "hub").rglob("train-00002*")).resolve()
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
+    result = run_script(*hub_command(tmp_path / "second", "--keep-downloads"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(handler.downloads) == 5 and files(tmp_path / "second") == files(tmp_path / "first")
 
 
 def test_an_endpoint_with_a_slash_at_its_end(tmp_path, serve):
