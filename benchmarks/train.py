@@ -206,7 +206,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
         return measure(names, args, shape)
     results = {}
     for name in names:
-        with contextlib.suppress(EOFError):  # its process has ended, and has told why
+        with contextlib.suppress(EOFError, ConnectionError):  # its process has ended, and has told why
             results |= measure([name], args, shape)
     return results
 
@@ -248,7 +248,7 @@ def main() -> None:
     print(table(results) if results else "")
     if args.out:
         write_json(args.out, results)
-    if missing := competitors(args).keys() - results:
+    if missing := [name for name in competitors(args) if name not in results]:
         raise UserError(f"{', '.join(missing)}: failed, as told above")
 
 

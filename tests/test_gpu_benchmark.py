@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import REPO, assert_user_error, run_script, write_data
 
 sys.path.append(str(REPO / "benchmarks"))
@@ -46,6 +47,15 @@ def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path):
 
 def test_a_part_that_does_not_exist_is_named(tmp_path):
     assert_user_error(gpu(tmp_path, "--part", "speed"), "--part speed", "matrix-rate", "default-run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_competitors_that_fail_are_named_and_the_others_get_their_turn():
+    result = run_script("benchmarks/train.py", "--device", "cuda", "--n-layer", 1, "--rounds", 1)
+    assert result.returncode == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ") and message.endswith(": failed, as told above")
+    assert all(name in message for name in ("ours", "ours, eager", "transformers GPT-2"))
 
 
 def test_a_race_in_pieces_is_the_same_race(tmp_path):
