@@ -24,9 +24,8 @@ def batch_size(device: str, preset: str = "wikipedia", processes: int = 1, **fie
 
 @pytest.fixture
 def card(monkeypatch):
-    """A function that sets the free memory of a card. Tensors of the exchange between processes stay on the CPU."""
+    """A function that sets the free memory of a card, the same for all processes."""
     monkeypatch.setattr(Machine, "gather", lambda self, values: values[None])
-    monkeypatch.setattr(torch, "tensor", lambda data, device, tensor=torch.tensor: tensor(data))
     return lambda gib: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib * GIB), 0))
 
 
