@@ -177,12 +177,13 @@ def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tenso
     exact = logits.float()
     likeliest, at_target = exact.amax(dim=1, keepdim=True), exact.gather(1, target)  # (rows, 1) each
     probabilities = torch.softmax(exact, dim=1, out=exact)
-    if with_gradient:
+    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
+    losses = likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
+    if with_gradient:  # last, since float32 logits, `exact` and `probabilities` are one tensor
         # Of the sum, not of the mean, whose gradient float16 could not hold
         one_hot = torch.zeros_like(probabilities).scatter_(1, target, 1.0)
         logits.copy_(torch.sub(probabilities, one_hot, out=one_hot))
-    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
-    return likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
+    return losses
 
 
 def rows_within(logits: int, weight: Tensor) -> int:

@@ -52,6 +52,15 @@ def test_loss_and_gradients_are_those_of_the_plain_way(chunked):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_the_loss_of_targets_that_are_the_likeliest_tokens(chunked):
+    x, weight, _ = problem()
+    targets = F.linear(x, weight)[:, :VOCAB].argmax(1)
+    for ours, theirs in zip(
+        gradients(linear_cross_entropy, x, weight, targets), gradients(plain, x, weight, targets), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_it_is_as_exact_as_the_plain_way(chunked, dtype):
     exact = gradients(plain, *problem())

@@ -727,10 +727,8 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
     train.train(tiny(data_dir, tmp_path / "with", sample_prompt=prompt))
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    samples = [line for line in out.splitlines() if line.startswith("    ")]
-    assert len(samples) >= 4 and all(
-        line.startswith("    " + prompt.replace("\x1b", "\ufffd")) for line in samples if prompt
-    )
+    shown = "    " + prompt.replace("\x1b", "\ufffd")
+    assert sum(line.startswith(shown) for line in out.splitlines()) >= 4
     assert_same_end(tmp_path / "with", straight)
 
     def unavailable(name):
