@@ -46,9 +46,8 @@ class MicroBatch:
                     raise
                 if not isinstance(error, OutOfMemoryElsewhere):
                     self.machine.deny_memory()
-                    if others := held_by_others(
-                        0.5 if self.size == 1 else 0.9
-                    ):  # of the card: smaller steps are no answer
+                    much = 0.5 if self.size == 1 else 0.9  # of the card, so that smaller micro-steps are no answer
+                    if others := held_by_others(much):
                         raise UserError(f"out of memory: {others}") from error
                 if self.size == 1:
                     raise UserError(

@@ -104,9 +104,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         first = 0 if run.resumed_at is None else run.resumed_at + 1
-        self.writer = SummaryWriter(
-            str(run.out_dir / "tensorboard"), purge_step=first
-        )  # hides what was there from here on
+        # purge_step hides what was there from here on
+        self.writer = SummaryWriter(str(run.out_dir / "tensorboard"), purge_step=first)
         settings = json.dumps(run.cfg.settings(), indent=4)
         self.writer.add_text("config", re.sub("^", "    ", settings, flags=re.M), first)
 
