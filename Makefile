@@ -1,5 +1,5 @@
 # make demo    prepare, train and generate, on any machine, in minutes
-# make test    all tests
+# make test    all tests, in two processes
 # Both set up .venv first. PYTHON=python3.12 make ... takes another Python. TORCH=cpu, cu126, ... takes PyTorch's build of
 # that name; without TORCH, a Linux machine that has no NVIDIA driver gets the one for CPUs, which is gigabytes smaller.
 
@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/python generate.py --preset demo --prompt "The history of" --temperature 0.6
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/installed-dev
 	$(BIN)/python -m ruff check .

@@ -71,7 +71,8 @@ def noted(self, compute, *args):
     return result
 train.MicroBatch.retry_smaller = noted
 """
-    result = launch(text, tmp_path / "run", *flags, before=before, after=told, FAKEGPU_BUSY_MIB="0,23000")
+    cards = {"FAKEGPU_MIB": 4000, "FAKEGPU_BUSY_MIB": "0,2920"}  # less than what would end the run
+    result = launch(text, tmp_path / "run", *flags, before=before, after=told, **cards)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Out of memory: micro-steps of 128 sequences from here on, not 256; the same run.") == 1
     assert "Done." in result.stdout

@@ -415,7 +415,7 @@ def test_a_held_out_end_with_a_trained_tokenizer(tmp_path, kind):
 
 @posix
 def test_kills_at_random_moments(tmp_path):
-    kills = int(os.environ.get("PREPARE_KILLS", "5"))
+    kills = int(os.environ.get("PREPARE_KILLS", "2"))
     write_parquet(tmp_path / "in" / "a.parquet", make_articles(3000, seed=1), row_group_size=300)
     write_jsonl(tmp_path / "in" / "b.jsonl", [{**row, "id": "1"} for row in make_articles(3000, seed=2)])
     arguments = command(tmp_path / "out", tmp_path / "in", *FLAGS, "--shard-tokens", "100000")
