@@ -14,6 +14,7 @@ from typing import Any
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 HEADS = Path(__file__).with_name("heads.js").read_text(encoding="utf-8")
+MARK = '<meta name="generator" content="Wikipedia Transformer">'  # by which a page is known as one of ours
 
 
 def render(title: str, body: str, data: dict[str, Any]) -> str:
@@ -33,6 +34,7 @@ def render(title: str, body: str, data: dict[str, Any]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
@@ -49,6 +51,14 @@ def render(title: str, body: str, data: dict[str, Any]) -> str:
 </html>
 """
     return page.encode("utf-8", "replace").decode("utf-8")  # a text of the command line may hold half a character
+
+
+def is_page(path: Path) -> bool:
+    """Whether the file is a page that `render` made."""
+    if not path.is_file():  # a device, a pipe
+        return False
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1000)
 
 
 def source_hash(text: str) -> str:

@@ -58,6 +58,12 @@ class TextPage:
             raise UserError(f"--html {path}: there is no folder {self.path.parent}; make it first")
         if self.path.is_dir():
             raise UserError(f"--html {path}: is a folder; name a file in it")
+        try:
+            free = not self.path.exists() or html_page.is_page(self.path)
+        except OSError as error:
+            raise UserError(f"--html {path}: cannot be read ({error.strerror}); name another file") from error
+        if not free:
+            raise UserError(f"--html {path}: is there, and not a page of this command; name another file")
 
     def write(self, sampling: str, prompt: Sequence[int], samples: Sequence[Sequence[int]]) -> None:
         """Write the page.

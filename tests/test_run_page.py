@@ -410,3 +410,17 @@ def test_a_page_with_nowhere_to_go_is_refused(run, tmp_path):
         assert_user_error(result, "--html", words)
         assert result.stdout == ""
     assert_user_error(run_script("generate.py", "--checkpoint", run, "--interactive", "--html", "x.html"), "--html")
+
+
+def test_html_replaces_its_own_pages_and_no_other_file(run, tmp_path):
+    command = ["generate.py", "--checkpoint", run, "--max-new-tokens", "3", "--html"]
+    page, notes = tmp_path / "page.html", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for _ in range(2):
+        assert run_script(*command, page).returncode == 0
+    assert_user_error(run_script(*command, notes), f"--html {notes}", "not a page of this command")
+    assert notes.read_text() == "mine"
+    if os.name == "posix":
+        os.mkfifo(tmp_path / "pipe")
+        assert_user_error(run_script(*command, tmp_path / "pipe"), "not a page of this command")
+        assert (tmp_path / "pipe").is_fifo()
