@@ -87,7 +87,7 @@ def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, A
 
 @dataclass(frozen=True)
 class Preset(Checked):
-    preset: Literal["wikipedia", "wikipedia-150m", "demo"] = "wikipedia"  # a named set of defaults for all fields
+    preset: Literal["wikipedia", "wikipedia-150m", "laptop", "demo"] = "wikipedia"  # a named set of defaults for all fields
 
 
 @dataclass(frozen=True)
@@ -387,6 +387,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,
+    },
+    # An hour on two CPU cores: real Wikipedia text, a tokenizer of its own.
+    "laptop": {
+        "tokenizer": "train", "vocab_size": 8192, "max_tokens": 60_000_000, "data_dir": "data/laptop",
+        "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256,
+        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 3_600, "warmup_iters": 200,
+        "learning_rate": 2e-3, "eval_interval": 300, "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {
