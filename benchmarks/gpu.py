@@ -373,7 +373,7 @@ def nanogpt_run(args: Gpu, folder: Path, rate: str) -> Figures:
     if not args.small:
         flags += ["--batch-size", str(BATCH["wikipedia"])]
     script(
-        "benchmarks/race.py", "--data-dir", args.data_dir, "--nanogpt", args.nanogpt, "--nanogpt-learning-rates", rate,
+        "benchmarks/race.py", "--data-dir", args.data_dir, "--nanogpt", args.nanogpt, f"--nanogpt-run=--learning-rate {rate}",
         f"--shape={shlex.join(flags)}", "--evaluations", EVALUATIONS, "--state", runs / f"{name}.pt",
         "--minutes", args.piece_minutes, "--out", runs / f"{name}.curve",
     )  # fmt: skip

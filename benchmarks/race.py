@@ -2,25 +2,27 @@
 
     python benchmarks/race.py --data-dir DIR --vocab-size 4096 --nanogpt DIR \\
         --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
-        --run="" --run="--max-iters 200" --run="--optimizer adamw"
+        --run="" --run="--max-iters 200" --run="--optimizer adamw" --nanogpt-run="--learning-rate 6e-4"
 
-Each `--run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not part of this project)
-trains with its own model, optimizer, schedule and sampling of batches, once for each of `--nanogpt-learning-rates`. The output
-is validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens
-and merges all others into one, so that a CPU can race in minutes. A long race can be run in pieces: `--state FILE` keeps it
-after each evaluation, and the same command continues it; `--minutes` ends a piece.
+Each `--run` and `--nanogpt-run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not
+part of this project) trains with its own model, optimizer and sampling of batches. The output is validation loss against
+tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens and merges all others into
+one, so that a CPU can race in minutes. A long race can be run in pieces: `--state FILE` keeps it after each evaluation, and the
+same command continues it; `--minutes` ends a piece.
 
 A run may have a `--data-dir` of its own, prepared from the same text with another tokenizer. Bits per byte compare them, and
 `--minutes-each` gives each run as many iterations as it does in that time:
 
-    python benchmarks/race.py --minutes-each 30 --run="--data-dir data/gpt2" --run="--data-dir data/own-8192"
+    python benchmarks/race.py --minutes-each 30 --run="--data-dir data/gpt2" --run="--data-dir data/own-8192" --picture race.png
 """
 
 import dataclasses
 import functools
 import math
 import shlex
+import textwrap
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +42,8 @@ from internals.start import UserError, run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
 
-VAL_BATCH = 64
-TIMED = 3  # iterations for `--minutes-each`
+VAL_BATCH = 16
+TIMED_SECONDS = 10  # of iterations, for `--minutes-each`
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,15 @@ class Race:
     vocab_size: int | None = None  # tokens to keep, the last one for all rarer ones; None: all
     shape: str = ""  # flags of train.py for every run: model and length
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py for one of our runs; repeat it for more
+    nanogpt: str | None = None  # folder of a checkout of nanoGPT
+    nanogpt_run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # the same for one of its runs
     minutes_each: float | None = (
         None  # of training for each run, measured in its first iterations; None: its --max-iters
     )
     seeds: tuple[int, ...] = (1337,)  # every run is done once per seed
-    nanogpt: str | None = None  # folder of a checkout of nanoGPT
-    nanogpt_learning_rates: tuple[float, ...] = (6e-4,)  # 6e-4 is its GPT-2 recipe's; small models may need others
     evaluations: int = 8  # per run, evenly spaced
     out: str | None = None  # file for the curves, as JSON
+    picture: str | None = None  # file for a picture of them (.png): bits per byte against minutes
     state: str | None = None  # file that keeps the race after each evaluation; the same command continues from it
     minutes: float | None = None  # end after the evaluation that follows so many minutes, with --state
 
@@ -70,8 +73,9 @@ class Text(NamedTuple):
     vocab_size: int
     bytes_per_token: float | None  # of validation text; None: rare tokens are merged, so the loss is not the text's
 
-    def bits(self, val_loss: float) -> str:
-        return f"{val_loss / math.log(2) / self.bytes_per_token:.4f} bits per byte" if self.bytes_per_token else ""
+    def bits(self, val_loss: float) -> float:
+        """Bits per byte of a loss in nats per token; NaN where tokens are merged."""
+        return val_loss / math.log(2) / (self.bytes_per_token or math.nan)
 
 
 @functools.cache
@@ -136,8 +140,8 @@ class Ours:
 class NanoGPT:
     """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
-    def __init__(self, folder: str, rate: float, cfg: TrainConfig, text: Text):
-        self.name, self.rate, self.cfg, self.max_iters = f"nanoGPT {rate:g}", rate, cfg, cfg.max_iters
+    def __init__(self, name: str, folder: str, cfg: TrainConfig, text: Text):
+        self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
         self.text = text
         self.tokens_per_iter = cfg.tokens_per_iter
         self.machine = train.make_machine(cfg)
@@ -150,7 +154,9 @@ class NanoGPT:
             vocab_size=c.padded_vocab_size, dropout=0.0,
         )  # fmt: skip
         self.model = module.GPT(shape).to(self.machine.device)
-        self.optimizer = self.model.configure_optimizers(0.1, rate, (0.9, 0.95), self.machine.device.type)
+        self.optimizer = self.model.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.machine.device.type
+        )  # fmt: skip
         self.forward = torch.compile(self.model) if self.cuda else self.model
         if self.cuda:
             self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
@@ -165,9 +171,8 @@ class NanoGPT:
 
     def step(self, it: int) -> None:
         cfg, block = self.cfg, self.cfg.model.block_size
-        schedule = dataclasses.replace(cfg, learning_rate=self.rate, min_lr=self.rate / 10)
         for group in self.optimizer.param_groups:
-            group["lr"] = train.get_lr(it, schedule)
+            group["lr"] = train.get_lr(it, cfg)
         steps = cfg.accumulation_steps(processes=1)
         for _ in range(steps):
             starts = self.rng.integers(len(self.tokens) - block - 1, size=cfg.batch_size)
@@ -199,29 +204,34 @@ class NanoGPT:
         return total / count
 
 
-Curve = list[tuple[int, float, float]]  # tokens, seconds, validation loss at every evaluation
+class Point(NamedTuple):
+    """An evaluation."""
+
+    tokens: int
+    seconds: float  # of training
+    val_loss: float  # nats per token
 
 
-def compete(runners: list[Any], args: Race) -> dict[str, Curve]:
+Curves = dict[str, list[Point]]  # by the runner's name
+
+
+def compete(runners: list[Any], args: Race) -> Curves:
     """Train all in turns, from the start or from `--state`, to the end or for `--minutes`."""
-    curves: dict[str, Curve] = {runner.name: [] for runner in runners}
+    curves: Curves = {runner.name: [] for runner in runners}
     if args.state and Path(args.state).exists():
         curves = load_state(args.state, runners)
     started, done = time.perf_counter(), len(next(iter(curves.values())))
     for part in range(done, args.evaluations):
         for runner in runners:
-            before = curves[runner.name][-1][1] if part else 0.0
+            before = curves[runner.name][-1].seconds if part else 0.0
             begin = time.perf_counter()
             first, last = (runner.max_iters * n // args.evaluations for n in (part, part + 1))
             for it in range(first, last):
                 runner.step(it)
             seconds = before + time.perf_counter() - begin
-            row = (last * runner.tokens_per_iter, seconds, runner.evaluate())
-            curves[runner.name].append(row)
-            print(
-                f"{runner.name:60} {row[0]:>12,} tokens {row[1]:8.1f} s   {row[2]:.4f}   {runner.text.bits(row[2])}",
-                flush=True,
-            )
+            point = Point(last * runner.tokens_per_iter, seconds, runner.evaluate())
+            curves[runner.name].append(point)
+            print(f"{runner.name:60} {describe(point, runner.text)}", flush=True)
         if args.state:
             save_state(args.state, runners, curves)
         if args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
@@ -229,13 +239,20 @@ def compete(runners: list[Any], args: Race) -> dict[str, Curve]:
     return curves
 
 
-def save_state(file: str, runners: list[Any], curves: dict[str, Curve]) -> None:
+def describe(point: Point, text: Text) -> str:
+    bits = f"{text.bits(point.val_loss):.4f} bits per byte" if text.bytes_per_token else ""
+    return f"{point.tokens:>12,} tokens {point.seconds:8.1f} s   {point.val_loss:.4f}   {bits}"
+
+
+def save_state(file: str, runners: list[Any], curves: Curves) -> None:
     states = {runner.name: runner.state_dict() for runner in runners}
     with atomic_write(file) as stream:
-        torch.save({"curves": curves, "states": states}, stream)
+        lengths = {runner.name: runner.max_iters for runner in runners}
+        plain = {name: [tuple(point) for point in curve] for name, curve in curves.items()}
+        torch.save({"curves": plain, "states": states, "lengths": lengths}, stream)
 
 
-def load_state(file: str, runners: list[Any]) -> dict[str, Curve]:
+def load_state(file: str, runners: list[Any]) -> Curves:
     """Continue the runners from where a race of the same ones was kept. Returns its curves."""
     saved = torch.load(file, map_location="cpu")
     if saved["states"].keys() != {runner.name for runner in runners}:
@@ -244,52 +261,104 @@ def load_state(file: str, runners: list[Any]) -> dict[str, Curve]:
         )
     for runner in runners:
         runner.load_state_dict(saved["states"][runner.name])
-    return saved["curves"]
+    return {name: [Point(*point) for point in curve] for name, curve in saved["curves"].items()}
 
 
-def iterations_in(seconds: float, cfg: TrainConfig, text: Text) -> int:
-    """How many iterations a run does in that time, from a few of its own."""
-    runner, times = Ours("", cfg, text), []
-    for it in range(1 + TIMED):
+def iterations_in(seconds: float, runner: Any) -> int:
+    """How many iterations a run does in that time, by the median of some of its own."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < TIMED_SECONDS:
         begin = time.perf_counter()
-        runner.step(it)
+        runner.step(len(times))
         times.append(time.perf_counter() - begin)
     return max(1, round(seconds / np.median(times[1:])))
 
 
+def entries(args: Race) -> Iterator[tuple[str, Callable[[TrainConfig, Text], Any], str]]:
+    """Name, maker and flags of each run."""
+    for text in args.nanogpt_run:
+        name = f"nanoGPT {text}".strip()
+        yield name, functools.partial(NanoGPT, name, args.nanogpt), text
+    for text in args.run:
+        yield text, functools.partial(Ours, text), text
+
+
+def make_runners(args: Race) -> list[Any]:
+    runners = []
+    continued = args.state and Path(args.state).exists()
+    lengths = torch.load(args.state, map_location="cpu")["lengths"] if continued else {}
+    for seed in args.seeds:
+        for name, make, text in entries(args):
+            words = ["--data-dir", args.data_dir, *shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)]
+            cfg = parse(TrainConfig, "", words)
+            source = read_text(cfg.data_dir, args.vocab_size)
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=source.vocab_size))
+            if args.minutes_each:
+                iters = lengths.get(f"{name} seed {seed}") or iterations_in(60 * args.minutes_each, make(cfg, source))
+                cfg = dataclasses.replace(cfg, max_iters=iters)
+            runners.append(make(cfg, source))
+            runners[-1].name = f"{name} seed {seed}"
+    return runners
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The result
+
+
+def print_ends(curves: Curves, texts: dict[str, Text], evaluations: int) -> None:
+    done = len(next(iter(curves.values())))
+    print("\nAt the end:" if done == evaluations else f"\nAfter {done} of {evaluations} parts:")
+    for name in dict.fromkeys(name.rsplit(" seed ")[0] for name in curves):
+        same = {other: curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name}
+        tokens, seconds, val_loss = (np.mean(values) for values in zip(*same.values(), strict=True))
+        mean = Point(round(tokens), seconds, val_loss)
+        losses = ", ".join(f"{end.val_loss:.4f}" for end in same.values())
+        print(f"{name or '(no flags)':50} {describe(mean, texts[next(iter(same))])}   ({losses})")
+    if done == evaluations and all(text.bytes_per_token for text in texts.values()):
+        print_overtaking(curves, texts)
+
+
+def print_overtaking(curves: Curves, texts: dict[str, Text]) -> None:
+    """When our runs were first seen at or below the end of nanoGPT's best."""
+    bits = {name: [texts[name].bits(point.val_loss) for point in curve] for name, curve in curves.items()}
+    theirs = {name: values[-1] for name, values in bits.items() if name.startswith("nanoGPT")}
+    if not theirs:
+        return
+    best = min(theirs, key=theirs.get)
+    for name in curves.keys() - theirs.keys():
+        reached = [p.seconds for p, b in zip(curves[name], bits[name], strict=True) if b <= theirs[best]]
+        when = f"in {reached[0]:.0f} s, {reached[0] / curves[best][-1].seconds:.3f} of its time" if reached else "never"
+        print(
+            f"{name}: reached the end of {best} ({theirs[best]:.4f}) {when}; {bits[name][-1] - theirs[best]:+.4f} at its end"
+        )
+
+
+def draw(curves: Curves, texts: dict[str, Text], path: str) -> None:
+    from matplotlib.figure import Figure  # takes long to import
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes of training", ylabel="bits per byte of held-out text")
+    for name, curve in curves.items():
+        bits = [texts[name].bits(point.val_loss) for point in curve]
+        axes.plot([point.seconds / 60 for point in curve], bits, marker=".", label=textwrap.fill(name, 60))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
 def main() -> None:
     args = tyro.cli(Race, description=__doc__)
-
-    def flags(text: str, seed: int) -> tuple[TrainConfig, Text]:
-        words = ["--data-dir", args.data_dir, *shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)]
-        cfg = parse(TrainConfig, "", words)
-        source = read_text(cfg.data_dir, args.vocab_size)
-        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=source.vocab_size)), source
-
-    runners: list[Any] = []
-    for seed in args.seeds:
-        if args.nanogpt:
-            for rate in args.nanogpt_learning_rates:
-                runners.append(NanoGPT(args.nanogpt, rate, *flags("", seed)))
-                runners[-1].name += f" seed {seed}"
-        for text in args.run:
-            cfg, source = flags(text, seed)
-            if args.minutes_each:
-                cfg = dataclasses.replace(cfg, max_iters=iterations_in(60 * args.minutes_each, cfg, source))
-            runners.append(Ours(f"{text} seed {seed}", cfg, source))
+    if bool(args.nanogpt) != bool(args.nanogpt_run):
+        raise UserError("--nanogpt and --nanogpt-run: give both or neither")
+    runners = make_runners(args)
     curves = compete(runners, args)
-
     texts = {runner.name: runner.text for runner in runners}
-    evaluations = len(next(iter(curves.values())))
-    print("\nAt the end:" if evaluations == args.evaluations else f"\nAfter {evaluations} of {args.evaluations} parts:")
-    for name in dict.fromkeys(name.rsplit(" seed ")[0] for name in curves):
-        ends = [curve[-1] for other, curve in curves.items() if other.rsplit(" seed ")[0] == name]
-        losses = ", ".join(f"{end[2]:.4f}" for end in ends)
-        mean, seconds = np.mean([end[2] for end in ends]), np.mean([end[1] for end in ends])
-        bits = next(text.bits(mean) for other, text in texts.items() if other.rsplit(" seed ")[0] == name)
-        print(f"{name or '(no flags)':50} {ends[0][0]:>12,} tokens {seconds:8.1f} s   {mean:.4f}   ({losses})   {bits}")
+    print_ends(curves, texts, args.evaluations)
     if args.out:
         write_json(args.out, curves)
+    if args.picture:
+        draw(curves, texts, args.picture)
 
 
 if __name__ == "__main__":

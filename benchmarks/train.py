@@ -46,6 +46,7 @@ class Comparison:
     rounds: int = 5  # steps of each competitor, after one to warm up
     preset: str = "wikipedia"  # its shape is used
     n_layer: int | None = None  # number of layers, if not the preset's
+    vocab_size: int = ModelConfig.vocab_size  # tokens of the vocabulary
     out: str | None = None  # file for the figures, as JSON
     only: tuple[str, ...] = ()  # competitors by the beginnings of their names; empty: all
 
@@ -113,7 +114,7 @@ def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) ->
     module = source.GPT(
         source.GPTConfig(
             n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.block_size,
-            vocab_size=50304, dropout=0.0, bias=False,
+            vocab_size=shape.padded_vocab_size, dropout=0.0, bias=False,
         )
     ).to(args.device)  # fmt: skip
     optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
@@ -200,7 +201,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
     On a GPU, a competitor that fails is missing there.
     """
     shape = with_preset(ModelConfig, args.preset)
-    shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer)
+    shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size)
     names = list(competitors(args))
     if args.device == "cpu":
         return measure(names, args, shape)
