@@ -10,7 +10,6 @@ defaults. The dataclasses are frozen: a configuration never changes, and what fo
 or a method.
 """
 
-import codecs
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, A
 
 @dataclass(frozen=True)
 class Preset(Checked):
-    preset: Literal["wikipedia", "wikipedia-150m", "laptop", "demo"] = "wikipedia"  # a named set of defaults for all fields
+    preset: Literal["wikipedia", "wikipedia-150m", "laptop", "demo"] = "wikipedia"  # a set of defaults for all fields
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ class ModelConfig(Checked):
 class PrepareConfig(DataDir):
     source: Strings = ()  # wikipedia (the hub's), sample (embedded), or files, folders, globs of .parquet, .jsonl, .ndjson, .json, .txt (all but .parquet also .gz, .zst, .bz2); several are one text; none: wikipedia, for demo the sample
     preset_source: tyro.conf.Fixed[str] = "wikipedia"  # the source where no --source is given
+    by_size: tyro.conf.Fixed[bool] = False  # vocab_size and val_fraction: None means by the source's size
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
@@ -148,8 +148,8 @@ class PrepareConfig(DataDir):
     encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
     separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
     tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: one of its own, made from the source; or the tokenizer.json of another data folder
-    vocab_size: VocabSize | None = None  # of --tokenizer train: its tokens; None: 16,384
-    val_fraction: Share | None = None  # share of the text held out; None: 0.005, of the sample 0.1
+    vocab_size: VocabSize | None = None  # of --tokenizer train: its tokens; None: 16,384, for laptop by the text's size
+    val_fraction: Share | None = None  # share held out; None: 0.005, of the sample 0.1, for laptop by the text's size
     shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: Count | None = None  # stop after about so many, at an article's end or inside a long one; None: all
     workers: Count | None = None  # tokenizing threads; None: one for each CPU core
@@ -164,10 +164,6 @@ class PrepareConfig(DataDir):
         several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
         require(
             not several_with_hub, "--source wikipedia: cannot be one text with files; prepare them into two folders"
-        )
-        require(
-            is_encoding(self.encoding),
-            f"--encoding {self.encoding}: is not a text encoding that Python knows; give utf-16, cp1252, ...",
         )
         require(self.tokenizer != "", "--tokenizer: is empty; give gpt2, bytes, train or a tokenizer.json")
         require(
@@ -206,18 +202,6 @@ class PrepareConfig(DataDir):
     def window(self) -> int:
         """The context of the preset's model: `train.py` needs one window of validation text, two to train on."""
         return PRESETS[self.preset].get("block_size", ModelConfig.block_size)
-
-
-def is_encoding(name: str) -> bool:
-    """Whether Python can decode text of this encoding piece by piece."""
-    try:
-        if not codecs.lookup(name)._is_text_encoding:  # base64 is no encoding of text
-            return False
-        if codecs.lookup(name).name not in ("utf-16", "utf-32"):  # these insist on a byte-order mark
-            codecs.getincrementaldecoder(name)("replace").decode(b"text")
-    except (LookupError, ValueError, TypeError):
-        return False
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,9 +372,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,
     },
-    # An hour on two CPU cores: real Wikipedia text, a tokenizer of its own.
+    # An hour on two CPU cores: real Wikipedia text or your own, a tokenizer of its own.
     "laptop": {
-        "tokenizer": "train", "vocab_size": 8192, "max_tokens": 60_000_000, "data_dir": "data/laptop",
+        "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256,
         "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 3_600, "warmup_iters": 200,
         "learning_rate": 2e-3, "eval_interval": 300, "eval_tokens": 262_144,

@@ -2,6 +2,7 @@
 
     python prepare_data.py                                  all of English Wikipedia, from the Hugging Face hub
     python prepare_data.py --max-tokens 1_100_000_000       a fair quarter of it, enough for the default training run
+    python prepare_data.py --preset laptop                  one file of it and a tokenizer of its own, for two CPU cores
     python prepare_data.py --preset demo                    the embedded sample
     python prepare_data.py --source my_texts --data-dir data/my_texts
     python prepare_data.py --language hi --tokenizer train --data-dir data/hindi    with a vocabulary of its own
@@ -40,6 +41,7 @@ from config import PrepareConfig
 from internals.articles import Tokens, tokenize
 from internals.bulk_encoding import bulk_encoder
 from internals.data_folder import DataFolder
+from internals.encodings import check_encoding
 from internals.file_walk import file_type
 from internals.files import locked, sha256, write_json, write_text, writing
 from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, shard_settings
@@ -47,6 +49,7 @@ from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
+from internals.source_size import choose_by_size
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source, counted, listed
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes, tokenizer_name
@@ -63,6 +66,7 @@ LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
 def prepare(cfg: PrepareConfig) -> None:
     """Write the folder `cfg.data_dir`, resume it, or say that it is finished. A failure loses nothing that is done."""
     data_dir = Path(cfg.data_dir)
+    check_encoding(cfg.encoding)
     if cfg.show:
         show_tokens(data_dir, list(chain.from_iterable(cfg.show)))
         return
@@ -81,6 +85,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     """`prepare`, in a folder that no other process prepares."""
     # 1. The source, and what the folder holds already
     source = make_source(cfg, data_dir)
+    cfg = choose_by_size(cfg, source)
     folder = DataFolder(data_dir)
     if folder.meta and not cfg.overwrite:
         meta = read_meta(data_dir)
@@ -124,7 +129,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
     is_hub = cfg.sources == ("wikipedia",)
     source = (
-        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads)
+        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads, cfg.max_tokens)
         if is_hub
         else LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
     )

@@ -24,6 +24,18 @@ SAMPLE_BYTES = 1 << 16  # that a guess of the encoding looks at
 codecs.register_error("mark", lambda error: ("\udcff", error.end))  # one surrogate for each invalid sequence
 
 
+def check_encoding(name: str) -> None:
+    """Raise UserError unless Python can decode text of this encoding piece by piece."""
+    try:
+        known = codecs.lookup(name)._is_text_encoding  # base64 is no encoding of text
+        if known and codecs.lookup(name).name not in ("utf-16", "utf-32"):  # these insist on a byte-order mark
+            codecs.getincrementaldecoder(name)("replace").decode(b"text")
+    except (LookupError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"--encoding {name}: is not a text encoding that Python knows; give utf-16, cp1252, ...")
+
+
 class Block(NamedTuple):
     data: bytes  # decompressed
     position: int  # bytes of the file read so far, as it is on the disk

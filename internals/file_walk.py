@@ -36,6 +36,11 @@ def uncompressed(name: str) -> str:
     return stem if ending.lower() in COMPRESSIONS else name
 
 
+def is_packed(name: str) -> bool:
+    """Whether a text file is smaller on the disk than its text: compressed, or parquet."""
+    return uncompressed(name) != name or file_type(name) == ".parquet"
+
+
 @dataclass
 class Found:
     """The files of a source, in the order in which they are read."""

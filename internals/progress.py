@@ -177,7 +177,8 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
     if not tokenizer.items() <= noted.items():
         differs.insert(0, f"with {tokenizer_flags(noted)}, not {tokenizer_flags(tokenizer)}")
     if not source.identity.items() <= noted["source"].items():
-        differs.insert(0, f"from another source ({describe(noted['source'])}, not {describe(source.identity)})")
+        other = f"from another source ({describe(noted['source'])}, not {describe(source.identity)})"
+        differs = [other] if cfg.by_size else [other, *differs]  # what follows from its size was not given by flag
     if differs:
         raise UserError(
             f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "

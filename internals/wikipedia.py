@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 REPOSITORY = "wikimedia/wikipedia"
 ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them and what huggingface_hub adds
+FILE_BYTES = 3  # of the hub's files for a token, with room: English takes 2.5 with GPT-2's tokenizer
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file, huggingface_hub waits 10 s at a time
 
 
@@ -38,8 +40,12 @@ class HubWikipedia(Source):
     into another data folder, and so do other programs.
     """
 
-    def __init__(self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False):
-        self.config, self.data_dir, self.keep = f"{dump}.{language}", data_dir, keep
+    text_bytes = math.inf  # large, in any language; the true size takes a question to the hub
+
+    def __init__(
+        self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False, max_tokens: int | None = None
+    ):
+        self.config, self.data_dir, self.keep, self.max_tokens = f"{dump}.{language}", data_dir, keep, max_tokens
         self.downloads = Downloads.of(data_dir, {})
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
         # Xet, the hub's newer protocol, has hung for over an hour (github.com/huggingface/xet-core, issue 883). Plain
@@ -109,11 +115,16 @@ class HubWikipedia(Source):
         return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": size}
 
     def fetch(self, number: int) -> Path:
-        """The path of a file, downloaded and checked. The download of the next file begins now."""
+        """The path of a file, downloaded and checked. The download of the next file begins now, if it is likely needed."""
         for ahead, file in enumerate(self.files[number : number + 2], number):
-            if ahead not in self._futures:
+            if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
         return self._futures[number].result()
+
+    def _is_likely_needed(self, number: int) -> bool:
+        """Whether `max_tokens` reach beyond the files before this one. A wrong no only begins its download later."""
+        before = sum(file.bytes for file in self.files[:number])
+        return self.max_tokens is None or before < FILE_BYTES * self.max_tokens
 
     def sample_files(self, size: int) -> range:
         """The first files that hold so much: they are in a mixed order, and no other has to be downloaded."""

@@ -36,7 +36,9 @@ def test_a_number_stays_and_auto_is_stored_as_a_number():
     assert isinstance(with_batch_size(TrainConfig(batch_size="auto"), machine).settings()["batch_size"], int)
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("wikipedia", 16), ("wikipedia-150m", 4), ("demo", 32)])
+@pytest.mark.parametrize(
+    ("preset", "expected"), [("wikipedia", 16), ("wikipedia-150m", 4), ("laptop", 16), ("demo", 32)]
+)
 def test_on_a_cpu_a_micro_step_has_4096_tokens(preset, expected):
     assert batch_size("cpu", preset) == expected
 

@@ -142,7 +142,12 @@ def test_a_batch_size_shrinks_to_what_divides():
     sizes = {
         preset: [with_preset(TrainConfig, preset).micro_batch_size(n) for n in (1, 2, 8, 16)] for preset in PRESETS
     }
-    assert sizes == {"wikipedia": [64, 64, 32, 16], "wikipedia-150m": [8, 8, 8, 8], "demo": [32, 16, 4, 2]}
+    assert sizes == {
+        "wikipedia": [64, 64, 32, 16],
+        "wikipedia-150m": [8, 8, 8, 8],
+        "laptop": [32, 16, 4, 2],
+        "demo": [32, 16, 4, 2],
+    }
     assert TrainConfig(batch_size=100).micro_batch_size(1) == 64
     assert TrainConfig(batch_size=100).settings()["batch_size"] == 100  # what is kept is what was asked for
 
@@ -159,6 +164,7 @@ def test_what_follows_from_other_values():
     assert TrainConfig(max_iters=60).warmup == 6
     assert PrepareConfig().held_out == 0.005
     assert PrepareConfig(source="sample").held_out == 0.1
+    assert PrepareConfig(tokenizer="train").trained_size == 16_384
     assert PrepareConfig(source="sample", val_fraction=0.3).held_out == 0.3
 
 

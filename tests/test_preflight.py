@@ -40,7 +40,9 @@ def test_the_presets_need_no_advice_on_a_gpu(preset):
     assert advice(preset=preset) == []
 
 
-def test_the_demo_needs_no_advice_on_a_cpu():
+def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
+    assert advice(CPU, train_tokens=60_000_000, val_windows=1024, preset="laptop", vocab_size=8192) == []
     assert advice(CPU, train_tokens=280_000, val_windows=245, preset="demo") == []
 
 
@@ -99,9 +101,10 @@ def test_a_long_run_on_a_cpu_must_be_asked_for(monkeypatch):
         dict(machine=dataclasses.replace(CPU, device=torch.device("mps"))),
         dict(check=True),
         dict(preset="demo"),
+        dict(preset="laptop"),
         dict(resumed_at=15_900),
     ],
-    ids=["asked", "cuda", "mps", "check", "demo", "nearly finished"],
+    ids=["asked", "cuda", "mps", "check", "demo", "laptop", "nearly finished"],
 )
 def test_these_runs_are_not_refused(run):
     start(**run)

@@ -19,7 +19,7 @@ from internals.tokenizer_json import END_OF_TEXT
 from prepare_data import prepare
 
 
-@pytest.mark.parametrize("preset", [[], ["--preset", "demo"], ["--preset=wikipedia-150m"]])
+@pytest.mark.parametrize("preset", [[], ["--preset", "demo"], ["--preset=wikipedia-150m"], ["--preset", "laptop"]])
 def test_several_sources_in_both_forms(preset):
     def sources(*flags):
         return parse(PrepareConfig, "", [*preset, *flags]).sources

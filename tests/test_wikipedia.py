@@ -23,11 +23,12 @@ from articles import (
     texts,
     write_parquet,
 )
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, needs_wikipedia, run_script
 
 from internals.progress import Display, Progress
 from internals.shards import read_meta
 from internals.start import UserError
+from internals.wikipedia import mixed
 
 
 @pytest.fixture
@@ -98,6 +99,45 @@ def test_the_hub(tmp_path, serve, hub_folder):
     again = run_script(*hub_command(tmp_path / "out"), env={**env, "HF_HUB_OFFLINE": "1"})
     assert again.returncode == 0 and "finished" in again.stdout  # without asking the hub
     assert [name for name, _ in handler.downloads] == names
+
+
+def test_no_file_is_downloaded_that_max_tokens_do_not_reach(tmp_path, serve, hub_folder):
+    """Not by training the tokenizer either, where the first file holds its sample, as on the hub."""
+    names = [{"name": str(path.relative_to(hub_folder))} for path in hub_folder.rglob("*.parquet")]
+    order = [file["name"] for file in mixed(names)]
+    write_parquet(hub_folder / order[0], make_articles(8000, seed=9))  # long enough: chunks are read ahead
+    handler, env = serve()
+    flags = ["--preset", "laptop", "--language", "simple", "--vocab-size", "300", "--workers", "1"]
+    arguments = ["prepare_data.py", *flags, "--data-dir", str(tmp_path / "out"), "--overwrite"]
+    sample = "from internals import tokenizer_training; tokenizer_training.SAMPLE_BYTES = 100_000"
+    for max_tokens, reached, end in (("100_000", 1, "max_tokens"), ("1e9", 4, "source")):
+        handler.downloads.clear()
+        result = run_script(*without_pauses([*arguments, "--max-tokens", max_tokens], sample), env=env)
+        assert result.returncode == 0, result.stderr
+        assert sorted(name for name, _ in handler.downloads) == sorted(order[:reached])
+        assert read_meta(tmp_path / "out")["end"] == end
+
+
+@needs_wikipedia
+def test_preset_laptop_takes_english_wikipedia_and_needs_no_flag(tmp_path, serve, hub_folder):
+    """Real text, and a smaller sample for the tokenizer to save the test's time."""
+    readme = hub_folder / "README.md"
+    readme.write_text(readme.read_text().replace("simple", "en"))
+    (hub_folder / "20231101.en").mkdir()
+    for path in Path(os.environ["WIKIPEDIA_SAMPLE_DIR"]).glob("*.parquet"):
+        (hub_folder / "20231101.en" / path.name).symlink_to(path)
+    handler, env = serve()
+    arguments = ["prepare_data.py", "--preset", "laptop", "--data-dir", str(tmp_path / "out")]
+    sample = "from internals import tokenizer_training; tokenizer_training.SAMPLE_BYTES = 4_000_000"
+    result = run_script(*without_pauses(arguments, sample), env=env)
+    assert result.returncode == 0, result.stderr
+    meta = read_meta(tmp_path / "out")
+    assert (meta["vocab_size"], meta["val_fraction"], meta["max_tokens"]) == (8192, 0.005, 60_000_000)
+    assert meta["source"]["config"] == "20231101.en" and {name for name, _ in handler.downloads} == {
+        f"20231101.en/train-{n:05d}-of-00004.parquet" for n in range(4)
+    }
+    again = run_script(*arguments, env={**env, "HF_HUB_OFFLINE": "1"})
+    assert again.returncode == 0 and "finished" in again.stdout  # without asking the hub
 
 
 @pytest.mark.parametrize("keep", [[], ["--keep-downloads"]])
