@@ -13,7 +13,7 @@ or a method.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -34,7 +34,11 @@ Rate = Annotated[float, Range("0 or more, and finite", lambda value: 0 <= value 
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Positive = Annotated[float, Range("above 0, and finite", lambda value: 0 < value < math.inf)]
 CountOrAuto = Annotated[int | Literal["auto"], Range("at least 1, or auto", lambda n: n == "auto" or n >= 1)]
+FractionOrAuto = Annotated[
+    float | Literal["auto"], Range("at least 0 and below 1, or auto", lambda value: value == "auto" or 0 <= value < 1)
+]
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
 Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
@@ -66,18 +70,6 @@ class Checked:
             for range in ranges(annotation):
                 if value is not None:
                     require(range.contains(value), f"--{name.replace('_', '-')} {value}: must be {range.words}")
-
-
-def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks, being newer, had its default."""
-    changed = {}
-    for name, new in now.items():
-        old = then.get(name, defaults[name])
-        if isinstance(new, dict):
-            changed |= differences(old, new, defaults[name])
-        elif old != new:
-            changed[name] = (old, new)
-    return changed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +109,7 @@ class ModelConfig(Checked):
     n_inner: Count = 1536  # feed-forward dimensions (GPT-2: 4 times n_embd)
     block_size: Count = 256  # context: the most tokens that the model sees at once
     vocab_size: tyro.conf.Fixed[Count] = 50257  # the tokenizer's; train.py takes it from the data's meta.json
-    dropout: Fraction = 0.0  # probability; 0 is best under one epoch, 0.1 or 0.2 where the data is seen many times
+    dropout: FractionOrAuto = 0.0  # probability; auto: 0, or where the run reads its text several times, 0.1 or 0.2
 
     def __post_init__(self):
         super().__post_init__()
@@ -208,9 +200,10 @@ class PrepareConfig(DataDir):
 # python train.py
 
 
-# What a command does and where it works: fields that are not settings of a run
+# Fields that are not settings of a run: what a command does, where it works, and what a new run finds its max_iters by
 NOT_SETTINGS = (
     "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "config",
+    "max_minutes", "max_epochs",
 )  # fmt: skip
 
 
@@ -226,6 +219,8 @@ class TrainConfig(Compute, DataDir):
     init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
+    max_minutes: Positive | None = None  # of a new run: sets max_iters so that the whole command takes so long
+    max_epochs: Positive | None = None  # of a new run: lowers max_iters to at most so many passes over the text
     batch_size: CountOrAuto = 64  # sequences for one device in one micro-step, at most; auto: what its memory holds
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
@@ -239,7 +234,7 @@ class TrainConfig(Compute, DataDir):
     grad_clip: Rate = 1.0  # largest gradient norm; 0: no clipping
 
     log_interval: Count = 10  # iterations between rows of metrics.jsonl
-    eval_interval: Count = 500  # iterations between evaluations on the validation split
+    eval_interval: CountOrAuto = 500  # iterations between evaluations on the validation split; auto: a tenth of the run
     eval_tokens: Count = 1_048_576  # validation tokens at an evaluation, at most: the same windows every time
     checkpoint_interval: Count = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
@@ -302,25 +297,6 @@ class TrainConfig(Compute, DataDir):
         """The configuration as plain data, for last.pt and config.json: `min_lr` is a number there."""
         return {**asdict(self), "min_lr": self.final_lr}
 
-    def with_settings(self, settings: dict[str, Any]) -> "TrainConfig":
-        """This configuration with the settings of a run, but its own folders and modes. Settings that are missing, because
-        they are newer than the run, stay. Raises TypeError or ValueError if `settings` are not those of a run."""
-        settings = upgrade(settings)
-        model = replace(self.model, **settings["model"])
-        taken = {name: value for name, value in settings.items() if name not in (*NOT_SETTINGS, "model")}
-        if math.isclose(taken.get("min_lr", 0.0), taken.get("learning_rate", 0.0) / 10):
-            taken["min_lr"] = None  # so that it follows a changed learning rate
-        return replace(self, **taken, model=model)
-
-
-def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run in today's fields. What an earlier version computed is spelt out where the default changed."""
-    old = dict(settings)
-    old.setdefault("optimizer", "adamw")  # there was no other
-    if "muon_learning_rate" in old:
-        old["muon_lr_scale"] = old.pop("muon_learning_rate") / old["learning_rate"]
-    return old
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # python generate.py
@@ -376,8 +352,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256,
-        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 3_600, "warmup_iters": 200,
-        "learning_rate": 2e-3, "eval_interval": 300, "eval_tokens": 262_144,
+        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 3_600, "max_epochs": 30.0, "warmup_iters": 200,
+        "learning_rate": 2e-3, "dropout": "auto", "eval_interval": "auto", "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {

@@ -38,6 +38,7 @@ from internals.batch_size import with_batch_size
 from internals.compilation import training_model
 from internals.device import held_by_others, unused_card
 from internals.machine import Machine, Outcome, make_machine
+from internals.max_minutes import fit_minutes
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
@@ -75,6 +76,9 @@ def train(cfg: TrainConfig) -> None:
         return eval_only(cfg, machine)
     saved = load_resumable(cfg, machine)  # None: a new run
     run = open_run(cfg, machine, saved)
+    if cfg.max_minutes and not saved:
+        cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
+        run = open_run(cfg, machine, saved)
     cfg, machine = run.cfg, run.machine
     if saved and run.resumed_at >= cfg.max_iters:
         return machine.print(
@@ -299,7 +303,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     if cfg.init_from:
         name, iteration = cfg.init_from, 0
         tokenizer = read_tokenizer(cfg.data_dir, meta)
-        model = pretrained.initial_model(name, tokenizer, complete_config(cfg, meta, None).model)
+        sizes = dataclasses.replace(complete_config(cfg, meta, None).model, dropout=0.0)
+        model = pretrained.initial_model(name, tokenizer, sizes)
     else:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)

@@ -32,11 +32,13 @@ def measure(work: str, preset: str, seconds: float) -> float:
     from internals.cpu_kernels import pack_weights
     from internals.device import resolve_dtype
     from internals.optimizer import make_optimizer
+    from internals.run_length import with_dropout
     from model import GPT
 
     torch.manual_seed(0)
     cpu = torch.device("cpu")
-    model, block_size = GPT(with_preset(ModelConfig, preset)), with_preset(ModelConfig, preset).block_size
+    shape = with_dropout(with_preset(ModelConfig, preset), epochs=1)
+    model, block_size = GPT(shape), shape.block_size
     if work == "generating":
         packed = pack_weights(model.to(resolve_dtype("auto", cpu, generating=True)[0]))
         prompt = torch.zeros(8, dtype=torch.int64)

@@ -28,6 +28,7 @@ from internals import report
 from internals.cli import parse
 from internals.files import write_json
 from internals.machine import Machine
+from internals.run_length import with_dropout
 from internals.shards import META_FORMAT, ShardWriter
 from model import GPT
 
@@ -124,7 +125,7 @@ def main() -> None:
         random_data(Path(folder) / "data", vocab_size, tokens=max(1_000_000, 20 * cfg.model.block_size))
         cfg = dataclasses.replace(
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
-            eval_interval=cfg.max_iters, model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
+            eval_interval=cfg.max_iters, model=with_dropout(dataclasses.replace(cfg.model, vocab_size=vocab_size), epochs=1),
         )  # fmt: skip
         short = dataclasses.replace(cfg, max_iters=2)
         for count in range(-1, ROUNDS):  # round -1 warms up

@@ -37,6 +37,7 @@ from config import TrainConfig
 from internals.cli import parse
 from internals.files import atomic_write, write_json
 from internals.run import Run, TrainState
+from internals.run_length import choose_numbers
 from internals.shards import read_meta
 from internals.start import UserError, run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -99,9 +100,10 @@ class Ours:
     """train.py's loop without logging and saving."""
 
     def __init__(self, name: str, cfg: TrainConfig, text: Text):
-        self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         machine = train.make_machine(cfg)
         windows = TrainingWindows(text.train, cfg.model.block_size, cfg.seed)
+        cfg = choose_numbers(cfg, windows.per_epoch * cfg.model.block_size).cfg
+        self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         val_windows = ValidationWindows(text.val, cfg.model.block_size, cfg.eval_tokens)
         self.training_run = Run(cfg, {}, machine, windows, val_windows)
         torch.manual_seed(cfg.seed)

@@ -6,7 +6,6 @@
 The run must use the preset's own settings. The working tree must be committed, because the file records the commit.
 """
 
-import dataclasses
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from config import TrainConfig
 from internals import checkpoint, report
 from internals.cli import with_preset
 from internals.files import write_json
+from internals.settings import differences
 from internals.start import UserError, run
 
 
@@ -37,9 +37,9 @@ def main() -> None:
     last = checkpoint.load(Path(args.out_dir) / "last.pt")
     settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
     preset = last["config"]["preset"]
-    own = dataclasses.asdict(with_preset(TrainConfig, preset))
+    own = with_preset(TrainConfig, preset).settings()
     own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # vocab_size follows from the data
-    if changed := [name for name in settings if settings[name] != own[name]]:
+    if changed := differences(own, settings, own):
         raise UserError(
             f"{args.out_dir}: this run does not use the settings of the preset {preset} ({', '.join(changed)}); train it again without flags"
         )

@@ -2,17 +2,15 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from config import PATH, PRESETS, ModelConfig, TrainConfig
-from internals.start import UserError, first_line
+from internals.settings import read_settings, with_settings
 
 C = TypeVar("C")
 
@@ -53,7 +51,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
         preset = flag_value(args, "--preset", "wikipedia")  # for the defaults that --help shows; tyro checks the name
         default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
-            default = default.with_settings(read_settings(file))
+            default = with_settings(default, read_settings(file))
     parsed = tyro.cli(
         cls,
         args=args,
@@ -75,16 +73,6 @@ def flag_value(args: Sequence[str], flag: str, default: str) -> str:
         elif arg.startswith(f"{flag}="):
             value = arg.removeprefix(f"{flag}=")
     return value
-
-
-def read_settings(file: str) -> dict[str, Any]:
-    """The settings in a config.json that a run wrote."""
-    try:
-        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-        TrainConfig().with_settings(settings)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error
-    return settings
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:

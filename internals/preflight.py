@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
 from internals.device import cuda_obstacle, held_by_others, unused_card
 from internals.machine import Machine
@@ -37,7 +37,21 @@ class Timing(NamedTuple):
     """Seconds."""
 
     iteration: float
-    evaluation: float
+    evaluation: float  # its arithmetic alone
+    building: float = 0.0  # model and optimizer, before the first iteration
+    telling: float = 0.0  # what follows an evaluation: sample text, checkpoints, curves, page
+    saving: float = 0.0  # last.pt, between evaluations
+    row: float = 0.0  # of metrics.jsonl, between evaluations
+
+    def of_run(self, cfg: TrainConfig) -> float:
+        """Seconds of a new run, from building the model to the last evaluation."""
+        between = [
+            cfg.max_iters // n - cfg.max_iters // math.lcm(n, cfg.eval_interval)
+            for n in (cfg.checkpoint_interval, cfg.log_interval)
+        ]
+        evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
+        told = evaluations * (self.evaluation + self.telling) + between[0] * self.saving + between[1] * self.row
+        return self.building + cfg.max_iters * self.iteration + told
 
 
 def preflight(
@@ -45,7 +59,7 @@ def preflight(
 ) -> None:
     """Verify the data, try an iteration and a piece of an evaluation, and say what the run will take.
 
-    Writes nothing to the disk. The weights in `state` change.
+    Writes nothing to the disk. The moments in `state` change.
 
     Raises:
         UserError: a shard is not what prepare_data.py wrote, or memory or disk is too small.
@@ -71,40 +85,67 @@ def measure(
     forward: Callable,
     forward_backward: ForwardBackward,
     evaluate: Evaluate,
+    seconds: float | None = None,
 ) -> Timing:
-    """Time an iteration, and an evaluation by a piece of it."""
-    cfg, windows = run.cfg, run.val_windows
+    """Time an iteration, and an evaluation by a piece of it. The weights stay: the learning rate is 0.
+
+    Args:
+        seconds: repeat iterations for so long, pieces of an evaluation for a third of it. An iteration that takes longer is
+            timed by micro-steps. None: time one iteration and one piece.
+    """
+    cfg, windows, machine, repeat = run.cfg, run.val_windows, run.machine, seconds or 0.0
     tokens = batch_size * cfg.model.block_size * run.machine.processes  # of one micro-step
     piece = ValidationWindows(windows.stream, cfg.model.block_size, tokens)
     one_micro_step = dataclasses.replace(
         run, cfg=dataclasses.replace(cfg, tokens_per_iter=tokens, batch_size=batch_size)
     )
 
-    def iterate(run: Run) -> float:
-        begin = time.perf_counter()
+    updates = []  # seconds of each, where the device is the CPU
+
+    def iterate(run: Run) -> None:
         losses = forward_backward(batch_size, forward, run, state)
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+        torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
+        begin = time.perf_counter()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
-        losses.tolist()  # waits for the device
-        return time.perf_counter() - begin
+        updates.append(time.perf_counter() - begin)
 
-    def evaluate_piece() -> float:
-        begin = time.perf_counter()
-        evaluate(batch_size, state.model, piece, run.machine)
-        return time.perf_counter() - begin
+    def evaluate_piece() -> None:
+        evaluate(batch_size, state.model, piece, machine)
 
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
     iterate(one_micro_step)  # the first of each takes longer: kernels are loaded, buffers and moments allocated
     evaluate_piece()
-    return Timing(iterate(run), evaluate_piece() * len(windows) / len(piece))
+    micro_steps, timed = cfg.tokens_per_iter / tokens, run
+    if seconds is not None and micro_steps * mean_seconds(lambda: iterate(one_micro_step), 0.0, machine) > seconds:
+        timed = one_micro_step
+    updates.clear()
+    iteration = mean_seconds(lambda: iterate(timed), repeat, machine)
+    if timed is one_micro_step:
+        iteration += (micro_steps - 1) * (iteration - sum(updates) / len(updates))
+    return Timing(iteration, mean_seconds(evaluate_piece, repeat / 3, machine) * len(windows) / len(piece))
+
+
+def mean_seconds(action: Callable[[], None], seconds: float, machine: Machine) -> float:
+    """How long `action` takes, at a mean, repeated for so many seconds, at least once: in the slowest of the processes."""
+    spent, count = 0.0, 0
+    while count == 0 or spent < seconds:
+        begin = time.perf_counter()
+        action()
+        machine.confirm_memory()
+        spent += machine.gather(torch.tensor([time.perf_counter() - begin])).max().item()
+        count += 1
+    return spent / count
 
 
 def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk: int) -> str:
     """What was measured, and what the run will take by that. `batch_size` is the one that fits, `disk` is in bytes."""
     cfg = run.cfg
     rate = cfg.tokens_per_iter / timing.iteration
-    evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
-    total = cfg.max_iters * timing.iteration + evaluations * timing.evaluation
     memory = peak_memory(run.machine)
     known = memory.peak and memory.total
     rows = {
@@ -113,7 +154,7 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
         "memory": f"{size(memory.peak)} at the peak, of {size(memory.total)}"
         if known
         else "not measured on this device",
-        "time": f"{duration(total)} for {cfg.max_iters:,} iterations and their evaluations",
+        "time": f"{duration(timing.of_run(cfg))} for {cfg.max_iters:,} iterations and their evaluations",
         "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
     }
     if batch_size < run.batch_size:

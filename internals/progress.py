@@ -11,9 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import PrepareConfig, differences
+from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
 from internals.files import write_json
+from internals.settings import differences
 from internals.shards import META_FORMAT
 from internals.start import UserError
 from internals.text_files import FEW_DOCUMENTS, Source, counted

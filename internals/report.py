@@ -14,7 +14,7 @@ from typing import Any
 import tiktoken
 from tqdm import tqdm
 
-from config import NOT_SETTINGS, TrainConfig, differences
+from config import NOT_SETTINGS, TrainConfig
 from internals.cli import with_preset
 from internals.device import PEAK_FLOPS
 from internals.files import atomic_write, write_text, writing
@@ -22,6 +22,7 @@ from internals.machine import Machine
 from internals.run import Run, TrainState, describe_data
 from internals.run_page import run_page
 from internals.samples import printable, sample_row
+from internals.settings import differences
 from internals.start import first_line
 from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
@@ -115,6 +116,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{cfg.max_iters:,} iterations, {tokens:,} tokens, "
         f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
+        **({"chosen": "; ".join(run.chosen)} if run.chosen else {}),
     }
 
 

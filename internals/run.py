@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from config import NOT_SETTINGS, PRESETS, TrainConfig, differences, upgrade
+from config import NOT_SETTINGS, PRESETS, TrainConfig
 from internals import checkpoint, pretrained
 from internals.batch_size import with_batch_size
 from internals.cli import parse, with_preset
@@ -29,6 +29,8 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
+from internals.run_length import choose_numbers, keep_numbers
+from internals.settings import differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
@@ -48,6 +50,7 @@ class Run:
     resumed_at: int | None = None  # iteration; None: a new run
     changes: tuple[str, ...] = ()  # what differs from the saved run, in words
     val_windows_before: int | None = None  # that the saved run evaluated on
+    chosen: tuple[str, ...] = ()  # what a new run chose for `auto` and --max-epochs, in words
 
     @property
     def out_dir(self) -> Path:
@@ -100,7 +103,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
         UserError: the data is not ready, or `saved` belongs to another model, tokenizer or text.
     """
     meta = read_meta(cfg.data_dir)
-    cfg = with_batch_size(complete_config(cfg, meta, saved), machine)
+    cfg = complete_config(cfg, meta, saved)
     try:
         cfg.sequences_per_process(machine.processes)
     except ValueError as error:
@@ -108,7 +111,9 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     if saved is None:
-        return Run(cfg, meta, machine, train_windows, val_windows)
+        cfg, chosen = choose_numbers(cfg, train_windows.per_epoch * cfg.model.block_size)
+        return Run(with_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
+    cfg = with_batch_size(keep_numbers(cfg, saved["config"]), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
@@ -134,12 +139,21 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     saved = checkpoint.load(last)["config"]
     preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
     data_dir = saved.get("data_dir", cfg.data_dir)
-    here = dataclasses.replace(with_preset(TrainConfig, preset), out_dir=cfg.out_dir, data_dir=data_dir)
+    usual = with_preset(TrainConfig, preset)
+    here = dataclasses.replace(usual, max_epochs=None, out_dir=cfg.out_dir, data_dir=data_dir)
     with checkpoint.fitting(f"{last}: its settings are not those of this version"):
-        then = here.with_settings(saved)
+        then = with_settings(here, saved)
     resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, here))
+    if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: is for a new run; the one in {cfg.out_dir} has {then.max_iters:,} iterations, and "
+            "--max-iters changes that"
+        )
+    resumed = dataclasses.replace(resumed, max_minutes=None, max_epochs=None)  # with --auto-resume they meant a new run
     changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
     silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
+    if usual.max_epochs:  # max_iters may be what that allowed
+        silent.add("max_iters")
     kept = [
         f"kept from last.pt: {name} {plain(old)} (config.py: {plain(new)}); "
         + (
@@ -223,7 +237,7 @@ def is_run_folder(out_dir: Path) -> bool:
     """Whether train.py wrote what is there. Its first file is config.json."""
     try:
         if os.path.lexists(out_dir / "config.json"):
-            TrainConfig().with_settings(json.loads((out_dir / "config.json").read_bytes()))
+            with_settings(TrainConfig(), json.loads((out_dir / "config.json").read_bytes()))
         else:
             checkpoint.load(next(out_dir / name for name in ("last.pt", "best.pt") if (out_dir / name).exists()))
     except (OSError, TypeError, ValueError, KeyError, UserError, StopIteration):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 # one other busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
 SPINS = "1500"
 
+BEGAN = time.monotonic()
 FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (internals/processes.py)
 
 
@@ -27,6 +29,11 @@ class UserError(Exception):
     Its text names the flag or the file, and says in one line what is wrong and what to do. `run` prints it on stderr and
     ends the command with exit status 2. Docstrings mention it only where the reason is not obvious.
     """
+
+
+def seconds_passed() -> float:
+    """Since the command began."""
+    return time.monotonic() - BEGAN
 
 
 def first_line(error: BaseException) -> str:

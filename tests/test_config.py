@@ -10,8 +10,9 @@ import typing
 import pytest
 from conftest import REPO, run_script, unboxed
 
-from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, differences
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
 from internals.cli import parse, with_preset
+from internals.settings import differences
 
 COMMANDS = {
     "prepare_data.py": PrepareConfig,

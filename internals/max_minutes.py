@@ -1,0 +1,157 @@
+"""`--max-minutes`: measure a new run's speed before it begins, and choose the iterations that the time allows."""
+
+import bisect
+import contextlib
+import dataclasses
+import gc
+import io
+import math
+import tempfile
+import time
+from collections.abc import Callable
+
+import tiktoken
+import torch
+
+from config import TrainConfig
+from internals import start
+from internals.compilation import training_model
+from internals.files import writing
+from internals.memory import MicroBatch
+from internals.optimizer import make_optimizer
+from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure
+from internals.report import RunLog
+from internals.run import Run, TrainState, initial_model, save
+from internals.run_length import choose_numbers, most_iterations
+from internals.start import UserError
+from internals.tokenizer import load_tokenizer
+
+MARGIN = 0.03  # of the time, for what is not measured: the end of the process, a machine that is slower later
+MEASURING = 0.03  # of the time, for iterations; a third of that for evaluations
+MOST_MEASURING = 120.0  # seconds
+FEWEST = 10  # iterations that are worth a run
+
+SampleText = Callable[[Run, TrainState, tiktoken.Encoding], str]
+
+
+def fit_minutes(
+    cfg: TrainConfig, run: Run, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
+) -> TrainConfig:
+    """`cfg` with the `max_iters` with which the whole command ends after `max_minutes`, and without `max_minutes`.
+
+    Works on a model and an optimizer of its own. So the run that follows is the same as one that was given this `max_iters`.
+
+    Args:
+        cfg: the command, which may have `auto`.
+        run: the same with numbers.
+
+    Raises:
+        UserError: the time is too short.
+    """
+    machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
+    tries = []
+    for _ in range(2):  # the iterations decide `--dropout auto`, which decides what an iteration takes
+        timing = try_out(
+            run, min(MEASURING * 60 * cfg.max_minutes, MOST_MEASURING), forward_backward, evaluate, sample_text
+        )
+        passed = start.seconds_passed()
+        seconds = (1 - MARGIN) * 60 * cfg.max_minutes - passed
+        iterations = int(machine.gather(torch.tensor([iterations_within(seconds, cfg, epoch_tokens, timing)])).min())
+        refuse_too_few(iterations, cfg, epoch_tokens, timing, passed)
+        tries.append(iterations)
+        dropout = choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
+        if dropout == run.cfg.model.dropout:
+            break
+        model = dataclasses.replace(run.cfg.model, dropout=dropout)
+        run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
+    else:
+        iterations = min(
+            tries
+        )  # between two probabilities: the run is no slower than with that of the fewer iterations
+    machine.print(
+        f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
+        f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed: time for {iterations:,} iterations"
+    )
+    return dataclasses.replace(cfg, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
+
+
+def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timing: Timing) -> int:
+    """The most iterations of a run that takes so many seconds; 0 if not even one fits."""
+
+    def needed(iterations: int) -> float:
+        return timing.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
+
+    return bisect.bisect_right(range(1, 1 + max(0, int(seconds / timing.iteration))), seconds, key=needed)
+
+
+def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing: Timing, passed: float) -> None:
+    """Raise UserError if the time is too short for a run. `passed`: seconds since the command began."""
+    fewest = most_iterations(dataclasses.replace(cfg, max_iters=FEWEST), epoch_tokens)
+    if iterations >= fewest:
+        return
+    shortest = choose_numbers(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
+    minutes = math.ceil(10 * (passed + timing.of_run(shortest)) / (1 - MARGIN) / 60) / 10
+    raise UserError(
+        f"--max-minutes {cfg.max_minutes:g}: is too short. An iteration takes {timing.iteration:.3g} s here, an evaluation "
+        f"with its text, page and checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; give "
+        f"at least --max-minutes {minutes:g}, or a smaller model"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def try_out(
+    run: Run, seconds: float, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
+) -> Timing:
+    """Build the model, and time all that a run does with it. Iterations are repeated for so many seconds."""
+    machine, begin = run.machine, time.perf_counter()
+    model = initial_model(run).to(machine.device)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    state = TrainState(model, make_optimizer(model, run.cfg, machine.device), scaler, val_loss=0.0)
+    building = time.perf_counter() - begin
+    forward, _ = training_model(model, run.cfg, machine)  # what is compiled here need not be compiled again
+    timing = MicroBatch(run.batch_size, model, machine).retry_smaller(
+        measure, run, state, forward, forward_backward, evaluate, seconds
+    )
+    timing = time_records(run, state, timing, sample_text)
+    del model, state, forward
+    gc.collect()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return timing._replace(building=building)
+
+
+def time_records(run: Run, state: TrainState, timing: Timing, sample_text: SampleText) -> Timing:
+    """`timing` with what a run writes, tried in a temporary folder on the disk of `out_dir`."""
+    machine = run.machine
+    tokenizer = None
+    if machine.is_main:
+        with contextlib.suppress(UserError):  # then the run has no sample text, and says so
+            tokenizer = load_tokenizer(run.tokenizer)
+    path = run.out_dir.absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    with (
+        writing(existing),
+        tempfile.TemporaryDirectory(dir=existing, prefix=".max-minutes-") as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, out_dir=folder, tracker="none"))
+        with contextlib.closing(RunLog(run, state)) as log:
+
+            def tell() -> None:
+                log.write_row(state, True)
+                if tokenizer:
+                    log.write_sample(state, tokenizer, sample_text(run, state, tokenizer))
+                log.flush()
+                save(run, state, True)
+                log.tell_evaluation(True)
+
+            tell()  # the first takes longer: matplotlib is imported
+            return timing._replace(
+                telling=mean_seconds(tell, 0.0, machine),
+                saving=mean_seconds(lambda: save(run, state, False), 0.0, machine),
+                row=mean_seconds(lambda: log.write_row(state, False), 0.0, machine),
+            )

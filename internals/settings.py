@@ -1,0 +1,60 @@
+"""The settings of a run as plain data: read from a config.json or a checkpoint, compared, put into today's fields."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from config import NOT_SETTINGS, TrainConfig
+from internals.start import UserError, first_line
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks, being newer, had its default.
+
+    A number is no change of `auto`: a run stores the number that `auto` stood for.
+    """
+    changed = {}
+    for name, new in now.items():
+        old = then.get(name, defaults[name])
+        if isinstance(new, dict):
+            changed |= differences(old, new, defaults[name])
+        elif old != new and not is_choice(old, new):
+            changed[name] = (old, new)
+    return changed
+
+
+def is_choice(old: Any, new: Any) -> bool:
+    """Whether one is `auto` and the other a number that it may stand for."""
+    return "auto" in (old, new) and any(isinstance(value, int | float) for value in (old, new))
+
+
+def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """`cfg` with the settings of a run, but its own folders and modes. Settings that are missing, because they are newer
+    than the run, stay. Raises TypeError or ValueError if `settings` are not those of a run."""
+    settings = upgrade(settings)
+    model = dataclasses.replace(cfg.model, **settings["model"])
+    taken = {name: value for name, value in settings.items() if name not in (*NOT_SETTINGS, "model")}
+    if math.isclose(taken.get("min_lr", 0.0), taken.get("learning_rate", 0.0) / 10):
+        taken["min_lr"] = None  # so that it follows a changed learning rate
+    return dataclasses.replace(cfg, **taken, model=model)
+
+
+def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run in today's fields. What an earlier version computed is spelt out where the default changed."""
+    old = dict(settings)
+    old.setdefault("optimizer", "adamw")  # there was no other
+    if "muon_learning_rate" in old:
+        old["muon_lr_scale"] = old.pop("muon_learning_rate") / old["learning_rate"]
+    return old
+
+
+def read_settings(file: str) -> dict[str, Any]:
+    """The settings in a config.json that a run wrote."""
+    try:
+        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        with_settings(TrainConfig(), settings)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error
+    return settings

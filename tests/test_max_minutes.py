@@ -1,0 +1,335 @@
+"""`--max-minutes`, `--max-epochs` and `auto`: a run chooses its numbers once, and is then like any other.
+
+Nothing here depends on how fast the machine is: the speed is made up where a number is expected.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import assert_user_error, run_script, write_data
+from test_distributed import flags as two_flags
+from test_distributed import run as run_processes
+from test_distributed import torchrun, with_fault
+from test_train import assert_same_end, flags, metrics, run_command, tiny
+
+import train
+from config import ModelConfig, TrainConfig
+from internals import checkpoint, max_minutes, report, start
+from internals.cli import with_preset
+from internals.preflight import Timing
+from internals.run import resume_settings
+from internals.run_length import DROPOUT, choose_numbers, tenth
+from internals.settings import differences
+from internals.start import UserError
+from model import GPT
+
+TIMING = Timing(iteration=0.5, evaluation=3.0, building=1.0, telling=2.0, saving=1.0, row=0.25)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, no curves, and a command that began 5 seconds ago."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(report, "plot", lambda *of_the_curves: None)
+    monkeypatch.setattr(start, "seconds_passed", lambda: 5.0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """A function that makes up what `--max-minutes` measures, after having measured it briefly."""
+    monkeypatch.setattr(max_minutes, "MEASURING", 1e-5)
+
+    def make_up(timing: Timing) -> None:
+        try_out = max_minutes.try_out
+        monkeypatch.setattr(max_minutes, "try_out", lambda *args: (try_out(*args), timing)[1])
+
+    return make_up
+
+
+def max_iters(out_dir) -> int:
+    return checkpoint.load(out_dir / "last.pt")["config"]["max_iters"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --max-minutes
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_run_is_the_one_with_that_many_iterations(data_dir, tmp_path, speed, capsys, optimizer):
+    """With dropout, sample text and evaluations: weights, moments, random numbers and rows, bit for bit."""
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    train.train(tiny(data_dir, tmp_path / "minutes", optimizer=optimizer, max_minutes=1.0))
+    count = max_iters(tmp_path / "minutes")
+    assert count == 24  # in 0.97 x 60 - 5 = 53.2 s, with 4 evaluations
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("--max-minutes 1: "))
+    assert (
+        f"time for {count:,} iterations" in line and "an iteration takes 2 s, an evaluation with its text, page" in line
+    )
+    assert out.count("iteration 0: validation loss") == 1  # what was tried is not told
+    train.train(tiny(data_dir, tmp_path / "iters", optimizer=optimizer, max_iters=count))
+    assert_same_end(tmp_path / "minutes", tmp_path / "iters")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("minutes", "iters")]
+    assert differences(*configs, configs[0]).keys() == {"out_dir"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iters", "minutes"]
+
+
+def test_without_made_up_speed_a_run_comes_to_its_end(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(max_minutes, "MEASURING", 0.0001)
+    train.train(tiny(data_dir, tmp_path, max_minutes=10.0, max_epochs=2.0, eval_interval="auto"))
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert (saved["iter"], saved["config"]["max_iters"], saved["config"]["eval_interval"]) == (15, 15, 1)
+
+
+def test_the_seconds_of_a_run_are_those_of_its_parts():
+    """By a loop that counts what train.py does at each iteration."""
+    cfg = TrainConfig(max_iters=47, eval_interval=10, checkpoint_interval=4, log_interval=3)
+    seconds = TIMING.building + TIMING.evaluation + TIMING.telling  # of iteration 0
+    for iter in range(1, 48):
+        seconds += TIMING.iteration
+        if iter % 10 == 0 or iter == 47:
+            seconds += TIMING.evaluation + TIMING.telling
+        else:
+            seconds += (iter % 4 == 0) * TIMING.saving + (iter % 3 == 0) * TIMING.row
+    assert TIMING.of_run(cfg) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("interval", ["auto", 1, 7, 500])
+@pytest.mark.parametrize("seconds", [20.0, 59.0, 600.0, 86_400.0])
+def test_as_many_iterations_as_fit(interval, seconds):
+    cfg = TrainConfig(eval_interval=interval)
+    count = max_minutes.iterations_within(seconds, cfg, 10**9, TIMING)
+
+    def needed(iterations: int) -> float:
+        return TIMING.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), 10**9).cfg)
+
+    assert needed(count) <= seconds
+    if interval != "auto":  # whose number of evaluations jumps up and down by one
+        assert needed(count + 1) > seconds
+    else:
+        assert needed(count + count // 10 + 20) > seconds
+    assert max_minutes.iterations_within(1.0, cfg, 10**9, TIMING) == 0
+    assert max_minutes.iterations_within(-1.0, cfg, 10**9, TIMING) == 0
+
+
+def test_the_iterations_follow_from_the_clock(data_dir, tmp_path, speed, monkeypatch, capsys):
+    """3 minutes, of which 30 seconds have passed: 0.97 x 180 - 30 = 144.6, less 1 for building, and 3 evaluations of 5."""
+    speed(Timing(iteration=1.0, evaluation=3.0, building=1.0, telling=2.0))
+    monkeypatch.setattr(start, "seconds_passed", lambda: 30.0)
+    train.train(tiny(data_dir, tmp_path / "run", max_minutes=3.0, eval_interval=100, check=True))
+    out = capsys.readouterr().out
+    assert "and 30 s have passed: time for 128 iterations" in out and "run        128 iterations" in out
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_stopped_run_resumes_and_forgets_the_minutes(data_dir, tmp_path, monkeypatch, speed):
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    train.train(tiny(data_dir, tmp_path / "straight", max_minutes=1.0))
+    count = max_iters(tmp_path / "straight")
+    get_lr = train.get_lr
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train, "get_lr", lambda i, c: (train.os.kill(train.os.getpid(), 15) if i == 6 else 0, get_lr(i, c))[1]
+        )
+        train.train(tiny(data_dir, tmp_path / "stopped", max_minutes=1.0))
+    assert max_iters(tmp_path / "stopped") == count and checkpoint.load(tmp_path / "stopped" / "last.pt")["iter"] == 7
+    monkeypatch.setattr(max_minutes, "try_out", None)  # a resumed run measures nothing
+    cfg = tiny(data_dir, tmp_path / "stopped", auto_resume=True, max_minutes=1.0)
+    resumed, _ = resume_settings(
+        cfg, [*flags(data_dir, tmp_path / "stopped"), "--auto-resume", "--max-minutes=5", f"--max-iters={count}"]
+    )
+    assert (resumed.max_iters, resumed.max_minutes) == (count, None)
+    train.train(dataclasses.replace(cfg, max_iters=count))
+    assert_same_end(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_minutes_and_epochs_as_commands(data_dir, tmp_path):
+    run = tmp_path / "run"
+    run_command(data_dir, run, *flags(data_dir, run)[2:], "--max-minutes=2", "--max-epochs=2")
+    assert max_iters(run) == 2 * 61 * 16 // 128
+    for flag in ("--max-minutes=1", "--max-epochs=1"):
+        refused = run_script("train.py", "--data-dir", data_dir, "--out-dir", run, "--resume", flag)
+        assert_user_error(refused, flag.split("=")[0], "is for a new run", "15 iterations", "--max-iters")
+        again = run_command(data_dir, run, "--auto-resume", flag)
+        assert "is finished (15 iterations)" in again
+    longer = run_command(data_dir, run, "--resume", "--max-iters=17")
+    assert "max_iters 15 -> 17" in longer and max_iters(run) == 17
+    assert metrics(run)[-1]["iter"] == 17
+
+
+def test_a_time_that_is_too_short_says_how_long_it_must_be(data_dir, tmp_path, speed):
+    speed(Timing(iteration=8.0, evaluation=3.0, telling=2.0))
+    with pytest.raises(UserError) as error:
+        train.train(tiny(data_dir, tmp_path / "run", max_minutes=1.0))
+    words = str(error.value)
+    assert "An iteration takes 8 s here, an evaluation with its text, page and checkpoints 5 s" in words
+    assert "and 5 s have passed; give at least --max-minutes 1.8" in words  # 100 s / 0.97
+    assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_text_that_allows_a_few_iterations_needs_no_time_for_more(data_dir, tmp_path, speed):
+    speed(Timing(iteration=8.0, evaluation=3.0, telling=2.0))
+    train.train(tiny(data_dir, tmp_path, max_minutes=1.0, max_epochs=0.5))
+    assert max_iters(tmp_path) == 3
+
+
+def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_steps(data_dir, tmp_path, monkeypatch):
+    """The clock moves by 10 s in a micro-step of training, by 4 s in an update, and not otherwise."""
+    now = [0.0]
+    monkeypatch.setattr(max_minutes.time, "perf_counter", lambda: now[0])
+    seen = []
+
+    def forward_backward(batch_size, forward, run, state):
+        micro_steps = run.window_ids(state.tokens, batch_size)
+        seen.append(len(micro_steps))
+        now[0] += 10.0 * len(micro_steps)
+        return torch.zeros(len(micro_steps))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: now.__setitem__(0, now[0] + 4.0))
+    run = train.open_run(
+        tiny(data_dir, tmp_path, optimizer="adamw"), train.make_machine(tiny(data_dir, tmp_path)), None
+    )
+    evaluate = lambda size, model, windows, machine: now.__setitem__(0, now[0] + 1.0) or 5.0  # noqa: E731
+    timings = [max_minutes.try_out(run, s, forward_backward, evaluate, lambda *args: "") for s in (1.0, 100.0)]
+    assert [timing.iteration for timing in timings] == [24.0, 24.0]  # two micro-steps and one update
+    assert seen == [1, 1, 1] + [1, 1] + 5 * [2]
+    assert timings[0].evaluation == 4.0  # 16 windows, tried on 4
+
+
+def test_a_model_to_start_from(data_dir, tmp_path, speed):
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    train.train(tiny(data_dir, tmp_path / "first", max_iters=4))
+    first = {"init_from": str(tmp_path / "first"), "n_embd": 384, "n_layer": 6, "n_head": 6}
+    train.train(tiny(data_dir, tmp_path / "minutes", max_minutes=1.0, **first))
+    train.train(tiny(data_dir, tmp_path / "iters", max_iters=max_iters(tmp_path / "minutes"), **first))
+    assert_same_end(tmp_path / "minutes", tmp_path / "iters")
+
+
+def test_what_was_compiled_for_measuring_serves_the_run(data_dir, tmp_path, monkeypatch, speed):
+    """On a GPU compiling takes a minute, which must not come twice."""
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    graphs = []
+    backend = lambda graph, inputs: (graphs.append(graph), graph.forward)[1]  # noqa: E731
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=backend, **options))
+    train.train(tiny(data_dir, tmp_path / "iters", compile="on", max_iters=24))
+    once = len(graphs)
+    assert once > 0
+    torch._dynamo.reset()
+    train.train(tiny(data_dir, tmp_path / "minutes", compile="on", max_minutes=1.0))
+    assert len(graphs) == 2 * once
+    assert_same_end(tmp_path / "minutes", tmp_path / "iters")
+
+
+def test_two_processes_agree_on_the_number(data_dir, tmp_path):
+    """Each would choose another one by its own clock."""
+    clock = """
+from internals import max_minutes
+from internals.preflight import Timing
+max_minutes.MEASURING, try_out = 1e-5, max_minutes.try_out
+start.seconds_passed = lambda: 20.0 * RANK
+max_minutes.try_out = lambda *args: (try_out(*args), Timing(iteration=25.0 + 15 * RANK, evaluation=5.0))[1]"""
+    minutes = two_flags(data_dir, tmp_path / "minutes", max_minutes=10)
+    result, _ = run_processes(torchrun(*minutes, script=with_fault(tmp_path, clock)))
+    assert result.returncode == 0, result.stderr
+    count = max_iters(tmp_path / "minutes")
+    assert count == 13  # in 0.97 x 600 - 20 = 562 s, with 3 evaluations; process 0 would have time for 22
+    assert result.stdout.count(f"time for {count:,} iterations") == 1
+    result, _ = run_processes(torchrun(*two_flags(data_dir, tmp_path / "iters", max_iters=count)))
+    assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "minutes", tmp_path / "iters")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --max-epochs and auto
+
+
+def test_what_auto_chooses():
+    assert [tenth(n) for n in (1, 9, 10, 19, 85, 314, 999, 3_600, 16_384)] == [1, 1, 1, 1, 8, 30, 100, 360, 1_600]
+    auto = TrainConfig(max_iters=100, tokens_per_iter=256, eval_interval="auto", model=ModelConfig(dropout="auto"))
+
+    def chosen(epochs: float) -> TrainConfig:
+        return choose_numbers(auto, round(100 * 256 / epochs)).cfg
+
+    assert [chosen(n).model.dropout for n in (0.1, 1.9, 2, 7.9, 8, 400)] == [0, 0, 0.1, 0.1, 0.2, 0.2]
+    assert list(DROPOUT) == sorted(DROPOUT)
+    assert chosen(1).eval_interval == 10 and chosen(1).max_iters == 100
+    limited = dataclasses.replace(auto, max_epochs=2.5)
+    assert choose_numbers(limited, 2_560).cfg.max_iters == 25
+    assert choose_numbers(limited, 25).cfg.max_iters == 1
+    assert choose_numbers(limited, 10**9).cfg.max_iters == 100
+    plain = TrainConfig()
+    assert choose_numbers(plain, 10) == (plain, ())
+
+
+@pytest.mark.parametrize(
+    "field", [{"max_minutes": 0.0}, {"max_minutes": float("inf")}, {"max_epochs": -1.0}, {"eval_interval": 0}]
+)
+def test_a_limit_must_be_a_positive_number(field):
+    with pytest.raises(ValueError, match=f"--{next(iter(field)).replace('_', '-')}"):
+        TrainConfig(**field)
+
+
+def test_a_run_stores_the_numbers_and_resumes_with_them(data_dir, tmp_path, monkeypatch, capsys):
+    """As a preset has them: 5 epochs of 976 tokens are 38 iterations of 128, fewer than 100."""
+    auto = {"max_iters": 100, "max_epochs": 5.0, "eval_interval": "auto", "dropout": "auto"}
+    seen = []
+    init = GPT.__init__
+    monkeypatch.setattr(GPT, "__init__", lambda self, config: (seen.append(config.dropout), init(self, config))[1])
+    train.train(tiny(data_dir, tmp_path / "auto", **auto))
+    out = capsys.readouterr().out
+    assert (
+        "chosen     38 iterations (--max-epochs 5); an evaluation every 3 (a tenth of the run); dropout 0.1 (the text is read "
+        "5 times)"
+    ) in out
+    saved = checkpoint.load(tmp_path / "auto" / "last.pt")["config"]
+    assert (saved["max_iters"], saved["eval_interval"], saved["model"]["dropout"]) == (38, 3, 0.1)
+    numbers = {"max_iters": 38, "eval_interval": 3, "dropout": 0.1}
+    train.train(tiny(data_dir, tmp_path / "numbers", **numbers))
+    assert_same_end(tmp_path / "auto", tmp_path / "numbers")
+    train.train(tiny(data_dir, tmp_path / "auto", **{**auto, "max_iters": 40}, resume=True))
+    assert "max_iters 38 -> 40" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / "auto" / "last.pt")["config"]
+    assert (saved["eval_interval"], saved["model"]["dropout"]) == (3, 0.1)
+    assert "auto" not in seen and set(seen) == {0.1}
+
+
+@pytest.mark.parametrize("train_tokens", [1_000, 10_000])
+def test_the_preset_for_your_own_text_needs_no_flag(tmp_path, train_tokens):
+    """What a resumed run says of the numbers that it chose: nothing."""
+    data = write_data(tmp_path / "data", train_tokens=train_tokens, val_tokens=500)
+    small = ["--preset", "laptop", "--n-layer=1", "--n-embd=8", "--n-head=1", "--n-inner=8", "--max-iters=6"]
+    out = run_command(data, tmp_path / "run", *small, "--block-size=16", "--tokens-per-iter=512")
+    saved = checkpoint.load(tmp_path / "run" / "last.pt")["config"]
+    epochs = 6 * 512 / train_tokens
+    assert saved["model"]["dropout"] == (0.1 if epochs >= 2 else 0.0) and saved["eval_interval"] == 1
+    assert f"dropout {saved['model']['dropout']:g}" in out
+    again = run_command(data, tmp_path / "run", "--resume", "--max-iters=7")
+    for name in ("dropout", "eval_interval", "max_iters", "max_epochs", "max_minutes"):
+        assert f"kept from last.pt: {name}" not in again
+    assert "kept from last.pt: n_layer 1 (config.py: 4)" in again
+
+
+def test_a_chosen_number_is_no_difference_from_auto_and_another_word_is():
+    preset = with_preset(TrainConfig, "laptop")
+    run = choose_numbers(preset, 100_000_000).cfg
+    assert isinstance(run.eval_interval, int) and run.model.dropout == 0.0
+    assert differences(preset.settings(), run.settings(), preset.settings()) == {}
+    other = dataclasses.replace(run, device="cpu", dtype="bfloat16", learning_rate=1.0)
+    assert differences(run.settings(), other.settings(), run.settings()) == {
+        "device": ("auto", "cpu"), "dtype": ("auto", "bfloat16"), "learning_rate": (run.learning_rate, 1.0), "min_lr": (run.final_lr, 0.1),
+    }  # fmt: skip
+    less = choose_numbers(preset, 1_000_000).cfg
+    assert differences(run.settings(), less.settings(), run.settings()) == {"dropout": (0.0, 0.2)}
+
+
+def test_evaluating_alone_needs_no_number(data_dir, tmp_path):
+    train.train(tiny(data_dir, tmp_path, max_iters=2))
+    auto = {"eval_only": True, "dropout": "auto", "eval_interval": "auto", "max_minutes": 1.0}
+    train.train(tiny(data_dir, tmp_path, **auto))
+    train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / "best.pt"), **auto))
