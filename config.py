@@ -351,9 +351,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # An hour on two CPU cores: real Wikipedia text or your own, a tokenizer of its own.
     "laptop": {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
-        "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256,
-        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 3_600, "max_epochs": 30.0, "warmup_iters": 200,
-        "learning_rate": 2e-3, "dropout": "auto", "eval_interval": "auto", "eval_tokens": 262_144,
+        "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256, "dropout": "auto",
+        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
+        "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
     "demo": {
