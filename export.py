@@ -15,8 +15,10 @@ if __name__ == "__main__":
 
     CFG = parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp.")
 
+import json
 import math
 import os
+import shlex
 import string
 import tempfile
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
 from internals.pretrained import open_checkpoint
+from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
 from model import GPT
@@ -78,15 +81,31 @@ def export(cfg: ExportConfig) -> None:
             out_dir.parent.mkdir(parents=True, exist_ok=True)
             os.rename(folder, out_dir)
             files.sync_folder(out_dir.parent)
-    print(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}")
+    print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
+    print(f"Load it: {loading_command(cfg, tokenizer, model.config.block_size)}")
+
+
+def example(tokenizer: tiktoken.Encoding, context: int) -> tuple[str, int]:
+    """A prompt, and a number of new tokens that fits the model's context after it."""
+    sizes = {prompt: len(tokenizer.encode_ordinary(prompt)) for prompt in PROMPTS}
+    prompt = next(prompt for prompt in PROMPTS if sizes[prompt] <= context // 2 or prompt == PROMPTS[-1])
+    return prompt, max(1, min(100, context - sizes[prompt]))
 
 
 def how_to_load(usage: str, name: str, tokenizer: tiktoken.Encoding, context: int) -> str:
-    """`usage` with an example that fits the model's context, in tokens."""
-    sizes = {prompt: len(tokenizer.encode_ordinary(prompt)) for prompt in PROMPTS}
-    prompt = next(prompt for prompt in PROMPTS if sizes[prompt] <= context // 2 or prompt == PROMPTS[-1])
-    new_tokens = max(1, min(100, context - sizes[prompt]))
+    """`usage` with an example."""
+    prompt, new_tokens = example(tokenizer, context)
     return string.Template(usage).substitute(name=name, prompt=prompt, new_tokens=new_tokens, context=f"{context:,}")
+
+
+def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: int) -> str:
+    """A command that opens what was exported in the program it was made for."""
+    if cfg.format == "gguf":
+        return shlex.join(["llama-server", "-m", f"{cfg.out_dir}/model.gguf"])
+    prompt, new_tokens = example(tokenizer, context)
+    pipeline = f'pipeline("text-generation", {json.dumps(cfg.out_dir)})("{prompt}", max_new_tokens={new_tokens})'
+    code = f'from transformers import pipeline; print({pipeline}[0]["generated_text"])'
+    return shlex.join(["python", "-c", code])
 
 
 def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:

@@ -59,10 +59,8 @@ def main(cfg: GenerateConfig) -> None:
     # The attention that PyTorch prefers on Hopper and Blackwell builds a plan for each length of the cache
     torch.backends.cuda.enable_cudnn_sdp(False)
     parameters = model.num_parameters()["total"]
-    say(
-        f"{description}: {parameters / 1e6:.1f} million parameters; on {device} in "
-        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
-    )
+    say(f"{description}: {parameters / 1e6:.1f} million parameters")
+    say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process costs it nothing (benchmarks/busy.py)
     with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
@@ -70,7 +68,7 @@ def main(cfg: GenerateConfig) -> None:
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
     if cfg.seed is None:
-        say(f"--seed {seed} makes the same text again")
+        say(f"For the same text again, add --seed {seed}")
     writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
     if cfg.interactive:
         interact(writer.answer)
@@ -155,7 +153,7 @@ class Writer:
         if self.page:
             drawn = f"temperature {cfg.temperature:g}, top-k {cfg.top_k}, top-p {cfg.top_p:g}, seed {self.generator.initial_seed()}"
             self.page.write(drawn if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
-            say(f"{cfg.html}: the page of this text")
+            say(f"Page of this text, for a browser: {cfg.html}")
 
 
 def interact(answer: Callable[[str], None]) -> None:

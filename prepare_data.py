@@ -44,14 +44,15 @@ from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
 from internals.files import locked, sha256, write_json, write_text, writing
-from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, shard_settings
+from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, print_result, shard_settings
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
+from internals.screen import command_to_train, given_command
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
 from internals.source_size import choose_by_size
 from internals.start import UserError
-from internals.text_files import LocalFiles, Source, counted, listed
+from internals.text_files import LocalFiles, Source
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes, tokenizer_name
 from internals.tokenizer_json import sha256_of
 from internals.tokenizer_training import sample_texts, train_tokenizer
@@ -78,7 +79,8 @@ def prepare(cfg: PrepareConfig) -> None:
         ):
             prepare_locked(cfg, data_dir)
     except KeyboardInterrupt as error:
-        raise UserError("stopped; the same command resumes here (with --overwrite, it starts again)") from error
+        again = given_command(without="--overwrite")
+        raise UserError(f"stopped; what is done is kept. Continue: {again}") from error
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
@@ -94,7 +96,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         for split in SPLITS:
             TokenStream.open(data_dir, split)  # raises if a shard has been damaged
         folder.delete_notes()
-        print(f"{data_dir} is finished: nothing to do (--overwrite starts again)")
+        print(f"{data_dir} is finished: nothing to do (--overwrite starts again)\nNext: {command_to_train(cfg)}")
         return
     folder.refuse_foreign(own_tokenizer=cfg.tokenizer not in NAMES)
     if not cfg.trained_size:
@@ -178,23 +180,6 @@ def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> s
     progress.save(path.with_name("progress.json"), cfg, source)
     write_text(path, text)
     return text
-
-
-def print_result(cfg: PrepareConfig, progress: Progress) -> None:
-    if progress.end == "max_tokens":
-        cut = f" inside a document of {progress.cut}" if progress.cut else ""
-        print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")
-    if progress.empty:
-        print(f"left out {progress.empty:,} articles without text")
-    if progress.repaired:
-        names = [f"{name} ({100 * bad / total:.2g}%)" for name, (bad, total) in progress.repaired_files.items()]
-        print(
-            f"replaced invalid Unicode with U+FFFD in {progress.repaired:,} articles of {counted(len(names), 'file')} "
-            f"(share of the characters): {listed(names, limit=10)}"
-        )
-    for name, split in progress.splits.items():
-        print(f"{name}: {split.tokens:,} tokens, {split.articles:,} articles, {split.bytes:,} bytes of text")
-    print(f"held out {100 * progress.held_out:.3g}% of the tokens (--val-fraction {cfg.held_out:g})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
 from internals.processes import LOST_PROCESS, is_lost_process, leave_processes
-from internals.report import RunLog, evaluation_line, startup, validation_row
+from internals.report import RunLog, already_finished, ending, startup, validation_row
 from internals.run import (
     Run,
     TrainState,
@@ -58,6 +58,7 @@ from internals.run import (
     save,
 )
 from internals.samples import printable
+from internals.screen import lines
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
 from internals.stopping import catch_signals
@@ -81,9 +82,7 @@ def train(cfg: TrainConfig) -> None:
         run = open_run(cfg, machine, saved)
     cfg, machine = run.cfg, run.machine
     if saved and run.resumed_at >= cfg.max_iters:
-        return machine.print(
-            f"The run in {cfg.out_dir} is finished ({run.resumed_at:,} iterations). --max-iters extends it."
-        )
+        return machine.print(already_finished(run))
 
     # 2. Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
@@ -100,7 +99,7 @@ def train(cfg: TrainConfig) -> None:
     machine.share_weights(model)
     machine.print(startup(run, state, compiling))
     for advice in sanity_advice(run, state):
-        machine.print(f"advice     {advice}")
+        machine.print(lines({"advice": advice}))
     if cfg.check:
         return preflight(run, state, forward, forward_backward, evaluate)
 
@@ -160,10 +159,7 @@ def train(cfg: TrainConfig) -> None:
             train_loss = sum(outcome.losses) / len(outcome.losses)
             log.iteration(train_loss, learning_rate, outcome.grad_norm, seconds)
 
-    if finished:
-        machine.print(f"Done. Best validation loss {state.best_val_loss:.4f}: {run.out_dir / 'best.pt'}")
-    else:
-        machine.print(f"Stopped after iteration {state.iter:,}, as asked. --resume continues from there.")
+    machine.print(ending(run, state))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,10 +263,9 @@ def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> N
     block_size = run.cfg.model.block_size
     best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
     state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
-    run.machine.print(
-        f"best.pt was chosen on {before * block_size:,} tokens of validation, not {len(run.val_windows) * block_size:,}; "
-        f"on these its loss is {state.best_val_loss:.4f}"
-    )
+    now = len(run.val_windows) * block_size
+    run.machine.print(f"best.pt was chosen on {before * block_size:,} tokens of validation, not {now:,};")
+    run.machine.print(f"on these its loss is {state.best_val_loss:.4f}")
 
 
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
@@ -301,7 +296,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         machine.print(notice)
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
-        name, iteration = cfg.init_from, 0
+        name = cfg.init_from
         tokenizer = read_tokenizer(cfg.data_dir, meta)
         sizes = dataclasses.replace(complete_config(cfg, meta, None).model, dropout=0.0)
         model = pretrained.initial_model(name, tokenizer, sizes)
@@ -309,17 +304,20 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)
         check_tokenizer(saved, cfg, meta, f"--eval-only: {name}")
-        iteration, model = saved["iter"], checkpoint.build_model(saved)
+        name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     cfg = with_batch_size(dataclasses.replace(cfg, model=model.config), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
-    machine.print(
-        f"{name} on {len(windows) * model.config.block_size:,} tokens of the validation split of {cfg.data_dir}, on "
-        f"{machine.name} in {machine.describe()['dtype']}"
-    )
-    machine.print(evaluation_line({"iter": iteration, **validation_row(val_loss, meta)}))
+    tokens, row = len(windows) * model.config.block_size, validation_row(val_loss, meta)
+    rows = {
+        "model": name,
+        "data": f"{cfg.data_dir}: {tokens:,} tokens of the validation split",
+        "device": f"{machine.name}, {machine.describe()['dtype']}",
+        "loss": f"{val_loss:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte",
+    }
+    machine.print(lines(rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

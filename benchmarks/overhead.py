@@ -132,7 +132,7 @@ def main() -> None:
             bare = bare_loop(cfg if count >= 0 else short, machine)
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 train.train(cfg if count >= 0 else short)
-            if "Done." not in out.getvalue():  # stopped by a signal, which train.py handles itself
+            if "Done in" not in out.getvalue():  # stopped by a signal, which train.py handles itself
                 sys.exit(130)
             ours = stopwatch.seconds()
             if count >= 0:

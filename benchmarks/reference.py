@@ -10,14 +10,17 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from common import REPO
 
 from config import TrainConfig
-from internals import checkpoint, report
+from internals import checkpoint, reference
 from internals.cli import with_preset
 from internals.files import write_json
+from internals.progress import describe
+from internals.report import Rows
 from internals.settings import differences
 from internals.start import UserError, run
 
@@ -26,16 +29,17 @@ from internals.start import UserError, run
 class Reference:
     out_dir: tyro.conf.Positional[str]  # of the finished run
     hardware: str  # what it ran on, in words
+    text: str = ""  # what it was trained on, in words; empty: what the checkpoint says of its source
 
 
 def git(*command: str) -> str:
     return subprocess.run(["git", *command], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def main() -> None:
-    args = tyro.cli(Reference, description=__doc__)
+def contents(args: Reference, commit: str) -> dict[str, Any]:
+    """What sample/PRESET.json records of the run."""
     last = checkpoint.load(Path(args.out_dir) / "last.pt")
-    settings = {name: value for name, value in last["config"].items() if name not in report.NOT_LEARNING}
+    settings = {name: value for name, value in last["config"].items() if name not in reference.NOT_LEARNING}
     preset = last["config"]["preset"]
     own = with_preset(TrainConfig, preset).settings()
     own["model"]["vocab_size"] = settings["model"]["vocab_size"]  # vocab_size follows from the data
@@ -47,23 +51,34 @@ def main() -> None:
         raise UserError(
             f"{args.out_dir}: this run is at iteration {last['iter']:,} of {settings['max_iters']:,}; finish it first"
         )
-    if git("status", "--porcelain", "--untracked-files=no"):
-        raise UserError("the working tree has uncommitted changes; commit them and train again")
-    rows = report.read_metrics(Path(args.out_dir) / "metrics.jsonl")
-    contents = {
+    rows = [row for row in Rows(Path(args.out_dir) / "metrics.jsonl", until=last["iter"]).rows if "val_loss" in row]
+    return {
         "preset": preset,
         "seed": last["config"]["seed"],
+        "text": args.text or describe(last["data"]["source"]),
         "hardware": f"{args.hardware}, {last['machine']['dtype']}, PyTorch {last['machine']['torch']}",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "HEAD"),
-        "tokens": {row["iter"]: row["tokens"] for row in rows if "val_loss" in row},
-        "val_loss": {row["iter"]: round(row["val_loss"], 4) for row in rows if "val_loss" in row},
+        "commit": commit,
+        "tokens": {row["iter"]: row["tokens"] for row in rows},
+        "val_loss": {row["iter"]: round(row["val_loss"], 4) for row in rows},
+        "bits_per_byte": {row["iter"]: round(row["bits_per_byte"], 4) for row in rows},
         "settings": settings,
         "data_sha256": last["data"]["sha256"],
     }
-    path = report.REFERENCES / f"{preset}.json"
-    write_json(path, contents)
-    print(f"{path}: {len(contents['val_loss'])} evaluations, the last {rows[-1]['val_loss']:.4f}")
+
+
+def main() -> None:
+    args = tyro.cli(Reference, description=__doc__)
+    if git("status", "--porcelain", "--untracked-files=no"):
+        raise UserError("the working tree has uncommitted changes; commit them and train again")
+    saved = contents(args, git("rev-parse", "HEAD"))
+    path = reference.REFERENCES / f"{saved['preset']}.json"
+    write_json(path, saved)
+    last = max(saved["val_loss"])
+    print(
+        f"{path}: {len(saved['val_loss'])} evaluations, the last {saved['val_loss'][last]:.4f} nats per token, "
+        f"{saved['bits_per_byte'][last]:.4f} bits per byte"
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from config import TrainConfig
 from internals.device import resolve_device, resolve_dtype
 from internals.processes import any_process, join_processes, place_among_processes
+from internals.screen import plural
 
 
 class Outcome(NamedTuple):
@@ -42,7 +43,7 @@ class Machine:
         """The GPU's name, or the kind of device and its threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({torch.get_num_threads()} threads)"
+        return f"{self.device.type} ({plural(torch.get_num_threads(), 'thread')})"
 
     @property
     def is_main(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from internals.device import held_by_others
 from internals.machine import Machine, OutOfMemoryElsewhere
+from internals.screen import plural
 from internals.start import UserError
 from model import GPT
 
@@ -59,7 +60,7 @@ class MicroBatch:
     def _shrink(self) -> None:
         smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
         self.machine.print(
-            f"Out of memory: micro-steps of {smaller} sequences from here on, not {self.size}; the same run."
+            f"Out of memory: micro-steps of {plural(smaller, 'sequence')} from here on, not {self.size}; the same run."
         )
         self.size = smaller
         self.model.zero_grad()

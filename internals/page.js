@@ -1,7 +1,6 @@
 "use strict"; // Shows what the element "data" holds. All text goes in as textContent, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const NAMES = { training: "training", validation: "validation", reference: "reference", rate: "learning rate" };
 
 function add(parent, name, attributes, text) {
   const node = document.createElementNS(parent.namespaceURI, name);
@@ -14,6 +13,7 @@ function add(parent, name, attributes, text) {
 
 const nearest = (points, iter) => points.reduce((a, b) => (Math.abs(b[0] - iter) < Math.abs(a[0] - iter) ? b : a));
 const round = (value) => (value < 0.01 ? value.toExponential(2) : value.toFixed(4));
+const UNITS = { plain: round, bits: (value) => `${(value * data.bits_per_nat).toFixed(3)} bits per byte` };
 
 function ticks(low, high, count) {
   const raw = (high - low) / count, unit = 10 ** Math.floor(Math.log10(raw));
@@ -25,7 +25,7 @@ function ticks(low, high, count) {
 function chart() {
   const svg = $("chart"), width = svg.clientWidth, height = svg.clientHeight;
   const left = 40, right = width - 56, top = 24, bottom = height - 38;
-  const names = Object.keys(NAMES).filter((name) => data.curve[name].length);
+  const names = Object.keys(data.names).filter((name) => data.curve[name].length);
   const losses = names.filter((name) => name !== "rate").flatMap((name) => data.curve[name]);
   const end = Math.max(1, ...losses.map((point) => point[0])), highest = Math.max(...losses.map((point) => point[1]));
   const lowest = Math.min(highest - 0.1, ...losses.map((point) => point[1]));
@@ -61,8 +61,8 @@ function chart() {
     add($("reading"), "li", {}, `iteration ${at.toLocaleString("en")}`);
     for (const name of names) {
       const [where, value] = nearest(data.curve[name], at), item = add($("reading"), "li", { class: name });
-      add(item, "i");
-      item.append(`${NAMES[name]} ${round(value)}` + (where === at ? "" : ` (at ${where.toLocaleString("en")})`));
+      const values = data.units[name].map((unit) => UNITS[unit](value)).join(", ");
+      add(item, "i").after(`${data.names[name]} ${values}` + (where === at ? "" : ` (at ${where.toLocaleString("en")})`));
     }
   };
   svg.onpointermove = (event) => chart.read(iterAt(event));

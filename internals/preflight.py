@@ -16,8 +16,9 @@ from internals.cli import with_preset
 from internals.device import cuda_obstacle, held_by_others, unused_card
 from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
-from internals.report import duration, lines, plural, size, utilisation
+from internals.report import utilisation
 from internals.run import Run, TrainState
+from internals.screen import about, duration, given_command, lines, plural, size
 from internals.shards import verify
 from internals.start import UserError
 from internals.windows import ValidationWindows
@@ -75,7 +76,7 @@ def preflight(
     free = free_disk(run.out_dir.absolute())
     if free < disk:
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
-    machine.print("All of this fits.")
+    machine.print(f"All of this fits.\nTrain: {given_command(without='--check')}")
 
 
 def measure(
@@ -148,14 +149,19 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     rate = cfg.tokens_per_iter / timing.iteration
     memory = peak_memory(run.machine)
     known = memory.peak and memory.total
+    speed = (
+        f"{rate:,.0f} tokens/s",
+        f"{timing.iteration:.2f} s an iteration",
+        f"{timing.evaluation:.1f} s an evaluation",
+        utilisation(rate, state.model.flops_per_token(), run.machine),
+    )
     rows = {
-        "speed": f"{rate:,.0f} tokens/s, {timing.iteration:.2f} s an iteration, an evaluation {timing.evaluation:.1f} s"
-        + utilisation(rate, state.model.flops_per_token(), run.machine),
+        "speed": ", ".join(filter(None, speed)),
         "memory": f"{size(memory.peak)} at the peak, of {size(memory.total)}"
         if known
         else "not measured on this device",
-        "time": f"{duration(timing.of_run(cfg))} for {cfg.max_iters:,} iterations and their evaluations",
-        "disk": f"{size(disk)} for checkpoints, a half of it only while one is written",
+        "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations",
+        "disk": f"{size(disk)} for checkpoints, half of it only while one is written",
     }
     if batch_size < run.batch_size:
         if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
@@ -176,9 +182,9 @@ def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
     flops = model.flops_per_token() * (cfg.max_iters - (run.resumed_at or 0)) * cfg.tokens_per_iter
     if cfg.check or cfg.device != "auto" or run.machine.device.type != "cpu" or flops <= UNASKED_FLOPS:
         return
-    obstacle, hours = cuda_obstacle(), flops / cpu_flops(run.machine.dtype) / 3600
+    obstacle, seconds = cuda_obstacle(), flops / cpu_flops(run.machine.dtype)
     raise UserError(
-        f"--device auto: no GPU, and on this CPU the run would take about {hours:,.0f} hours ({flops:.1e} floating-point "
+        f"--device auto: no GPU, and on this CPU the run would take about {about(seconds)} ({flops:.1e} floating-point "
         f"operations). {obstacle.found}; {obstacle.advice}. --device cpu trains here all the same"
     )
 
@@ -201,7 +207,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
         if seconds > LONG_SECONDS:
             iters = max(1, int(cfg.max_iters * LONG_SECONDS / 2 / seconds))
             advice.append(
-                f"about {seconds / 86_400:,.0f} days on this CPU; use a GPU, --preset demo, or about --max-iters {iters:,} "
+                f"about {about(seconds)} on this CPU; use a GPU, --preset demo, or about --max-iters {iters:,} "
                 "for half a day (--check measures it)"
             )
     if len(run.val_windows) < FEW_WINDOWS:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
 from internals.files import write_json
+from internals.screen import command_to_train, duration, wrap
 from internals.settings import differences
 from internals.shards import META_FORMAT
 from internals.start import UserError
-from internals.text_files import FEW_DOCUMENTS, Source, counted
+from internals.text_files import FEW_DOCUMENTS, Source, counted, listed
 from internals.tokenizer import given_tokenizer, is_json
 from internals.tokenizer_json import sha256_of
 
@@ -190,7 +191,11 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
 def describe(source: dict[str, Any]) -> str:
     if source["kind"] == "hub":
         return f"{source['repository']} {source['config']}, revision {source['revision']}"
-    what = "the sample" if source["kind"] == "sample" else f"{source['files']} files of {source['bytes']:,} bytes"
+    what = (
+        "the sample"
+        if source["kind"] == "sample"
+        else f"{counted(source['files'], 'file')} of {source['bytes']:,} bytes"
+    )
     return f"{what}, SHA-256 {source['sha256'][:8]}"
 
 
@@ -232,7 +237,7 @@ class Display:
             disk += self.needed_for_downloads(passing - self.source.bytes_on_disk)
             text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
         free = shutil.disk_usage(self.cfg.data_dir).free
-        tqdm.write(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free")
+        tqdm.write(wrap(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free"))
         if disk > free:
             fits = int(self.progress.tokens + 0.8 * free / 2)
             raise UserError(
@@ -254,6 +259,19 @@ class Display:
         return 0
 
 
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"
+def print_result(cfg: PrepareConfig, progress: Progress) -> None:
+    """What the finished folder holds, what was left out, and the command that comes next."""
+    if progress.end == "max_tokens":
+        cut = f" inside a document of {progress.cut}" if progress.cut else ""
+        print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")
+    if progress.empty:
+        print(f"left out {counted(progress.empty, 'article')} without text")
+    if progress.repaired:
+        names = [f"{name} ({100 * bad / total:.2g}%)" for name, (bad, total) in progress.repaired_files.items()]
+        where = f"{counted(progress.repaired, 'article')} of {counted(len(names), 'file')}"
+        text = f"replaced invalid Unicode with U+FFFD in {where} (share of the characters): {listed(names, limit=10)}"
+        print(wrap(text, indent="  "))
+    for name, split in progress.splits.items():
+        print(f"{name}: {split.tokens:,} tokens, {counted(split.articles, 'article')}, {split.bytes:,} bytes of text")
+    print(f"held out {100 * progress.held_out:.3g}% of the tokens (--val-fraction {cfg.held_out:g})")
+    print(f"Next: {command_to_train(cfg)}")

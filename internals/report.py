@@ -1,10 +1,9 @@
-"""What a run tells: the start-up summary, metrics.jsonl, samples.jsonl, loss.png, run.html, a reference run beside it."""
+"""What a run tells: the start-up summary, evaluations, metrics.jsonl, samples.jsonl, loss.png, run.html, its end."""
 
 import contextlib
 import json
 import math
 import os
-import textwrap
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -19,71 +18,34 @@ from internals.cli import with_preset
 from internals.device import PEAK_FLOPS
 from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
-from internals.run import Run, TrainState, describe_data
+from internals.reference import Reference, bits_per_nat, find_reference
+from internals.run import Run, TrainState
 from internals.run_page import run_page
 from internals.samples import printable, sample_row
+from internals.screen import (
+    TrainingBar,
+    command,
+    command_to_generate,
+    duration,
+    evaluation_line,
+    launcher,
+    lines,
+    plural,
+    wrap,
+)
 from internals.settings import differences
 from internals.start import first_line
 from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
 
-REFERENCES = Path(__file__).resolve().parents[1] / "sample"
-# Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
-# it a little, and a reference has one seed.
-NOT_LEARNING = {
-    *NOT_SETTINGS, "device", "dtype", "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval",
-    "sample_prompt", "seed", "tracker",
-}  # fmt: skip
-
-
-def lines(rows: dict[str, str]) -> str:
-    """Rows of a name and a text, one below the other."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1,024 as GPU makers count memory."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def plural(count: int, noun: str, ending: str = "s") -> str:
-    return f"{count:,} {noun}{ending if count != 1 else ''}"
-
 
 def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
-    """The loss in three units. The bytes of a token are the mean of the whole validation split."""
-    split = meta["splits"]["val"]
+    """The loss in three units."""
     return {
         "val_loss": val_loss,
         "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more; a run that diverged may ask for it
-        "bits_per_byte": val_loss / math.log(2) * split["tokens"] / split["bytes"],
+        "bits_per_byte": val_loss * bits_per_nat(meta),
     }
-
-
-def find_reference(cfg: TrainConfig, data_sha256: str) -> dict[str, Any] | None:
-    """The reference run of this preset (`benchmarks/reference.py` writes it), if `cfg` is the same run on the same data.
-
-    Its "val_loss" gives the losses by iteration.
-    """
-    path = REFERENCES / f"{cfg.preset}.json"
-    if not path.exists():
-        return None
-    reference = json.loads(path.read_text(encoding="utf-8"))
-    reference["val_loss"] = {int(iter): loss for iter, loss in reference["val_loss"].items()}  # JSON's keys are texts
-    changed = differences(reference["settings"], cfg.settings(), TrainConfig().settings())
-    same = changed.keys() <= NOT_LEARNING and data_sha256 == reference["data_sha256"]
-    return reference if same else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,21 +62,21 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         share = f"{plural(cfg.sequences_per_process(machine.processes), 'sequence')} a process"
         smaller = f" (batch_size {cfg.batch_size} -> {run.batch_size}: it must divide the {share})"
     tokens = state.tokens + (cfg.max_iters - state.iter) * cfg.tokens_per_iter
-    warmup = f"{cfg.warmup:,} iterations"
+    warmup = plural(cfg.warmup, "iteration")
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
     dtype = str(machine.dtype).removeprefix("torch.")
     return {
         "device": f"{machine.name}, {dtype} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
-        f"embeddings ({model.n_layer} layers, {model.n_head} heads, {model.n_embd} dimensions, context "
-        f"{model.block_size})",
-        "data": f"{cfg.data_dir}: {train['tokens']:,} tokens of {train['articles']:,} articles to train on, "
+        f"embeddings ({plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, {model.n_embd} dimensions, "
+        f"context {model.block_size})",
+        "data": f"{cfg.data_dir}: {train['tokens']:,} tokens of {plural(train['articles'], 'article')} to train on, "
         f"{len(run.val_windows) * model.block_size:,} to evaluate on; tokenizer {tokenizer_name(run.tokenizer)}, "
         f"{model.vocab_size:,} tokens",
         "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
-        "run": f"{cfg.max_iters:,} iterations, {tokens:,} tokens, "
+        "run": f"{plural(cfg.max_iters, 'iteration')}, {tokens:,} tokens, "
         f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
         **({"chosen": "; ".join(run.chosen)} if run.chosen else {}),
     }
@@ -123,11 +85,10 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
 def startup(run: Run, state: TrainState, compiling: str) -> str:
     """The start-up summary."""
     cfg, rows = run.cfg, summary(run, state)
-    rows["device"] += f", compile {compiling}"
+    rows = {"device": rows.pop("device"), "compile": compiling, **rows}
     rows["output"] = cfg.out_dir
-    if reference := find_reference(cfg, describe_data(run.meta)["sha256"]):
-        where = f"{reference['hardware']}, seed {reference['seed']}, {reference['date']}"
-        rows["reference"] = f"this run on {where}: its losses beside yours"
+    if reference := find_reference(cfg, run.meta):
+        rows["reference"] = reference.summary
     if run.resumed_at is not None:
         changes = f"; changed: {', '.join(run.changes)}" if run.changes else ""
         rows["resuming"] = f"at iteration {run.resumed_at:,}{changes}"
@@ -145,6 +106,31 @@ def page_facts(run: Run, state: TrainState) -> dict[str, str]:
     }
 
 
+def ending(run: Run, state: TrainState) -> str:
+    """What a run says when it stops: finished or not, what it made, and the command that comes next."""
+    cfg = run.cfg
+    if state.iter < cfg.max_iters:
+        return f"Stopped at iteration {state.iter:,}, all saved.\n{continuing(cfg, 'Continue')}"
+    best = state.best_val_loss
+    bits = f"{best * bits_per_nat(run.meta):.2f} bits/byte"
+    return (
+        f"Done in {duration(state.seconds)} of training. Best validation loss {best:.3f} ({bits}).\n"
+        f"Model: {run.out_dir / 'best.pt'}\nCurves: {run.out_dir / 'loss.png'}\nPage: {run.out_dir / 'run.html'}\n"
+        f"Try: {command_to_generate(str(run.out_dir / 'best.pt'), cfg)}"
+    )
+
+
+def already_finished(run: Run) -> str:
+    words = f"The run in {run.cfg.out_dir} is finished ({plural(run.resumed_at, 'iteration')})."
+    return f"{wrap(words)}\n{continuing(run.cfg, 'Extend it', max_iters=2 * run.resumed_at)}"
+
+
+def continuing(cfg: TrainConfig, verb: str, **changes: Any) -> str:
+    """The command that resumes a run. It needs the folder alone: last.pt has the settings and the place of the data."""
+    others = " (on each machine with its own --node-rank)" if "--node-rank" in launcher() else ""
+    return f"{verb}{others}: {command('train.py', cfg.preset, out_dir=cfg.out_dir, resume=True, **changes)}"
+
+
 def page_status(cfg: TrainConfig, row: dict[str, Any], running: bool) -> str:
     """How far a run is at this row of metrics.jsonl."""
     text = f"iteration {row['iter']:,} of {cfg.max_iters:,} · {duration(row['seconds'])} of training"
@@ -158,7 +144,7 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine
     """Model FLOPs utilisation (PaLM, Chowdhery et al., 2022): the share of the GPU's peak rate that training uses."""
     if machine.name not in PEAK_FLOPS or machine.dtype.itemsize != 2:
         return ""
-    return f", MFU {tokens_per_second * flops_per_token / (PEAK_FLOPS[machine.name] * machine.processes):.0%}"
+    return f"MFU {tokens_per_second * flops_per_token / (PEAK_FLOPS[machine.name] * machine.processes):.0%}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,8 +161,7 @@ class RunLog:
 
     def __init__(self, run: Run, state: TrainState):
         self.run, self.cfg, self.machine, self.state = run, run.cfg, run.machine, state
-        reference = find_reference(run.cfg, describe_data(run.meta)["sha256"])
-        self.reference: dict[int, float] = reference["val_loss"] if reference else {}
+        self.reference = find_reference(run.cfg, run.meta)
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
@@ -192,8 +177,7 @@ class RunLog:
             self.tracker.open(run, self.metrics.rows)
             if run.resumed_at is not None:  # the run may have been killed before it wrote the page
                 self._write_page(running=True)
-        quiet = None if self.machine.is_main else True  # None: quiet if there is no terminal
-        self.bar = tqdm(total=run.cfg.max_iters, initial=state.iter, unit="it", disable=quiet)
+        self.bar = TrainingBar(run.cfg, state.iter, self.machine.is_main)
 
     def iteration(self, train_loss: float, learning_rate: float, grad_norm: float, seconds: float) -> None:
         """Take in an iteration, and move the progress bar."""
@@ -202,9 +186,7 @@ class RunLog:
         self.row_seconds += seconds
         self.row_tokens += self.cfg.tokens_per_iter
         rate = self.cfg.tokens_per_iter / seconds
-        shown = f"{rate:,.0f}" + utilisation(rate, self.flops_per_token, self.machine)
-        self.bar.set_postfix({"loss": f"{train_loss:.3f}", "lr": f"{learning_rate:.1e}", "tok/s": shown}, refresh=False)
-        self.bar.update()
+        self.bar.iteration(train_loss, rate, utilisation(rate, self.flops_per_token, self.machine), seconds)
 
     def write_row(self, state: TrainState, evaluated: bool) -> None:
         """Add a row to metrics.jsonl; with the validation loss if this iteration was evaluated."""
@@ -240,11 +222,14 @@ class RunLog:
         if not self.machine.is_main:
             return
         row = self.metrics.rows[-1]
-        tqdm.write(evaluation_line(row, best, self.reference.get(row["iter"])))
+        reference = self.reference.beside(row["iter"]) if self.reference else ""
+        tqdm.write(evaluation_line(row, self.cfg.max_iters, best, reference))
         if self.sample:
-            tqdm.write(textwrap.indent(printable(self.sample).strip(), "    "))  # an untrained model writes any byte
+            sample = printable(self.sample).strip()  # an untrained model writes any byte
+            tqdm.write("\n".join(wrap(line, "    ", "    ") for line in sample.split("\n")))
         self._attempt("loss.png", lambda: plot(self.metrics.rows, self.run.out_dir / "loss.png", self.reference))
         self._write_page(running=True)
+        self.bar.evaluated()
 
     def close(self) -> None:
         self.flush()
@@ -341,18 +326,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("iter"), int) else None
 
 
-def evaluation_line(row: dict[str, Any], best: bool = False, reference: float | None = None) -> str:
-    """An evaluation in one line. `row` is one of metrics.jsonl; `train_loss` may be missing."""
-    text = f"iteration {row['iter']:,}: validation loss {row['val_loss']:.4f} nats per token, perplexity "
-    text += f"{row['perplexity']:,.2f}, {row['bits_per_byte']:.4f} bits per byte"
-    if row.get("train_loss") is not None:
-        text += f"; training loss {row['train_loss']:.4f}"
-    if reference is not None:
-        text += f"; reference {reference:.4f}"
-    return text + (" (best so far)" if best else "")
-
-
-def plot(rows: list[dict[str, Any]], path: Path, reference: dict[int, float]) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, reference: Reference | None) -> None:
     """Draw the losses and the learning rate over iterations (lower axis) and tokens (upper axis)."""
     # Jupyter and Colab leave the name of a backend here, which matplotlib may not find; a Figure needs none
     backend = os.environ.pop("MPLBACKEND", None)
@@ -384,9 +358,9 @@ def plot(rows: list[dict[str, Any]], path: Path, reference: dict[int, float]) ->
         label="validation",
     )
     if reference:
-        axes.plot(
-            list(reference), list(reference.values()), color="tab:red", linestyle="--", alpha=0.5, label="reference"
-        )
+        label = reference.label if reference.same_text else f"{reference.label} (at equal bits per byte)"
+        x, y = list(reference.losses), list(reference.losses.values())
+        axes.plot(x, y, color="tab:red", linestyle="--", alpha=0.5, label=label)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as file:

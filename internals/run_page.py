@@ -6,9 +6,15 @@ from typing import Any
 
 from internals import html_page
 from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
+from internals.reference import Reference, bits_per_nat
 from internals.run import Run
 
+NAMES = {"training": "training", "validation": "validation", "rate": "learning rate"}  # of the curves
+UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
 POINTS = 2_000  # of the training curve, at most
+
+OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared in bits per byte alone, and is drawn
+where this run's validation loss has as many."""
 
 BODY = """<header><h1>{title}</h1>
 <p class="status"><b>{state}</b> {status}</p></header>
@@ -18,7 +24,7 @@ BODY = """<header><h1>{title}</h1>
 <ul id="reading" aria-live="polite"></ul>
 <p class="note">The loss is the mean surprise at the next token, in nats: training measures it on the text of the step,
 validation on text that the model never trains on. A guess among all {vocab_size:,} tokens would have {blind:.2f}; lower is
-better.</p>
+better.{reference}</p>
 <p class="note">The learning rate is how far each step moves the weights. It rises at first, when gradients are large and
 erratic, and then falls, so that the model settles.</p></section>
 <section class="slider"><output id="label" for="slider"></output>
@@ -40,7 +46,7 @@ def run_page(
     status: str,
     rows: list[dict[str, Any]],
     samples: list[dict[str, Any]],
-    reference: dict[int, float],
+    reference: Reference | None,
     running: bool,
 ) -> str:
     """The page of a run.
@@ -49,7 +55,7 @@ def run_page(
         facts: names and texts for the head of the page.
         status: how far the run is, in words.
         rows, samples: of metrics.jsonl and samples.jsonl; at least one row.
-        reference: losses of the reference run by iteration, or nothing.
+        reference: the reference run, if there is one.
         running: whether training goes on after this; the page then reloads itself.
     """
     title = run.out_dir.resolve().name
@@ -58,6 +64,9 @@ def run_page(
         "running": running and not finished,
         "scale": round(math.log2(run.cfg.model.vocab_size), 3),
         "curve": curve(rows, reference),
+        "names": {**NAMES, "reference": reference.label if reference else ""},
+        "units": {**UNITS, "reference": ["plain", "bits"] if reference and reference.same_text else ["bits"]},
+        "bits_per_nat": round(bits_per_nat(run.meta), 5),
         "views": [{"label": f"iteration {row['iter']:,}", **row} for row in samples],
     }
     body = BODY.format(
@@ -71,6 +80,7 @@ def run_page(
         prompt=f"the prompt “{html.escape(run.cfg.sample_prompt)}”"
         if run.cfg.sample_prompt
         else "the beginning of an article",
+        reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         legend=LEGEND,
         surprise=SURPRISE,
         bits_per_byte=BITS_PER_BYTE,
@@ -78,13 +88,13 @@ def run_page(
     return html_page.render(f"{title}: a training run", body, data)
 
 
-def curve(rows: list[dict[str, Any]], reference: dict[int, float]) -> dict[str, list[list[float]]]:
+def curve(rows: list[dict[str, Any]], reference: Reference | None) -> dict[str, list[list[float]]]:
     """`[iteration, value]` for each curve; of a long training curve every second, third, ... point."""
     steps = [row for row in rows if row.get("train_loss") is not None]
     steps = steps[:: math.ceil(len(steps) / POINTS) or 1]
     return {
         "training": [[row["iter"], round(row["train_loss"], 4)] for row in steps],
         "validation": [[row["iter"], round(row["val_loss"], 4)] for row in rows if "val_loss" in row],
-        "reference": [[iter, round(loss, 4)] for iter, loss in reference.items()],
+        "reference": [[iter, round(loss, 4)] for iter, loss in (reference.losses if reference else {}).items()],
         "rate": [[row["iter"], row["learning_rate"]] for row in steps],
     }

@@ -5,7 +5,6 @@ run(main)    the command itself: a foreseen problem ends in one line and exit st
 """
 
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -65,6 +64,8 @@ def begin() -> None:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # an exception may be lost in a library's import
         signal.signal(signal.SIGINT, stop_at_once)
     open_closed_streams()
+    if os.environ.get("NO_COLOR"):
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro colours --help and mistakes
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # PyTorch reads it when it is imported
 
@@ -83,7 +84,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (it stays open)
 
 
-class Forgiving(io.TextIOBase):
+class Forgiving:
     """A stream whose failures cost nothing but its text: a terminal that is gone, a reader that left, a full disk.
 
     The first failure is said on the `other` stream. From then on the text is dropped.

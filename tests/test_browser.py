@@ -121,7 +121,9 @@ def test_values_can_be_read_off_the_curves(browser, run):  # noqa: F811
     text = browser.run("reading.innerText")
     row = next(row for row in metrics if f"iteration {row['iter']}\n" in text + "\n")
     assert abs(row["iter"] - 10) <= 1
-    assert f"training {row['train_loss']:.4f}" in text and f"validation {metrics[8]['val_loss']:.4f} (at 8)" in text
+    loss, bits = metrics[8]["val_loss"], metrics[8]["bits_per_byte"]
+    assert f"training {row['train_loss']:.4f}" in text
+    assert f"validation {loss:.4f}, {bits:.3f} bits per byte (at 8)" in text
 
 
 def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -323,9 +324,8 @@ def test_ctrl_c(tmp_path, seconds):
     os.killpg(process.pid, signal.SIGINT)  # like a terminal
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert stderr.strip().splitlines() == [
-        "error: stopped; the same command resumes here (with --overwrite, it starts again)"
-    ]
+    words = shlex.join(["prepare_data.py", *map(str, command(tmp_path / "out", tmp_path / "a.parquet")[1:])])
+    assert stderr.strip().splitlines() == [f"error: stopped; what is done is kept. Continue: python {words}"]
 
 
 def wait_for(path, process):

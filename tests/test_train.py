@@ -26,7 +26,7 @@ from conftest import REPO, assert_user_error, run_script, write_data
 import config
 import train
 from config import ModelConfig, TrainConfig
-from internals import checkpoint, report
+from internals import checkpoint, reference, report
 from internals.machine import make_machine
 from internals.run import Run, TrainState
 from internals.start import UserError
@@ -107,19 +107,21 @@ def straight(data_dir, tmp_path_factory) -> Path:
 
 def test_a_reference_of_the_same_run_is_shown_beside_it(data_dir, tmp_path, straight, monkeypatch, capsys):
     saved = checkpoint.load(straight / "last.pt")
-    settings = {name: value for name, value in saved["config"].items() if name not in report.NOT_LEARNING}
+    settings = {name: value for name, value in saved["config"].items() if name not in reference.NOT_LEARNING}
     run = {"settings": settings, "data_sha256": saved["data"]["sha256"], "val_loss": {"8": 1.25, "20": 1.0}}
     run |= {"hardware": "a pocket calculator", "seed": 1, "date": "2026-01-01"}
-    monkeypatch.setattr(report, "REFERENCES", tmp_path)
+    monkeypatch.setattr(reference, "REFERENCES", tmp_path)
     (tmp_path / "wikipedia.json").write_text(json.dumps(run))
     train.train(tiny(data_dir, tmp_path / "same", seed=2))
     out = capsys.readouterr().out
     assert "this run on a pocket calculator, seed 1" in out
-    shown = {line.split(":")[0]: "; reference " in line for line in out.splitlines() if ": validation loss" in line}
-    assert shown == {"iteration 0": False, "iteration 8": True, "iteration 16": False, "iteration 20": True}
+    shown = {
+        line.split("/")[0].strip(): line.partition("reference ")[2] for line in out.splitlines() if "  val " in line
+    }
+    assert shown == {"0": "", "8": "1.250", "16": "", "20": "1.000"}
     train.train(tiny(data_dir, tmp_path / "other", learning_rate=2e-2))
     out = capsys.readouterr().out
-    assert "; reference " not in out and "pocket calculator" not in out
+    assert "reference " not in out and "pocket calculator" not in out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def test_a_signal_saves_and_resuming_equals_uninterrupted(
         train.train(tiny(data_dir, tmp_path))
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == it + 1
     if it < 19:
-        assert f"Stopped after iteration {it + 1}" in capsys.readouterr().out
+        assert f"Stopped at iteration {it + 1}, all saved.\nContinue: python train.py " in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train.train(tiny(data_dir, tmp_path, resume=True))
     assert_same_end(tmp_path, straight)
@@ -240,7 +242,9 @@ def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path
     capsys.readouterr()
     for again in ({"resume": True}, {"auto_resume": True}):
         train.train(tiny(data_dir, tmp_path, max_iters=6, **again))
-        assert "is finished (6 iterations)" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "is finished (6 iterations). Extend it: python train.py " in " ".join(out.split())
+        assert out.endswith("--resume --max-iters 12\n")
         assert (tmp_path / "last.pt").read_bytes() == before
     train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True))
     out = capsys.readouterr().out
@@ -358,7 +362,7 @@ def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
 def test_evaluating_does_not_check_what_only_training_needs(data_dir, tmp_path, straight, capsys):
     cfg = tiny(data_dir, straight, eval_only=True, batch_size=7)  # 128 tokens are no multiple of 7 windows
     train.train(cfg)
-    assert "validation loss" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
     short = write_data(tmp_path / "short", train_tokens=10)  # too few to train on
     train.train(tiny(short, straight, eval_only=True))
 
@@ -686,7 +690,7 @@ def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     capsys.readouterr()
     train.train(tiny(data_dir, tmp_path / "little", **run))
     out = capsys.readouterr().out
-    assert out.count("Out of memory") == 2 and "micro-steps of 1 sequences from here on, not 2" in out
+    assert out.count("Out of memory") == 2 and "micro-steps of 1 sequence from here on, not 2" in out
     enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
     # The biases of keys cancel in the softmax: their gradient is rounding alone, which Adam blows up to 1e-5 or so.
     torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
@@ -718,7 +722,7 @@ def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, mon
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
     train.train(tiny(data_dir, tmp_path, compile="on"))
-    assert "compile off, since it failed here (RuntimeError: no compiler)\n" in capsys.readouterr().out
+    assert "compile    off, since it failed here (RuntimeError: no compiler)\n" in capsys.readouterr().out
     assert_same_end(tmp_path, straight)
 
 
@@ -746,7 +750,7 @@ def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
     compile = torch.compile  # by its front half alone: no compiler of machine code is needed
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
     train.train(tiny(data_dir, tmp_path, compile="on"))
-    assert "compile on\n" in capsys.readouterr().out
+    assert "compile    on\n" in capsys.readouterr().out
     assert_same_end(tmp_path, straight)
     assert all(name.startswith("transformer.") for name in checkpoint.load(tmp_path / "last.pt")["model"])
 
@@ -759,14 +763,15 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     files = {path: path.read_bytes() for path in straight.iterdir()}
     train.train(tiny(data_dir, straight, check=True))
     out = capsys.readouterr().out
-    for words in ("device", "float32", "compile off", "parameters", "2 micro-steps", "epochs", "at the peak", "tokens/s",
-                  "for 20 iterations", "for checkpoints", "All of this fits."):  # fmt: skip
+    for words in ("device", "float32", "compile    off", "parameters", "2 micro-steps", "epochs", "at the peak", "tokens/s",
+                  "for 20 iterations", "for checkpoints", "All of this fits.\nTrain: python "):  # fmt: skip
         assert words in out
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
-    what, line = capsys.readouterr().out.splitlines()
-    assert line == report.evaluation_line({**best, "train_loss": None})
-    assert "best.pt on 256 tokens of the validation split" in what and "float32" in what
+    model, *data, device, loss = capsys.readouterr().out.splitlines()
+    assert model.startswith("model ") and model.endswith(f"best.pt, iteration {best['iter']}")
+    assert "256 tokens of the validation split" in " ".join(map(str.strip, data)) and device.endswith("float32")
+    assert loss.endswith(f"  {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte")
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
@@ -780,6 +785,7 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
         little_memory(patch, 2)
         train.train(tiny(data_dir, tmp_path, check=True))
         out = capsys.readouterr().out
+        out = " ".join(out.split())
         assert "--batch-size 4 does not fit, 2 does" in out
         assert os.name == "nt" or "the attempts that did not fit are counted, too" in out
         little_memory(patch, 0)
@@ -1011,7 +1017,7 @@ def test_a_run_outlives_its_terminal(data_dir, tmp_path, ignored):
 def test_a_backend_of_a_notebook_is_no_obstacle_to_the_curves(tmp_path, backend):
     code = (
         "import sys; from pathlib import Path; from internals.report import plot\n"
-        "plot([{'iter': 0, 'tokens': 0, 'train_loss': None, 'val_loss': 5.0}], Path(sys.argv[1]), {})"
+        "plot([{'iter': 0, 'tokens': 0, 'train_loss': None, 'val_loss': 5.0}], Path(sys.argv[1]), None)"
     )
     result = run_script("-c", code, tmp_path / "loss.png", env={**os.environ, "MPLBACKEND": backend})
     assert result.returncode == 0, result.stderr

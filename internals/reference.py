@@ -1,0 +1,78 @@
+"""The reference run of a preset: sample/PRESET.json, written by benchmarks/reference.py and shown beside your run."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import NOT_SETTINGS, TrainConfig
+from internals.run import describe_data
+from internals.screen import short_loss
+from internals.settings import differences
+
+REFERENCES = Path(__file__).resolve().parents[1] / "sample"
+# Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
+# it a little, and a reference has one seed.
+NOT_LEARNING = {
+    *NOT_SETTINGS, "device", "dtype", "compile", "batch_size", "log_interval", "eval_interval", "checkpoint_interval",
+    "sample_prompt", "seed", "tracker",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run with the settings of this one, on the same text or on another."""
+
+    losses: dict[int, float]  # by iteration, in nats per token; those of another text as nats of equal bits per byte
+    bits_per_byte: dict[int, float]
+    same_text: bool
+    description: str  # of that run: its text, machine, seed and date
+
+    @property
+    def label(self) -> str:
+        return "reference" if self.same_text else "reference, other articles"
+
+    @property
+    def summary(self) -> str:
+        """What stands beside the evaluations, for the start-up summary."""
+        if self.same_text:
+            return f"this run on {self.description}: its losses beside yours"
+        return f"these settings on {self.description}: its bits per byte beside yours, which are of other articles"
+
+    def beside(self, iter: int) -> str:
+        """The reference at an iteration, for the line of an evaluation. Only bits per byte compare two texts."""
+        if iter not in self.losses:
+            return ""
+        figure = short_loss(self.losses[iter]) if self.same_text else f"{self.bits_per_byte[iter]:.2f}"
+        return f"{self.label} {figure}"
+
+
+def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
+    """The reference of this preset, if every setting that decides how the loss falls is the same. `meta` is the data's."""
+    path = REFERENCES / f"{cfg.preset}.json"
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if differences(saved["settings"], cfg.settings(), TrainConfig().settings()).keys() - NOT_LEARNING:
+        return None
+    same_text, scale = saved["data_sha256"] == describe_data(meta)["sha256"], bits_per_nat(meta)
+    losses, bits = (by_iteration(saved.get(name, {})) for name in ("val_loss", "bits_per_byte"))
+    if same_text:
+        bits = {iter: loss * scale for iter, loss in losses.items()}
+    else:
+        losses = {iter: value / scale for iter, value in bits.items()}
+    text = f"{saved['text']}, " if saved.get("text") and not same_text else ""
+    description = f"{text}{saved['hardware']}, seed {saved['seed']}, {saved['date']}"
+    return Reference(losses, bits, same_text, description) if losses else None
+
+
+def bits_per_nat(meta: dict[str, Any]) -> float:
+    """Bits per byte of a loss of one nat per token. The bytes of a token are the mean of the whole validation split."""
+    split = meta["splits"]["val"]
+    return split["tokens"] / split["bytes"] / math.log(2)
+
+
+def by_iteration(values: dict[str, float]) -> dict[int, float]:
+    """JSON's keys are texts."""
+    return {int(iter): value for iter, value in values.items()}

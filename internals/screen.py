@@ -1,0 +1,227 @@
+"""Words on the screen: numbers and durations, lines of at most 80 columns, the progress bar, the next command to type."""
+
+import os
+import shlex
+import statistics
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
+from internals.cli import with_preset
+
+REPO = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
+}
+PROMPT = "The history of"  # where a command needs one and the run has none
+WIDTH = 80  # columns, of what is printed once; the bar follows the terminal
+NAMES = 9  # columns of the names in a summary: "iteration", "reference"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers and lines
+
+
+def plural(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count:,} {noun}{ending if count != 1 else ''}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{plural(days, 'day')} {hours} h"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def about(seconds: float) -> str:
+    """A long duration that is only roughly known."""
+    days = round(seconds / 86_400)
+    return plural(days, "day") if days > 1 else plural(round(seconds / 3600), "hour")
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,024 as GPU makers count memory."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def short_loss(loss: float) -> str:
+    """A loss in five characters, four of them digits: 2.330, 10.83, 260.3. What diverged: 1.2e+07."""
+    return f"{loss:.3g}" if loss >= 1000 else f"{loss:.{3 - (loss >= 10) - (loss >= 100)}f}"
+
+
+def short_rate(tokens_per_second: float) -> str:
+    rate = tokens_per_second
+    return f"{rate / 1e6:.2f} M tokens/s" if rate >= 1e6 else f"{rate:,.0f} tokens/s"
+
+
+def wrap(text: str, first: str = "", indent: str = "") -> str:
+    """A text in lines of at most 80 columns, broken at spaces alone: a number, a path or a flag stays whole."""
+    lines = textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
+    return "\n".join(lines)
+
+
+def lines(rows: dict[str, str]) -> str:
+    """Rows of a name and a text, one below the other. What is longer than a line continues below the text."""
+    return "\n".join(wrap(text, f"{name:<{NAMES}}  ", " " * (NAMES + 2)) for name, text in rows.items())
+
+
+def evaluation_line(row: dict[str, Any], max_iters: int, best: bool = False, reference: str = "") -> str:
+    """An evaluation in one line: `100/600  val 2.330  3.36 bits/byte (best)  train 2.370  reference 2.330`.
+
+    Args:
+        row: of metrics.jsonl. The training loss is missing at iteration 0, and left out where the line has no room for it.
+        reference: the reference run at this iteration, in words.
+    """
+    total = f"{max_iters:,}"
+    beginning = [
+        f"{row['iter']:>{len(total)},}/{total}",
+        f"val {short_loss(row['val_loss'])}",
+        f"{row['bits_per_byte']:.2f} bits/byte {'(best)' if best else '      '}",
+    ]
+    loss = row.get("train_loss")
+    training = [] if loss is None else [f"train {short_loss(loss)}"]
+    end = [reference] if reference else []
+    line = "  ".join([*beginning, *training, *end]).rstrip()
+    return line if len(line) <= WIDTH else "  ".join([*beginning, *end]).rstrip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The progress bar of a run
+
+
+class TrainingBar:
+    """`100/600 |███▌           | loss 2.330  11,873 tokens/s  MFU 45%  1 min 20 s left`, on a terminal alone.
+
+    The time left is that of the remaining iterations, by the median of the last ones, and of the remaining evaluations, by
+    the last one. So neither the first iteration, which may compile, nor a pause of the machine misleads it for long.
+    """
+
+    def __init__(self, cfg: TrainConfig, iter: int, is_main: bool):
+        self.cfg, self.iter = cfg, iter
+        self.recent: deque[float] = deque(maxlen=50)  # seconds of iterations
+        self.evaluation_seconds, self.iterated = 0.0, time.perf_counter()
+        # None: only where stderr is a terminal. Some terminals claim to have no rows, and tqdm would then show nothing
+        hidden = None if is_main else True
+        self.bar = tqdm(total=cfg.max_iters, initial=iter, disable=hidden, bar_format=" ", nrows=24)
+
+    def iteration(self, loss: float, tokens_per_second: float, utilisation: str, seconds: float) -> None:
+        """Move on by an iteration that took `seconds`."""
+        self.iter, self.iterated = self.iter + 1, time.perf_counter()
+        if self.bar.disable:
+            return
+        self.recent.append(seconds)
+        left = f"{duration(self.seconds_left())} left"
+        loss_text, rate = f"loss {short_loss(loss)}", short_rate(tokens_per_second)
+        total = f"{self.cfg.max_iters:,}"
+        head = f"{self.iter:>{len(total)},}/{total}"
+        self.bar.ncols = terminal_width() - 1  # in the last column some terminals begin a new line
+        for fields in ([loss_text, rate, utilisation, left], [loss_text, rate, left], [loss_text, left], [loss_text]):
+            text = "  ".join(filter(None, fields))
+            if len(f"{head} |***| {text}") <= self.bar.ncols:
+                break
+        self.bar.bar_format = f"{head} |{{bar}}| {text}"
+        self.bar.update()
+
+    def evaluated(self) -> None:
+        """An evaluation, with its sample, pictures and checkpoints, ends now. It began after the last iteration."""
+        self.evaluation_seconds = time.perf_counter() - self.iterated
+
+    def seconds_left(self) -> float:
+        left = self.cfg.max_iters - self.iter
+        evaluations = -(-self.cfg.max_iters // self.cfg.eval_interval) - self.iter // self.cfg.eval_interval
+        return statistics.median(self.recent) * left + self.evaluation_seconds * evaluations * (left > 0)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that stderr is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or WIDTH
+    except (OSError, ValueError):  # no terminal, no file at all
+        return WIDTH
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The next command
+
+
+def command(script: str, preset: str, **flags: Any) -> str:
+    """A command to paste into a shell. Flags that have the preset's value anyway are left out.
+
+    `command("train.py", "demo", out_dir="my runs/1", resume=True)` gives
+    `python train.py --preset demo --out-dir 'my runs/1' --resume`.
+    """
+    usual, words = with_preset(COMMANDS[script], preset), []
+    if preset != TrainConfig.preset:
+        words += ["--preset", preset]
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value != getattr(usual, name):  # a value that begins with a dash must not look like a flag
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return started_with(script, words)
+
+
+def command_to_generate(checkpoint: str, cfg: TrainConfig) -> str:
+    """The command that tries a model. The preset stands for the place of its checkpoint, and for nothing else."""
+    usual = with_preset(GenerateConfig, cfg.preset).checkpoint
+    preset = cfg.preset if checkpoint == usual else TrainConfig.preset
+    prompt = cfg.sample_prompt if cfg.sample_prompt.isprintable() else ""  # an escape must not reach the terminal
+    return command("generate.py", preset, checkpoint=checkpoint, prompt=prompt or PROMPT)
+
+
+def command_to_train(cfg: PrepareConfig) -> str:
+    """The command that trains on a prepared folder. A folder of one's own gets checkpoints of its own."""
+    own = cfg.data_dir != with_preset(PrepareConfig, cfg.preset).data_dir
+    out_dir = {"out_dir": f"checkpoints/{Path(cfg.data_dir).resolve().name}"} if own else {}
+    return command("train.py", cfg.preset, data_dir=cfg.data_dir, **out_dir)
+
+
+def started_with(script: str, words: Iterable[str]) -> str:
+    """The command line of a script: by torchrun, if this process was started by it and the script is train.py."""
+    path = script if Path.cwd() == REPO else str(REPO / script)
+    return f"{launcher() if script == 'train.py' else 'python'} {shlex.join([path, *words])}"
+
+
+def launcher() -> str:
+    """`python`, or the torchrun that started several processes. On several machines each has its own --node-rank."""
+    env = os.environ
+    if int(env.get("WORLD_SIZE", "1")) == 1 or "LOCAL_WORLD_SIZE" not in env:
+        return "python"
+    processes, machines = env["LOCAL_WORLD_SIZE"], env.get("GROUP_WORLD_SIZE", "1")
+    if machines == "1":
+        return f"torchrun --standalone --nproc-per-node {processes}"
+    place = f"--nnodes {machines} --node-rank {env['GROUP_RANK']} --nproc-per-node {processes}"
+    return f"torchrun {place} --master-addr {env['MASTER_ADDR']} --master-port {env['MASTER_PORT']}"
+
+
+def given_command(without: str) -> str:
+    """The command line of this process, without a flag: of --check, the run itself."""
+    return started_with(Path(sys.argv[0]).name, (word for word in sys.argv[1:] if word != without))

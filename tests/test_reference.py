@@ -1,0 +1,156 @@
+"""The reference run beside yours: when it is shown, in which unit, and under which name."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+from conftest import REPO, run_script
+from test_report import META, run_log, state
+from test_run_page import parsed
+
+import prepare_data
+from config import PRESETS, PrepareConfig, TrainConfig
+from internals import reference, run_page
+from internals.cli import with_preset
+from internals.reference import find_reference
+from internals.run import describe_data
+from internals.shards import read_meta
+from internals.start import UserError
+
+SHA256 = describe_data(META)["sha256"]
+BYTES = 3  # of a token in the other text's validation split
+OTHER = {**META, "splits": {**META["splits"], "val": {**META["splits"]["val"], "bytes": 100 * BYTES, "shards": [{"sha256": "x"}]}}}  # fmt: skip
+
+
+def ship(monkeypatch, folder, cfg: TrainConfig, **changes) -> None:
+    """A reference of this configuration's preset, in a folder of its own."""
+    settings = {name: value for name, value in cfg.settings().items() if name not in reference.NOT_LEARNING}
+    run = {"settings": settings, "data_sha256": SHA256, "text": "some Wikipedia", "hardware": "a pocket calculator"}
+    run |= {"seed": 1, "date": "2026-01-01", "val_loss": {"0": 5.6, "10": 5.1}, "bits_per_byte": {"0": 2.0, "10": 1.8}}
+    monkeypatch.setattr(reference, "REFERENCES", folder)
+    (folder / f"{cfg.preset}.json").write_text(json.dumps({k: v for k, v in (run | changes).items() if v is not None}))
+
+
+def test_the_same_text_is_compared_in_nats_and_bits(tmp_path, monkeypatch):
+    cfg = with_preset(TrainConfig, "demo")
+    ship(monkeypatch, tmp_path, cfg)
+    found = find_reference(cfg, META)
+    assert found.losses == {0: 5.6, 10: 5.1} and found.label == "reference"
+    assert found.bits_per_byte == pytest.approx({0: 5.6 / math.log(2), 10: 5.1 / math.log(2)})  # a byte is a token
+    assert found.beside(10) == "reference 5.100" and found.beside(5) == ""
+    assert found.summary == "this run on a pocket calculator, seed 1, 2026-01-01: its losses beside yours"
+
+
+def test_another_text_is_compared_in_bits_per_byte_alone(tmp_path, monkeypatch):
+    cfg = with_preset(TrainConfig, "demo")
+    ship(monkeypatch, tmp_path, cfg)
+    found = find_reference(cfg, OTHER)
+    assert found.beside(10) == "reference, other articles 1.80" and found.beside(5) == ""
+    assert found.bits_per_byte == {0: 2.0, 10: 1.8}
+    # Drawn where a loss of this text has as many bits per byte
+    assert found.losses == pytest.approx({0: 2.0 * math.log(2) * BYTES, 10: 1.8 * math.log(2) * BYTES})
+    assert "some Wikipedia" in found.summary and "bits per byte" in found.summary and "other articles" in found.summary
+
+
+def test_a_reference_written_before_bits_per_byte_is_of_its_own_text_alone(tmp_path, monkeypatch):
+    cfg = with_preset(TrainConfig, "demo")
+    ship(monkeypatch, tmp_path, cfg, bits_per_byte=None, text=None)
+    assert find_reference(cfg, META).losses == {0: 5.6, 10: 5.1}
+    assert find_reference(cfg, OTHER) is None
+
+
+def test_settings_that_decide_how_the_loss_falls_must_be_the_same(tmp_path, monkeypatch):
+    cfg = with_preset(TrainConfig, "demo")
+    ship(monkeypatch, tmp_path, cfg)
+    same = dataclasses.replace(cfg, seed=2, batch_size=16, out_dir="elsewhere", dtype="float32", eval_interval=7)
+    assert find_reference(same, META) and find_reference(same, OTHER)
+    for change in (
+        {"learning_rate": 5e-3},
+        {"max_iters": 601},
+        {"optimizer": "adamw"},
+        {"init_from": "gpt2"},
+        {"model": dataclasses.replace(cfg.model, dropout=0.0)},
+    ):
+        for meta in (META, OTHER):
+            assert find_reference(dataclasses.replace(cfg, **change), meta) is None, change
+    assert find_reference(with_preset(TrainConfig, "wikipedia"), META) is None  # there is none of it
+
+
+def test_it_stands_beside_the_evaluations_it_has(tmp_path, monkeypatch, capsys):
+    ship(monkeypatch, tmp_path, run_log(tmp_path).cfg)
+    log = run_log(tmp_path)
+    for iter in (0, 5):
+        log.write_row(state(iter), evaluated=True)
+        log.tell_evaluation(best=False)
+    log.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  reference 5.600") and "reference" not in second
+    data = parsed(tmp_path / "run.html").data
+    assert data["names"]["reference"] == "reference" and data["units"]["reference"] == ["plain", "bits"]
+    assert data["curve"]["reference"] == [[0, 5.6], [10, 5.1]]
+
+
+def test_of_another_text_it_is_named_so_in_the_page_and_the_page_says_why(tmp_path, monkeypatch, capsys):
+    ship(monkeypatch, tmp_path, run_log(tmp_path).cfg, data_sha256="another")
+    log = run_log(tmp_path)
+    log.write_row(state(0), evaluated=True)
+    log.tell_evaluation(best=True)
+    log.close()
+    assert capsys.readouterr().out.rstrip().endswith("  reference, other articles 2.00")
+    data = parsed(tmp_path / "run.html").data
+    assert data["names"]["reference"] == "reference, other articles" and data["units"]["reference"] == ["bits"]
+    (iter, drawn), _ = data["curve"]["reference"]
+    assert iter == 0 and drawn * data["bits_per_nat"] == pytest.approx(2.0, abs=1e-3)
+    assert run_page.OTHER_ARTICLES in (tmp_path / "run.html").read_text()
+
+
+def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):
+    prepared = dataclasses.replace(with_preset(PrepareConfig, "demo"), data_dir=str(tmp_path), workers=1)
+    prepare_data.prepare(prepared)
+    cfg = with_preset(TrainConfig, "demo")
+    meta = read_meta(tmp_path)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
+    found = find_reference(cfg, meta)
+    assert found and found.same_text, "the demo's settings or text changed: train it, and run benchmarks/reference.py"
+    assert max(found.losses) == cfg.max_iters and found.losses[0] > found.losses[cfg.max_iters]
+    shipped = json.loads((REPO / "sample/demo.json").read_text())["bits_per_byte"]
+    for iter, bits in found.bits_per_byte.items():
+        assert shipped[str(iter)] == pytest.approx(bits, abs=2e-4)
+
+
+@pytest.fixture
+def writer():
+    """benchmarks/reference.py"""
+    sys.path.append(str(REPO / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("write_reference", REPO / "benchmarks/reference.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(REPO / "benchmarks"))
+
+
+def test_what_is_written_is_found_again(tmp_path, monkeypatch, writer):
+    """A run of the demo's settings, short for the sake of the test: its preset has two iterations here."""
+    monkeypatch.setitem(PRESETS["demo"], "max_iters", 2)
+    cfg = dataclasses.replace(with_preset(PrepareConfig, "demo"), data_dir=str(tmp_path / "data"), workers=1)
+    prepare_data.prepare(cfg)
+    flags = ("--preset", "demo", "--data-dir", tmp_path / "data", "--max-iters", 2, "--device", "cpu")
+    done = run_script("train.py", *flags, "--out-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    saved = writer.contents(writer.Reference(str(tmp_path / "run"), "a test"), commit="abc")
+    assert saved["text"].startswith("the sample, SHA-256 ") and saved["hardware"].startswith("a test, ")
+    assert list(saved["val_loss"]) == list(saved["bits_per_byte"]) == [0, 2]
+    monkeypatch.setattr(reference, "REFERENCES", tmp_path)
+    (tmp_path / "demo.json").write_text(json.dumps(saved))
+    cfg, meta = with_preset(TrainConfig, "demo"), read_meta(tmp_path / "data")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"]))
+    found = find_reference(cfg, meta)
+    assert found.same_text and found.losses == saved["val_loss"]
+    assert found.bits_per_byte == pytest.approx(saved["bits_per_byte"], abs=2e-4)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="does not use the settings of the preset demo \\(max_iters\\)"):
+        writer.contents(writer.Reference(str(tmp_path / "run"), "a test"), commit="abc")
