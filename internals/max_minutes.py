@@ -64,10 +64,8 @@ def fit_minutes(
             break
         model = dataclasses.replace(run.cfg.model, dropout=dropout)
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
-    else:
-        iterations = min(
-            tries
-        )  # between two probabilities: the run is no slower than with that of the fewer iterations
+    else:  # each probability leads to the other: the fewer iterations fit with either
+        iterations = min(tries)
     machine.print(
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
         f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed: time for {iterations:,} iterations"

@@ -201,6 +201,30 @@ def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_ste
     assert timings[0].evaluation == 4.0  # 16 windows, tried on 4
 
 
+@pytest.mark.parametrize(
+    ("with_dropout", "without", "tried", "iterations"),
+    [(2.0, 1.0, [0.1], 24), (4.0, 3.8, [0.1, 0.0], 13), (4.0, 2.0, [0.1, 0.0], 12)],
+    ids=["at once", "the second time", "never"],
+)
+def test_the_speed_is_that_of_the_dropout_that_auto_chooses(
+    data_dir, tmp_path, monkeypatch, with_dropout, without, tried, iterations
+):
+    """From 16 iterations on the text is read twice, so dropout slows a run down. 53.2 s are left, 20 iterations asked for."""
+    seen = []
+
+    def try_out(run, *args) -> Timing:
+        seen.append(run.cfg.model.dropout)
+        return Timing(iteration=with_dropout if seen[-1] else without, evaluation=1.0)
+
+    monkeypatch.setattr(max_minutes, "try_out", try_out)
+    cfg = tiny(data_dir, tmp_path, max_minutes=1.0, dropout="auto")
+    machine = train.make_machine(cfg)
+    chosen = max_minutes.fit_minutes(cfg, train.open_run(cfg, machine, None), None, None, None)
+    assert (seen, chosen.max_iters, chosen.max_minutes, chosen.model.dropout) == (tried, iterations, None, "auto")
+    run = train.open_run(chosen, machine, None)
+    assert run.cfg.model.dropout == (0.1 if iterations >= 16 else 0.0)
+
+
 def test_a_model_to_start_from(data_dir, tmp_path, speed):
     speed(Timing(iteration=2.0, evaluation=1.0))
     train.train(tiny(data_dir, tmp_path / "first", max_iters=4))
