@@ -355,11 +355,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
         "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
     },
-    # Minutes on two CPU cores: the embedded sample, its bytes as tokens, no download of any kind.
+    # Minutes on two CPU cores: the embedded sample, a tokenizer of its own, no download of any kind.
     "demo": {
-        "preset_source": "sample", "tokenizer": "bytes", "data_dir": "data/demo",
+        "preset_source": "sample", "tokenizer": "train", "by_size": True, "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
-        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
-        "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
+        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 300, "warmup_iters": 60,
+        "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 50, "eval_tokens": 32_768,
     },
 }  # fmt: skip

@@ -121,7 +121,7 @@ def main() -> None:
     stopwatch = Stopwatch()
     rounds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = 257 if cfg.preset == "demo" else 50_257
+        vocab_size = 1024 if cfg.preset == "demo" else 50_257
         random_data(Path(folder) / "data", vocab_size, tokens=max(1_000_000, 20 * cfg.model.block_size))
         cfg = dataclasses.replace(
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,

@@ -5,7 +5,7 @@ import dataclasses
 from config import PrepareConfig
 from internals.text_files import Source
 
-BYTES_PER_TOKEN = 150  # of text for a token of the vocabulary, at least: so that each occurs often enough to be learned
+BYTES_PER_TOKEN = 200  # of text for a token of the vocabulary, at least: so that each occurs often enough to be learned
 SMALLEST_VOCAB, LARGEST_VOCAB = 512, 8192
 VAL_BYTES = 400_000  # held out, where that is a share between these
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.1

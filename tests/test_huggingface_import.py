@@ -304,7 +304,8 @@ def test_import_by_hub_id(foreign, tmp_path):
 def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
     """Its first evaluation, and `--eval-only`, give transformers' own loss on the same windows; the run can be resumed."""
     foreign.save_pretrained(tmp_path / "gpt2")
-    prepared = run_script("prepare_data.py", "--preset", "demo", "--data-dir", tmp_path / "data")
+    data = ["--source", "sample", "--tokenizer", "bytes", "--data-dir", tmp_path / "data"]
+    prepared = run_script("prepare_data.py", *data)
     assert prepared.returncode == 0, prepared.stderr
     windows = ValidationWindows(TokenStream.open(tmp_path / "data", "val"), 64, 4096)
     tokens = torch.from_numpy(windows.batch(0, len(windows)))

@@ -71,7 +71,7 @@ def test_the_run_is_the_one_with_that_many_iterations(data_dir, tmp_path, speed,
     assert (
         f"time for {count:,} iterations" in line and "an iteration takes 2 s, an evaluation with its text, page" in line
     )
-    assert out.count("iteration 0: validation loss") == 1  # what was tried is not told
+    assert out.count(" 0/24  val ") == 1  # what was tried is not told
     train.train(tiny(data_dir, tmp_path / "iters", optimizer=optimizer, max_iters=count))
     assert_same_end(tmp_path / "minutes", tmp_path / "iters")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("minutes", "iters")]
@@ -156,7 +156,7 @@ def test_minutes_and_epochs_as_commands(data_dir, tmp_path):
         refused = run_script("train.py", "--data-dir", data_dir, "--out-dir", run, "--resume", flag)
         assert_user_error(refused, flag.split("=")[0], "is for a new run", "15 iterations", "--max-iters")
         again = run_command(data_dir, run, "--auto-resume", flag)
-        assert "is finished (15 iterations)" in again
+        assert "is finished (15 iterations)" in " ".join(again.split())
     longer = run_command(data_dir, run, "--resume", "--max-iters=17")
     assert "max_iters 15 -> 17" in longer and max_iters(run) == 17
     assert metrics(run)[-1]["iter"] == 17
@@ -306,9 +306,9 @@ def test_a_run_stores_the_numbers_and_resumes_with_them(data_dir, tmp_path, monk
     init = GPT.__init__
     monkeypatch.setattr(GPT, "__init__", lambda self, config: (seen.append(config.dropout), init(self, config))[1])
     train.train(tiny(data_dir, tmp_path / "auto", **auto))
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert (
-        "chosen     38 iterations (--max-epochs 5); an evaluation every 3 (a tenth of the run); dropout 0.1 (the text is read "
+        "chosen 38 iterations (--max-epochs 5); an evaluation every 3 (a tenth of the run); dropout 0.1 (the text is read "
         "5 times)"
     ) in out
     saved = checkpoint.load(tmp_path / "auto" / "last.pt")["config"]
@@ -348,7 +348,7 @@ def test_a_chosen_number_is_no_difference_from_auto_and_another_word_is():
     assert differences(run.settings(), other.settings(), run.settings()) == {
         "device": ("auto", "cpu"), "dtype": ("auto", "bfloat16"), "learning_rate": (run.learning_rate, 1.0), "min_lr": (run.final_lr, 0.1),
     }  # fmt: skip
-    less = choose_numbers(preset, 1_000_000).cfg
+    less = choose_numbers(preset, 1_500_000).cfg  # 26 epochs
     assert differences(run.settings(), less.settings(), run.settings()) == {"dropout": (0.0, 0.2)}
 
 

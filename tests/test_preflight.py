@@ -45,7 +45,7 @@ def test_the_presets_need_no_advice_on_a_gpu(preset):
 def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
     monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
     assert advice(CPU, train_tokens=60_000_000, val_windows=1024, preset="laptop", vocab_size=8192) == []
-    assert advice(CPU, train_tokens=280_000, val_windows=245, preset="demo") == []
+    assert advice(CPU, train_tokens=94_000, val_windows=76, preset="demo") == []
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,8 @@ def novel(tmp_path):
     [
         (0, 512, 0.1),
         (100_000, 512, 0.1),
-        (153_599, 512, 0.1),
-        (153_600, 1024, 0.1),
-        (200_000, 1024, 0.1),
+        (204_799, 512, 0.1),
+        (204_800, 1024, 0.1),
         (300_000, 1024, 0.1),
         (3_000_000, 8192, 0.1),
         (5_000_000, 8192, 0.08),
@@ -74,7 +73,7 @@ def test_other_presets_and_flags_decide_themselves(novel, tmp_path, capsys):
         cfg = parse(PrepareConfig, "", ["--source", str(novel), "--data-dir", str(tmp_path / "out"), *flags])
         return choose_by_size(cfg, make_source(cfg, tmp_path)), cfg
 
-    for preset in ("wikipedia", "wikipedia-150m", "demo"):
+    for preset in ("wikipedia", "wikipedia-150m"):
         cfg, given = after("--preset", preset, "--tokenizer", "train")
         assert cfg == given and (cfg.trained_size, cfg.held_out) == (16_384, 0.005)
     cfg, given = after("--preset", "laptop", "--vocab-size", "600", "--val-fraction", "0.05")
@@ -114,7 +113,7 @@ def test_sizes_of_folders_and_packed_files(tmp_path, kind):
     assert isinstance(source, LocalFiles) and source.text_bytes == (size if kind == "folder" else 3 * size)
     prepare(config(tmp_path / "out", path.parent))
     if kind == "folder":
-        assert chosen(tmp_path / "out") == (2048, 0.1)
+        assert chosen(tmp_path / "out") == (1024, 0.1)
     assert chosen(tmp_path / "out") == (vocab_size_for(source.text_bytes), val_fraction_for(source.text_bytes))
 
 
@@ -155,7 +154,7 @@ def test_repeating_is_nothing_to_do_and_another_command_is_named(novel, tmp_path
         (["--val-fraction", "0.2"], "with --val-fraction 0.1, not 0.2;"),
         (["--tokenizer", "bytes"], "--tokenizer train --vocab-size 1024, not --tokenizer bytes;"),
         (["--max-tokens", "9000"], "with --max-tokens 60000000, not 9000;"),
-        (["--preset", "demo"], "with --tokenizer train --vocab-size 1024, not --tokenizer bytes and"),
+        (["--preset", "wikipedia"], "with --tokenizer train --vocab-size 1024, not --tokenizer gpt2 and"),
     ):
         assert_user_error(run_script(*laptop(out, novel, *flags)), message)
     prepare(config(out, novel, "--vocab-size", "1024", "--val-fraction", "0.1"))  # the same, said by flags
@@ -170,7 +169,7 @@ def test_a_text_that_has_grown_is_another_source_and_no_other_flag(novel, tmp_pa
         prepare(config(tmp_path / "out", novel))
     assert "--vocab-size" not in str(error.value) and "--val-fraction" not in str(error.value)
     prepare(config(tmp_path / "out", novel, "--overwrite"))
-    assert chosen(tmp_path / "out") == (4096, 0.1)
+    assert chosen(tmp_path / "out") == (2048, 0.1)
 
 
 def test_an_interrupted_command_resumes_with_the_same_numbers(novel, tmp_path, monkeypatch):
@@ -180,7 +179,7 @@ def test_an_interrupted_command_resumes_with_the_same_numbers(novel, tmp_path, m
     def stop(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="the same command resumes"):
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="what is done is kept"):
         patched.setattr(Pipeline, "finish", stop)
         prepare(config(out, novel))
     noted = json.loads((out / "progress.json").read_text())

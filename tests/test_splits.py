@@ -83,9 +83,7 @@ def test_a_split_by_documents_that_is_good_is_not_touched(tmp_path):
     assert len(texts(tmp_path / "out", "val")) > 150  # which ends with a whole article
 
 
-@pytest.mark.parametrize(
-    "characters, preset", [(2000, "wikipedia"), (20_000, "wikipedia"), (20_000, "demo"), (90_000, "wikipedia-150m")]
-)
+@pytest.mark.parametrize("characters, preset", [(2000, "wikipedia"), (20_000, "wikipedia"), (90_000, "wikipedia-150m")])
 def test_a_text_that_is_too_short_is_a_message_whose_advice_works(tmp_path, characters, preset):
     (tmp_path / "a.txt").write_text(prose(characters))
     flags = ["--preset", preset, "--source", tmp_path / "a.txt", "--data-dir", tmp_path / "out", "--tokenizer", "bytes"]
