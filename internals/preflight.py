@@ -207,7 +207,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
         if seconds > LONG_SECONDS:
             iters = max(1, int(cfg.max_iters * LONG_SECONDS / 2 / seconds))
             advice.append(
-                f"about {about(seconds)} on this CPU; use a GPU, --preset demo, or about --max-iters {iters:,} "
+                f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or about --max-iters {iters:,} "
                 "for half a day (--check measures it)"
             )
     if len(run.val_windows) < FEW_WINDOWS:

@@ -55,7 +55,7 @@ def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
             dict(train_tokens=75_000),
             ["14,0", "epochs", "prepare more text", "--max-iters 22", "smaller --tokens-per-iter"],
         ),
-        (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset demo"]),
+        (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset laptop"]),
         (dict(val_windows=1), ["1 validation window of 256 tokens", "--val-fraction"]),
         (dict(val_windows=4096, eval_interval=1), ["evaluations take", "--eval-interval"]),
         (dict(n_embd=768), ["n_inner 1,536 is 2 times n_embd 768", "--n-inner 3072"]),
