@@ -23,6 +23,7 @@ from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds,
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
 from internals.run_length import choose_numbers, most_iterations
+from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 
@@ -66,10 +67,11 @@ def fit_minutes(
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
     else:  # each probability leads to the other: the fewer iterations fit with either
         iterations = min(tries)
-    machine.print(
+    words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
         f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed: time for {iterations:,} iterations"
     )
+    machine.print(wrap(words))
     return dataclasses.replace(cfg, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
 
 
