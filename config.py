@@ -359,7 +359,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "preset_source": "sample", "tokenizer": "train", "by_size": True, "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,
-        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 300, "warmup_iters": 60,
-        "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 50, "eval_tokens": 32_768,
+        "batch_size": 32, "tokens_per_iter": 4_096, "max_iters": 600, "warmup_iters": 60,
+        "learning_rate": 4e-3, "muon_lr_scale": 2.5, "eval_interval": 100, "eval_tokens": 32_768,
     },
 }  # fmt: skip
