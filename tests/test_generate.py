@@ -503,7 +503,7 @@ def test_json_lines(best):
         assert list(row) == ["prompt", "text", "tokens", "seed", "seconds", "tokens_per_second"]
         assert row["prompt"] == "abc" and row["tokens"] == 20
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
-        assert f"--seed {row['seed']} makes" in run.stderr  # the seed used is told when none was given
+        assert f"For the same text again, add --seed {row['seed']}" in run.stderr  # the seed used is told when none was given
     assert len({row["text"] for row in rows}) == 3
 
 
@@ -567,7 +567,7 @@ def test_a_closed_pipe_ends_quietly(best):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     errors = process.stderr.read().decode()
-    assert len(errors.splitlines()) == 2 and "rror" not in errors, errors  # the model and the seed
+    assert len(errors.splitlines()) == 3 and "rror" not in errors, errors  # the model, the device and the seed
     process.stderr.close()
 
 

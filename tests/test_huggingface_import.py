@@ -317,7 +317,7 @@ def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
     common += ["--out-dir", tmp_path / "run", "--block-size", "64", "--eval-tokens", "4096"]
     evaluated = run_script(*common, "--eval-only")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert f"validation loss {expected:.4f}" in evaluated.stdout
+    assert f"loss       {expected:.4f} nats per token" in evaluated.stdout
     assert not (tmp_path / "run").exists()
 
     common += ["--batch-size", "8", "--tokens-per-iter", "512", "--max-iters"]

@@ -149,7 +149,7 @@ def test_an_own_model_is_evaluated_like_its_export(places, tmp_path):
     for name in ("run", "run/best.pt", "hf"):
         result = train(places / "data", tmp_path / "none", "--eval-only", "--init-from", places / name)
         assert result.returncode == 0, result.stderr
-        losses.append(result.stdout.split("validation loss ")[1].split()[0])
+        losses.append(result.stdout.split("\nloss ")[1].split()[0])
     assert len(set(losses)) == 1 and not (tmp_path / "none").exists()
 
 

@@ -129,7 +129,7 @@ def test_without_its_package_a_tracker_costs_one_line(data_dir, tmp_path, monkey
     assert (
         out.count(f"--tracker {name}: ") == 1 and "pip install -r requirements-trackers.txt; training continues" in out
     )
-    assert out.index("--tracker") < out.index("iteration 0:")
+    assert out.index("--tracker") < out.index(" 0/20  val ")
     assert_same_end(tmp_path, straight)
 
 
