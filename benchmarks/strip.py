@@ -22,7 +22,7 @@ from internals.report import Rows
 from internals.samples import printable
 from internals.start import UserError, run
 
-COLUMNS, LINES = 27, 7  # of sample text
+COLUMNS, LINES = 27, 12  # of sample text
 
 
 @dataclass(frozen=True)

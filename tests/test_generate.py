@@ -503,7 +503,9 @@ def test_json_lines(best):
         assert list(row) == ["prompt", "text", "tokens", "seed", "seconds", "tokens_per_second"]
         assert row["prompt"] == "abc" and row["tokens"] == 20
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
-        assert f"For the same text again, add --seed {row['seed']}" in run.stderr  # the seed used is told when none was given
+        assert (
+            f"For the same text again, add --seed {row['seed']}" in run.stderr
+        )  # the seed used is told when none was given
     assert len({row["text"] for row in rows}) == 3
 
 
