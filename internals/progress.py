@@ -175,7 +175,7 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
     changes = differences(noted, others, defaults=shard_settings(PrepareConfig()))
-    differs = [f"with --{name.replace('_', '-')} {old}, not {new}" for name, (old, new) in changes.items()]
+    differs = [begun_with(f"--{name.replace('_', '-')}", old, new) for name, (old, new) in changes.items()]
     if not tokenizer.items() <= noted.items():
         differs.insert(0, f"with {tokenizer_flags(noted)}, not {tokenizer_flags(tokenizer)}")
     if not source.identity.items() <= noted["source"].items():
@@ -186,6 +186,13 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
             f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "
             "or another --data-dir, or --overwrite to start again"
         )
+
+
+def begun_with(flag: str, old: Any, new: Any) -> str:
+    """A changed setting in words: `with --encoding cp1252, not utf-8`; where it was left out, `without --max-tokens`."""
+    if old is None:
+        return f"without {flag}"
+    return f"with {flag} {old}" + ("" if new is None else f", not {new}")
 
 
 def describe(source: dict[str, Any]) -> str:

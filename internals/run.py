@@ -173,13 +173,25 @@ def plain(value: Any) -> str:
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
-    """`cfg` with what others decide: the data has the tokenizer, and so vocab_size; `--init-from` has the sizes."""
+    """`cfg` with what others decide: the data has the tokenizer, and so vocab_size; `--init-from` has the sizes.
+
+    Raises:
+        UserError: a flag asks for another model than that of `--init-from`.
+    """
     model = dataclasses.replace(cfg.model, vocab_size=meta["vocab_size"])
     if cfg.init_from and saved:
         sizes = {name: saved["config"]["model"][name] for name in ("n_layer", "n_head", "n_embd", "n_inner")}
         model = dataclasses.replace(model, **sizes)
     elif cfg.init_from:
         model = pretrained.initial_config(cfg.init_from, read_tokenizer(cfg.data_dir, meta), model)
+    if cfg.init_from:
+        usual = vars(with_preset(TrainConfig, cfg.preset).model)
+        for name, value in vars(cfg.model).items():
+            if name not in ("block_size", "dropout", "vocab_size") and value not in (usual[name], getattr(model, name)):
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{flag} {value}: the model of --init-from has {getattr(model, name)}; leave {flag} out"
+                )
     return dataclasses.replace(cfg, model=model)
 
 

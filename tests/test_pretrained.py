@@ -159,6 +159,8 @@ def test_starting_from_what_does_not_fit(places, tmp_path):
     assert_user_error(tokens, "--init-from", "trained with the tokenizer bytes", "gpt2")
     longer = train(places / "data", tmp_path / "new", "--init-from", places / "run", "--block-size", "256", "--eval-tokens", "256", "--tokens-per-iter", "512")  # fmt: skip
     assert_user_error(longer, "--block-size 256", "has 128 positions", "--block-size 128")
+    wider = train(places / "data", tmp_path / "new", "--init-from", places / "run", "--n-layer", "5")
+    assert_user_error(wider, "--n-layer 5", "the model of --init-from has 3", "leave --n-layer out")
     misspelt = train(places / "data", tmp_path / "new", "--init-from", places / "rnu")
     assert_user_error(misspelt, "--init-from", "there is no such file or folder")
     exported = train(places / "data", places / "hf", "--eval-only")

@@ -155,6 +155,7 @@ def test_repeating_is_nothing_to_do_and_another_command_is_named(novel, tmp_path
         (["--tokenizer", "bytes"], "--tokenizer train --vocab-size 1024, not --tokenizer bytes;"),
         (["--max-tokens", "9000"], "with --max-tokens 60000000, not 9000;"),
         (["--preset", "wikipedia"], "with --tokenizer train --vocab-size 1024, not --tokenizer gpt2 and"),
+        (["--preset", "wikipedia", "--val-fraction", "0.1"], "and with --max-tokens 60000000; give the same command"),
     ):
         assert_user_error(run_script(*laptop(out, novel, *flags)), message)
     prepare(config(out, novel, "--vocab-size", "1024", "--val-fraction", "0.1"))  # the same, said by flags
