@@ -1,14 +1,14 @@
 # make demo    prepare, train and generate, on any machine, in minutes
 # make test    all tests, in two processes
-# Both set up .venv first. PYTHON=python3.12 make ... takes another Python. TORCH=cpu, cu126, ... takes PyTorch's build of
-# that name; without TORCH, a Linux machine that has no NVIDIA driver gets the one for CPUs, which is gigabytes smaller.
+# Both set up .venv first. PYTHON=python3.12 make ... uses another Python. TORCH=cpu, cu126, ... takes the PyTorch build
+# of that name. Without TORCH, a Linux machine without an NVIDIA driver gets the CPU build, which is gigabytes smaller.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# A build that was asked for must come from PyTorch's own index. The one for CPUs comes from there if it can: where the index
-# cannot be reached, pip warns and takes the ordinary build.
+# A build chosen with TORCH must come from PyTorch's own index. The default CPU build comes from there if possible: if
+# the index is unreachable, pip warns and takes the ordinary build.
 DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)  # on Linux, and in WSL
 BUILDS := https://download.pytorch.org/whl
 ifdef TORCH

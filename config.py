@@ -73,7 +73,7 @@ class Checked:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What several commands share
+# Fields of several commands
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,13 @@ class PrepareConfig(DataDir):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What to prepare, in order: each `--source` once, or the preset's."""
+        """The sources, in order: each `--source` once, or the preset's."""
         given = (self.source,) if isinstance(self.source, str) else tuple(chain.from_iterable(self.source))
         return tuple(dict.fromkeys(given)) or (self.preset_source,)
 
     @property
     def trained_size(self) -> int | None:
-        """The tokens of the tokenizer to be trained; None: none is."""
+        """The vocabulary size of the tokenizer to train; None: none is trained."""
         return (self.vocab_size or 16_384) if self.tokenizer == "train" else None
 
     @property
@@ -200,7 +200,7 @@ class PrepareConfig(DataDir):
 # python train.py
 
 
-# Fields that are not settings of a run: what a command does, where it works, and what a new run finds its max_iters by
+# Fields that are not settings of a run: the command's mode, its files, and what determines a new run's max_iters
 NOT_SETTINGS = (
     "preset", "data_dir", "out_dir", "resume", "auto_resume", "overwrite", "check", "eval_only", "config",
     "max_minutes", "max_epochs",
@@ -348,14 +348,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,
     },
-    # An hour on two CPU cores: real Wikipedia text or your own, a tokenizer of its own.
+    # An hour on two CPU cores: real Wikipedia text or your own, with its own tokenizer.
     "laptop": {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": 256, "n_inner": 1024, "block_size": 256, "dropout": "auto",
         "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
         "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
     },
-    # Minutes on two CPU cores: the embedded sample, a tokenizer of its own, no download of any kind.
+    # Minutes on two CPU cores: the embedded sample, with its own tokenizer. Downloads nothing.
     "demo": {
         "preset_source": "sample", "tokenizer": "train", "by_size": True, "data_dir": "data/demo",
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_inner": 512, "block_size": 128, "dropout": 0.1,

@@ -35,7 +35,7 @@ from internals.start import UserError
 from internals.tokenizer import tokenizer_name
 from model import GPT
 
-PROMPTS = ("The best thing is", "The best", "The", "T")  # of the example, the first that leaves room for an answer
+PROMPTS = ("The best thing is", "The best", "The", "T")  # for the example: the first that leaves room for an answer
 TEMPLATE = Path(__file__).parent / "internals" / "model_card.md"
 USAGE = {"hf": huggingface.USAGE, "gguf": gguf.USAGE}
 LICENCES = {
@@ -71,7 +71,7 @@ def export(cfg: ExportConfig) -> None:
                 model = gguf.round_matrices(model, dtype)
                 gguf.write_gguf(folder, model, tokenizer, out_dir.name)
                 written = gpt2_reference.read_gguf(folder)
-            gpt2_reference.check(model, written)  # both rounded: what the files say is exactly what the model has
+            gpt2_reference.check(model, written)  # both are rounded, so the files hold exactly the model's weights
             usage = how_to_load(USAGE[cfg.format], out_dir.name, tokenizer, model.config.block_size)
             (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, usage).encode())
             for path in folder.iterdir():
@@ -99,7 +99,7 @@ def how_to_load(usage: str, name: str, tokenizer: tiktoken.Encoding, context: in
 
 
 def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: int) -> str:
-    """A command that opens what was exported in the program it was made for."""
+    """A command that opens the export in the program it was made for."""
     if cfg.format == "gguf":
         return shlex.join(["llama-server", "-m", f"{cfg.out_dir}/model.gguf"])
     prompt, new_tokens = example(tokenizer, context)
@@ -112,7 +112,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
     """README.md of the exported model: what it is and how it was made, as far as the checkpoint says.
 
     Args:
-        saved: the checkpoint. Its `data`, which it may lack, describes the training text: source, train_tokens,
+        saved: the checkpoint. Its `data`, if present, describes the training text: source, train_tokens,
             train_bytes, val_tokens, val_bytes.
         usage: how to load the model, in Markdown.
     """
@@ -130,7 +130,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
     }
     loss = saved["val_loss"]
     if math.isfinite(loss):
-        perplexity = math.exp(min(loss, 700))  # a float holds no more
+        perplexity = math.exp(min(loss, 700))  # exp overflows above 709
         rows["validation loss"] = f"{figure(loss)} nats per token, at the latest evaluation"
         rows["perplexity"] = f"{perplexity:.2f} per token" if perplexity < 1e6 else "above a million: the run diverged"
     else:

@@ -62,7 +62,7 @@ def main(cfg: GenerateConfig) -> None:
     say(f"{description}: {parameters / 1e6:.1f} million parameters")
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as fast, and another busy process costs it nothing (benchmarks/busy.py)
+        torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
     with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
         model = pack_weights(model.to(device, dtype))
@@ -77,7 +77,7 @@ def main(cfg: GenerateConfig) -> None:
 
 
 def prepare_streams() -> None:
-    """UTF-8 in and out, whatever the environment says: Windows uses another encoding for pipes, PYTHONIOENCODING any."""
+    """Print UTF-8, whatever the environment says: Windows has another for pipes, PYTHONIOENCODING can set any."""
     sys.stdout.reconfigure(encoding="utf-8")
     sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
@@ -87,14 +87,14 @@ def say(message: str) -> None:
 
 
 def read_prompt(cfg: GenerateConfig) -> str:
-    """The prompt of the command line. `--prompt -` is all of stdin, without its last line break."""
+    """The prompt from the command line. `--prompt -` is all of stdin, without its last line break."""
     if cfg.prompt == "-":
         return read_stdin().removesuffix("\n").removesuffix("\r")
     return as_utf8("--prompt", cfg.prompt)
 
 
 def as_utf8(flag: str, text: str) -> str:
-    """A text of the command line. Python passes bytes that the locale cannot decode as lone surrogates."""
+    """A text from the command line. Python passes bytes that the locale cannot decode as lone surrogates."""
     try:
         text.encode("utf-8")
         return text
@@ -138,7 +138,7 @@ class Writer:
     page: TextPage | None = None
 
     def answer(self, prompt: str) -> None:
-        """Print the samples that continue a prompt."""
+        """Continue a prompt and print the samples."""
         cfg, ids, context = self.cfg, encode(self.tokenizer, prompt), self.model.config.block_size
         if len(ids) > context:
             say(f"the prompt has {len(ids):,} tokens: the model reads the last {context:,} of them")
@@ -159,7 +159,7 @@ class Writer:
 def interact(answer: Callable[[str], None]) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
     with contextlib.suppress(ImportError):  # Windows' Python lacks it, but Windows' terminal keeps a history
-        import readline  # noqa: F401  (imported, it gives input() a history and line editing)
+        import readline  # noqa: F401  (importing it gives input() a history and line editing)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is not UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
@@ -214,7 +214,7 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
 def continue_text(
     model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: "Sampling", streams: list[TextStream]
 ) -> Iterator[list[TextStream]]:
-    """Feed the continuations of a prompt, given as token ids, to one stream per sample.
+    """Continue a prompt of token ids, and feed each sample to its own stream.
 
     Yields `streams` before the first token, after each step, and when all have ended.
     """
@@ -235,9 +235,9 @@ def continue_text(
 class Sampling:
     """How to choose the next token, and how often to continue the prompt."""
 
-    temperature: float = 1.0  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
+    temperature: float = 1.0  # below 1 favours likely tokens, above 1 unlikely ones; 0: always the likeliest token
     top_k: int | None = None  # choose among the k likeliest tokens, k at least 1; None: among all
-    top_p: float = 1.0  # of these, among the likeliest that together have this probability, above 0; 1: among all
+    top_p: float = 1.0  # of these, choose among the likeliest that together have this probability, above 0; 1: all
     num_samples: int = 1  # continuations of the prompt
     generator: torch.Generator | None = None  # random numbers, on the model's device; None: PyTorch's global state
 
@@ -288,7 +288,7 @@ def generate(
 
 
 class Context:
-    """What the model sees of R growing sequences.
+    """The part of R growing sequences that the model sees.
 
     While there is room, each new token sees all earlier ones. When the context is full, its newest half (`block_size //
     2` tokens) is kept and computed again from position 0. So the cost per token stays nearly constant.
@@ -335,8 +335,8 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one index from each row with a probability proportional to its value: (B, K) to (B, 1) int64.
 
-    One random number per row is looked up in the row's cumulative sum. `torch.multinomial` draws K random numbers for
-    the same, which took a fifth of a token's time and more on a CPU (docs/experiments.md, benchmarks/generate.py).
+    One random number per row is looked up in the row's cumulative sum. `torch.multinomial` draws K random numbers
+    instead, which took a fifth of a token's time or more on a CPU (docs/experiments.md, benchmarks/generate.py).
     """
     # In float32 the sum would lose the tokens below 1e-7. Apple's GPUs have nothing wider.
     dtype = torch.float32 if p.device.type == "mps" else torch.float64
@@ -344,7 +344,7 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     total = cumulative[:, -1:]
     if not total.isfinite().all():
         raise UserError(NOT_FINITE)
-    # In (0, total], so that the first sum which reaches it exists, and is never that of a token with probability 0
+    # In (0, total], so that some sum reaches it, and the first to do so never belongs to a token with probability 0
     threshold = (1 - torch.rand(len(p), 1, dtype=dtype, device=p.device, generator=generator)) * total
     return torch.searchsorted(cumulative, threshold)
 
@@ -352,9 +352,9 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """The distribution to draw the next token from.
 
-    Top-k keeps exactly k tokens; of equals at the border, those that `torch.topk` happens to choose. Top-p (nucleus
-    sampling, Holtzman et al., 2019) then keeps the likeliest of these until they hold `top_p` of their probability. The
-    token that crosses this threshold is included.
+    Top-k keeps exactly k tokens; `torch.topk` breaks ties for the last place. Top-p (nucleus sampling, Holtzman et al.,
+    2019) then keeps the likeliest of these until they hold `top_p` of their probability. The token that crosses this
+    threshold is included.
 
     Args:
         logits: (B, V).

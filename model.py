@@ -25,12 +25,12 @@ from config import ModelConfig
 # Logits that the loss computes at a time. Fewer save memory, but add to the output head's gradient more often. Measured
 # on a CPU (benchmarks/loss.py, docs/experiments.md), calculated for a GPU.
 LOGITS_AT_ONCE = 2**27
-# Of these, logits that a CPU turns into probabilities at a time: few enough to stay in its cache (measured, too).
+# Of these, the logits that a CPU turns into probabilities at a time: few enough to stay in its cache (also measured).
 LOGITS_IN_CACHE = 2**20
 
 
 class KeyValueCache:
-    """The keys and values of the tokens that a model has seen, so that generating computes those of each token once.
+    """The keys and values of the tokens that a model has seen, so that each token's are computed only once.
 
     The first tokens allocate it for the whole context, on their device and in their dtype. On a CPU it is float32, in
     which attention with one query is four times faster than in bfloat16. Each layer appends to its own part, and
@@ -133,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradient: bool
     ) -> Tensor:
         rows = rows_within(LOGITS_AT_ONCE, weight)
-        # Small parts gain nothing on a GPU, nor with torch.compile, which makes one kernel of all steps on a chunk.
+        # Small parts gain nothing on a GPU, nor with torch.compile, which fuses all steps on a chunk into one kernel.
         in_parts = x.device.type == "cpu" and not torch.compiler.is_compiling()
         rows_in_part = min(rows, rows_within(LOGITS_IN_CACHE, weight)) if in_parts else rows
         losses: list[Tensor] = []
@@ -165,9 +165,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tensor:
-    """The cross-entropy of each row in nats, float32. Replaces the logits by their gradient, of the sum of all rows.
+    """The cross-entropy of each row in nats, float32. Replaces the logits with the gradient of the sum of all rows.
 
-    No step writes to single columns of a large tensor: compiled, all of it is one kernel, which reads and writes the
+    No step writes to single columns of a large tensor, so that it compiles to one kernel, which reads and writes the
     logits once. On a CPU it takes as few passes as possible.
 
     Args:
@@ -179,7 +179,7 @@ def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tenso
     probabilities = torch.softmax(exact, dim=1, out=exact)
     # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
     losses = likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
-    if with_gradient:  # last, since float32 logits, `exact` and `probabilities` are one tensor
+    if with_gradient:  # last, since float32 logits share their memory with `exact` and `probabilities`
         # Of the sum, not of the mean, whose gradient float16 could not hold
         one_hot = torch.zeros_like(probabilities).scatter_(1, target, 1.0)
         logits.copy_(torch.sub(probabilities, one_hot, out=one_hot))
@@ -187,8 +187,8 @@ def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tenso
 
 
 def rows_within(logits: int, weight: Tensor) -> int:
-    """The most rows that together have at most `logits` logits, as a power of two: it divides most batches, so that all
-    chunks are equal, and equal chunks share a compiled kernel."""
+    """The most rows, as a power of two, that have at most `logits` logits in all. A power of two divides most batches
+    into equal chunks, which share a compiled kernel."""
     return 2 ** int(math.log2(max(1, logits // len(weight))))
 
 
@@ -283,8 +283,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, forward and backward (PaLM, Chowdhery et al., 2022, appendix
-        B): 6 for each weight in a matrix product, output head included, embedding look-ups not; 12 T C in each layer for
-        attention's own products."""
+        B): 6 for each weight in a matrix product (the output head counts, embedding look-ups do not), and 12 T C in
+        each layer for attention's own products."""
         c = self.config
         weights = self.num_parameters()["blocks"] + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     from internals.cli import parse
 
     if sys.stdout:  # None if it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the output's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the output cannot encode
     CFG = parse(PrepareConfig, __doc__)
 
 import dataclasses
@@ -59,13 +59,13 @@ from internals.tokenizer_training import sample_texts, train_tokenizer
 from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
-COMMIT_SECONDS = 1.0  # between notes of the progress: a kill costs that much work
-LOCK_SECONDS = 10.0  # to wait for a run that is just ending
+COMMIT_SECONDS = 1.0  # between saves of the progress: a killed run loses at most that much work
+LOCK_SECONDS = 10.0  # to wait for another run that is about to end
 LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
 
 
 def prepare(cfg: PrepareConfig) -> None:
-    """Write the folder `cfg.data_dir`, resume it, or say that it is finished. A failure loses nothing that is done."""
+    """Write the folder `cfg.data_dir`, resume it, or say that it is finished. A failure loses no finished work."""
     data_dir = Path(cfg.data_dir)
     check_encoding(cfg.encoding)
     if cfg.show:
@@ -84,7 +84,7 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
-    """`prepare`, in a folder that no other process prepares."""
+    """`prepare`, in a folder that this process has locked."""
     # 1. The source, and what the folder holds already
     source = make_source(cfg, data_dir)
     cfg = choose_by_size(cfg, source)
@@ -108,7 +108,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     progress.resolved = source.resolve(progress.resolved)
     print(source.summary())
     if cfg.overwrite:
-        folder.delete()  # only now: a source that is not there must not cost the old shards
+        folder.delete()  # only now: a missing source must not cost the old shards
     pipeline = Pipeline(cfg, source, progress, find_tokenizer(cfg, source, progress))
     print(bulk_encoder(pipeline.tokenizer).summary)
 
@@ -154,7 +154,7 @@ def resume(cfg: PrepareConfig, source: Source) -> Progress:
 
 
 def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
-    """The tokenizer of the shards, as `load_tokenizer` takes it. One of our own lies in the folder before the first shard."""
+    """The tokenizer of the shards, as `load_tokenizer` takes it. A tokenizer.json is written before the first shard."""
     if cfg.tokenizer in NAMES:
         return cfg.tokenizer
     path = Path(cfg.data_dir) / TOKENIZER_FILE
@@ -164,7 +164,7 @@ def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> st
 
 
 def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
-    """Train a tokenizer, or take the given one, and write it to the folder. It is noted first: so it is known as ours."""
+    """Write the tokenizer, trained or given, to the folder. Its hash is saved first, which marks the file as ours."""
     path, began = Path(cfg.data_dir) / TOKENIZER_FILE, time.monotonic()
     if cfg.trained_size:
         print(f"training a tokenizer of {cfg.trained_size:,} tokens")
@@ -187,7 +187,7 @@ def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> s
 
 
 class Work(NamedTuple):
-    """A chunk that a worker tokenizes, and how far the source is after it."""
+    """A chunk that a worker tokenizes, and the position in the source after it."""
 
     tokens: Future  # -> Tokens
     name: str  # of the source file
@@ -201,7 +201,7 @@ class Pipeline:
 
     The main thread reads one source file after another, hands chunks to worker threads, and appends their tokens to the
     shards in the order of the source. So the shards are the same with any number of workers. Every second it syncs the
-    shards and then notes the progress. A resumed run drops what the shards hold beyond that note.
+    shards and then saves the progress. A resumed run drops any tokens in the shards beyond that.
     """
 
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
@@ -211,14 +211,14 @@ class Pipeline:
         self.open_shards()
 
     def open_shards(self) -> None:
-        """Cut the splits to the lengths that the progress has, and open them."""
+        """Cut the splits to their lengths in the progress, and open them."""
         self.shards = {
             name: ShardWriter(self.data_dir, name, self.cfg.shard_tokens, split.tokens)
             for name, split in self.progress.splits.items()
         }
 
     def commit(self) -> None:
-        """Make sure that a later run resumes here. A folder in which nothing is done has no note, and binds no one."""
+        """Save the progress, so that a later run resumes here. Before the first token there is nothing to save."""
         if not self.progress.tokens:
             return
         for shards in self.shards.values():
@@ -278,7 +278,7 @@ class Pipeline:
                 yield chunk
 
     def append(self, new: Tokens, name: str) -> None:
-        """Write the tokens of a chunk of the file `name` to the shards, those up to --max-tokens."""
+        """Write a chunk's tokens to the shards, up to --max-tokens. `name` is the chunk's file."""
         room = (self.cfg.max_tokens or math.inf) - self.progress.tokens
         whole = len(new.tokens)
         if whole and whole >= room:
@@ -295,7 +295,7 @@ class Pipeline:
         self.progress.add_text(name, new)
 
     def reached_max_tokens(self, work: Work) -> bool:
-        """Whether --max-tokens ended the work. Where it ends with the source's last article, the source did."""
+        """Whether --max-tokens is reached. If that is also the end of the source, `end` is set to "source"."""
         if self.progress.end and not self.left_out and work.file == len(self.source.files):
             self.progress.end = "source"
         return bool(self.progress.end)
@@ -329,11 +329,11 @@ class Pipeline:
         write_json(self.data_dir / "meta.json", meta)
 
     def start_again_with_tail(self) -> None:
-        """Prepare the source once more, everything as training text, from which the tail is then cut."""
+        """Prepare the source once more, all of it as training text. The tail is then held out from that."""
         for shards in self.shards.values():
             shards.close()
         self.progress.start_again()
-        if self.cfg.trained_size:  # again: the end of the text was in the sample
+        if self.cfg.trained_size:  # again: the old one was trained on the end of the text, too
             self.tokenizer = write_tokenizer(self.cfg, self.source, self.progress)
         self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
         self.open_shards()
@@ -357,7 +357,7 @@ class Pipeline:
         self.open_shards()  # which cuts the training split
 
     def check_lengths(self) -> None:
-        """Refuse splits that the preset's model could not use. They are few tokens, so they need not be kept."""
+        """Refuse splits too short for the preset's model, and delete them: they hold too few tokens to keep."""
         cfg, splits = self.cfg, self.progress.splits
         needs = {"val": cfg.window + 1, "train": 2 * cfg.window}
         for (split, need), flag in zip(needs.items(), ("larger", "smaller"), strict=True):

@@ -3,10 +3,10 @@
     python train.py                               the default model on data/wikipedia
     python train.py --resume                      continue a stopped run, exactly
     python train.py --check                       will it fit, how long will it take? (writes nothing)
-    torchrun --nproc-per-node 8 train.py          the same run on several GPUs, sooner
+    torchrun --nproc-per-node 8 train.py          the same run on eight GPUs, faster
 
-`train` is the run from top to bottom. What it calls follows in the same order: one iteration, evaluation, sample text,
-and the ends that a run can come to. Folders, checkpoints, devices and reports have rooms of their own in internals/.
+`train` is the whole run, from top to bottom. The functions that it calls follow: one iteration, evaluation and sample
+text, and the command. Folders, checkpoints, devices and reports are in internals/.
 """
 
 from internals import start
@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> None:
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)
     forward, compiling = training_model(model, cfg, machine)
-    torch.manual_seed(cfg.seed + machine.rank)  # dropout of its own in every process
+    torch.manual_seed(cfg.seed + machine.rank)  # different dropout in every process
     if saved:
         restore(state, saved, machine)
         saved = None  # frees its memory
@@ -114,9 +114,9 @@ def train(cfg: TrainConfig) -> None:
     ):
         stopping = False
         while True:
-            # Evaluate, log, save, tell
+            # Evaluate, log, save, print
             finished = state.iter == cfg.max_iters
-            if state.iter != run.resumed_at:  # all of this was done there before the run was stopped
+            if state.iter != run.resumed_at:  # a resumed run did all of this before it stopped
                 evaluating, best = state.iter % cfg.eval_interval == 0 or finished, False
                 if evaluating:
                     val_loss = micro_batch.retry_smaller(evaluate, model, run.val_windows, machine)
@@ -144,7 +144,7 @@ def train(cfg: TrainConfig) -> None:
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
-            # Only here the program waits for the device, and the processes for each other
+            # Only here does the program wait for the device, and the processes for each other
             outcome = machine.wait(losses, norm, stop.is_set())
             stop_if_not_finite(outcome, run, state, micro_batch.size)
             stopping = outcome.stop
@@ -169,14 +169,14 @@ def train(cfg: TrainConfig) -> None:
 def forward_backward(
     batch_size: int, forward: Callable[[Tensor, Tensor], Tensor], run: Run, state: TrainState
 ) -> Tensor:
-    """The gradient of the mean loss over all micro-steps and processes, into `.grad`.
+    """Compute the gradient of the mean loss over all micro-steps and processes, in `.grad`.
 
     Args:
         batch_size: sequences in a micro-step.
         forward: the model, compiled: inputs and targets (B, T) to the loss.
 
     Returns:
-        (micro-steps,) the loss of each of this process's, on the device. Nothing here waits for it.
+        (micro-steps,) the losses of this process, on the device. Nothing here waits for them.
     """
     machine, losses = run.machine, []
     micro_steps = run.window_ids(state.tokens, batch_size)
@@ -192,9 +192,9 @@ def forward_backward(
 
 
 def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size: int) -> None:
-    """Raise UserError if a loss or the gradient is infinite or NaN: where, when, and on which text."""
+    """Raise UserError if a loss or the gradient is infinite or NaN. The message names the iteration and the text."""
     bad = [n for n, loss in enumerate(outcome.losses) if not math.isfinite(loss)]
-    # In float16 the scaler deals with an overflow: it skips the step and halves the scale, until that is 1
+    # In float16 the scaler handles an overflow: it skips the step and halves the scale, until the scale is 1
     rescued = state.scaler.is_enabled() and state.scaler.get_scale() > 1
     if not bad and (math.isfinite(outcome.grad_norm) or rescued):
         return
@@ -213,7 +213,7 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
 
 
 def window_text(run: Run, window_id: int) -> str:
-    """What a training window reads, in one line of a message; empty if there is no tokenizer."""
+    """The text of a training window, as a sentence of a message; empty if there is no tokenizer."""
     try:
         tokenizer = load_tokenizer(run.tokenizer)
     except UserError:
@@ -228,7 +228,7 @@ def window_text(run: Run, window_id: int) -> str:
 
 @torch.no_grad()
 def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: Machine) -> float:
-    """The mean loss over all validation windows, in nats per token. The processes share the windows out."""
+    """The mean loss over all validation windows, in nats per token. Each process evaluates its share of them."""
     model.eval()
     total = torch.zeros(1, device=machine.device)
     begin, end = (len(windows) * (machine.rank + n) // machine.processes for n in (0, 1))
@@ -243,7 +243,7 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 
 
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
-    """Note a validation loss in `state`. Returns whether it is the best so far. Raises UserError if it is not finite."""
+    """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     if not math.isfinite(val_loss):
         raise UserError(
             f"the validation loss at iteration {state.iter} is {val_loss}; {run.out_dir}/last.pt holds the run as it was "
@@ -255,7 +255,7 @@ def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
 
 
 def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
-    """Where a resumed run evaluates on other windows than before, give best.pt its loss on these: only losses of the same
+    """If a resumed run evaluates on other windows than before, evaluate best.pt on them: only losses on the same
     windows can be compared."""
     before = run.val_windows_before
     if before is None or before == len(run.val_windows) or not (run.out_dir / "best.pt").exists():
@@ -280,7 +280,7 @@ def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
 
 
 def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> str:
-    """How the model continues `sample_prompt`. Uses random numbers of its own, so the run stays the same."""
+    """`sample_prompt` and the model's continuation. Has its own random numbers, so the run stays the same."""
     prompt = run.cfg.sample_prompt
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
     options = {"temperature": 0.8, "top_k": 200, "generator": generator}

@@ -2,10 +2,10 @@
 
     python benchmarks/busy.py [--spins default 0 1000 10000] [--seconds 5] [--rounds 3]
 
-A thread that waits for the others either spins, which is quick when they come soon, or sleeps. When another program has
-one of the cores, the threads that spin keep the one they wait for from running. GOMP_SPINCOUNT is the number of turns
-before a thread sleeps; `default` leaves it to the library. Commands set it in internals/start.py. All combinations take
-turns; the table has medians of tokens/s.
+A thread that waits for the others either spins, which is quick when they arrive soon, or sleeps. When another program
+uses one of the cores, the spinning threads keep the one that they wait for from running. GOMP_SPINCOUNT is the number
+of turns before a thread sleeps; `default` leaves it to the library. Commands set it in internals/start.py. All
+combinations take turns; the table has medians of tokens/s.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def measure(work: str, preset: str, seconds: float) -> float:
 
 
 def trial(work: str, preset: str, spins: str, busy: bool, seconds: float) -> float:
-    """Tokens/s of a process of its own, with or without a busy one beside it."""
+    """Tokens/s of a separate process, with or without a busy one beside it."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     if spins != "default":
         environment["GOMP_SPINCOUNT"] = spins

@@ -1,7 +1,7 @@
-"""What several benchmarks share.
+"""Code that several benchmarks share.
 
-Importing this module puts the repository's root at the front of the path, so that `train` and `generate` are the commands
-and not the benchmarks of the same names. Import it before them.
+Importing this module puts the repository's root at the front of the path, so that `train` and `generate` are the
+commands and not the benchmarks of the same names. Import it before them.
 """
 
 import importlib.util

@@ -10,7 +10,7 @@ characters that the training text has, too.
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # noqa: F401  the first: it decides which generate.py is imported below
+import common  # noqa: F401  must come first: it decides which generate.py is imported below
 import torch
 import tyro
 
@@ -29,7 +29,10 @@ class Copied:
 
 
 def copied_spans(sample: str, text: str, shortest: int = RUN) -> list[tuple[int, int]]:
-    """Where the longest runs of `sample` lie that stand in `text`: `copied_spans("an old dog", "the old door", 3) -> [(2, 9)]`."""
+    """The spans of the longest runs of `sample` that occur in `text`.
+
+    `copied_spans("an old dog", "the old door", 3) -> [(2, 9)]`
+    """
     spans, end = [], 0
     for start in range(len(sample)):
         stop = max(start + shortest, end + 1)  # a run that ends earlier lies inside the one before

@@ -80,7 +80,7 @@ def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, through its C interface: llama-cpp-python's own loop would add its time to each token."""
+    """A GGUF file in llama.cpp, through its C interface: llama-cpp-python's own loop would add time to each token."""
 
     def __init__(self, path: Path):
         llama_cpp.llama_log_set(silence, None)
@@ -189,7 +189,7 @@ def start_up(model: GPT, rounds: int) -> None:
 
 
 def print_rates(rates: dict[str, list[float]]) -> None:
-    """Tokens/s of each candidate per round, and how often the first candidate is as fast."""
+    """Print the tokens/s of each candidate, and how many times as fast the first one is."""
     first = next(iter(rates.values()))
     print(f"\n{'':44s} {'tokens/s':>9s} {'generate.py is':>15s} {'from':>7s} {'to':>7s}")
     for row, each in rates.items():
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     rounds = parser.parse_args().rounds
-    load_tokenizer("gpt2")  # fails now rather than after minutes: the command that is timed at the end needs it
+    load_tokenizer("gpt2")  # to fail now rather than after minutes: the command that is timed at the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     device = resolve_device("auto")

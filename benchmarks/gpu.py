@@ -49,7 +49,7 @@ from internals.start import UserError, first_line, run
 from model import GPT
 
 BATCH = {"wikipedia": 64, "wikipedia-150m": 8}  # sequences that all competitors fit into 24 GB
-EPOCHS = 4  # what a text gives: with more, the loss falls less than with new text
+EPOCHS = 4  # at most; with more, the loss falls less than with new text
 EVALUATIONS = 8  # of a training run
 SMALL_RUN = (
     "--device cpu --n-layer 1 --n-head 2 --n-embd 32 --n-inner 64 --block-size 64 --tokens-per-iter 1024 "
@@ -77,10 +77,10 @@ class Gpu:
 
 
 class Failed(Exception):
-    """A part that did not work; its message says why. The others are still run."""
+    """A part failed; the message says why. The other parts still run."""
 
 
-# Figures of a part, as they go to its file; None: a training run that is not at its end
+# A part's figures, as they are written to its file; None: a training run that is not finished
 Figures = dict[str, Any] | None
 
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
-    """Name -> what measures it, in the order of measuring."""
+    """Name -> the function that measures it, in the order of measuring."""
     found: dict[str, Callable[[], Figures]] = {
         "data": partial(data, args),
         "matrix-rate": lambda: {"flops": in_a_process(matrix_rate, args.device, 512 if args.small else 8192)},
@@ -151,14 +151,14 @@ def choose(args: Gpu, folder: Path) -> list[str]:
 
 
 def progress(args: Gpu, folder: Path) -> str:
-    """What is done, and what is left."""
+    """The parts that are done, and those that are left."""
     done = {name: (folder / f"{name}.json").exists() for name in parts(args, folder)}
     names = {state: [name for name, there in done.items() if there is state] for state in (True, False)}
     return f"Done: {', '.join(names[True]) or 'nothing'}\nLeft: {', '.join(names[False]) or 'nothing'}"
 
 
 def kept(folder: Path) -> dict[str, dict[str, Any]]:
-    """The contents of all parts' files, by name, in the order of their making."""
+    """The contents of all parts' files, by name, oldest first."""
     files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
@@ -176,7 +176,7 @@ def in_a_process(function: Callable, *args: Any) -> Any:
 
 
 def script(*command: object) -> str:
-    """Run a script of this repository. Shows its output while it comes, and returns it."""
+    """Run a script of this repository. Shows its output as it arrives, and returns it."""
     command = [sys.executable, "-u", *map(str, command)]
     print("$", shlex.join(command), flush=True)
     lines = []
@@ -269,7 +269,7 @@ def speed(args: Gpu, folder: Path, preset: str) -> Figures:
 
 
 def optimizer(args: Gpu, preset: str) -> Figures:
-    """Seconds, FLOP of the products and launched kernels of a step of Muon and of AdamW on the preset's shape."""
+    """A step of Muon and of AdamW on the preset's shape: seconds, FLOP of its matrix products, kernels launched."""
     found = {}
     for name in ("muon", "adamw"):
         found[name] = in_a_process(step_time, args.device, preset, name, args.small)
@@ -282,7 +282,7 @@ def optimizer(args: Gpu, preset: str) -> Figures:
 
 
 def make_step(device: str, preset: str, name: str, small: bool) -> Callable[[], None]:
-    """The step of an optimizer whose model has gradients."""
+    """The step of an optimizer. Its model has random gradients."""
     cfg = dataclasses.replace(with_preset(TrainConfig, preset), optimizer=name)
     model = GPT(dataclasses.replace(cfg.model, n_layer=1) if small else cfg.model).to(device)
     for parameter in model.parameters():
@@ -314,14 +314,14 @@ def step_launches(preset: str, name: str) -> int:
 
 
 def iterations(args: Gpu) -> int:
-    """Of the races: `--tokens`, or what the text gives."""
+    """Iterations of a race: what `--tokens` allows, or fewer if the text is short."""
     if args.small:
         return 16
     return min(args.tokens // TrainConfig().tokens_per_iter, default_iterations(args))
 
 
 def default_iterations(args: Gpu) -> int:
-    """Of the default run: the preset's 16,000, or what the text gives."""
+    """Iterations of the default run: the preset's 16,000, or fewer if the text is short."""
     if args.small:
         return 24
     cfg = TrainConfig()
@@ -348,7 +348,7 @@ def training_run(args: Gpu, folder: Path, name: str, length: Callable[[], int], 
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
         except KeyboardInterrupt:
-            process.wait()  # it has got Ctrl-C, too, and saves
+            process.wait()  # it got the Ctrl-C, too, and saves
             raise
     if process.returncode:
         raise Failed(f"exit status {process.returncode}")

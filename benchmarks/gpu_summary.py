@@ -53,7 +53,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def speed(turns: list[dict[str, Any]], rate: float | None) -> list[str]:
-    """Tokens/s of every turn, and what follows from ours."""
+    """Tokens/s of every turn, and the MFU and duration that follow from ours."""
     names = list(dict.fromkeys(name for turn in turns for name in turn["results"]))
     rows, best = [], {}
     for name in names:
@@ -87,7 +87,7 @@ def optimizer_table(optimizers: dict[str, dict[str, Any]], rate: float | None) -
 
 
 def rate_of(curve: list[list[float]]) -> float:
-    """Tokens/s, the median between evaluations: a piece begins with compiling, which is in the seconds of one of them."""
+    """Tokens/s, the median over the stretches between evaluations: some stretches contain the compiling of a piece."""
     points = [(0, 0.0), *((tokens, seconds) for tokens, seconds, _ in curve if tokens)]
     return statistics.median((b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(points))
 

@@ -72,7 +72,7 @@ def measure(
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         loss = loss_function(x, weight, targets, vocab)
     loss.backward()
-    after = peak_mib(device)  # which waits for a GPU
+    after = peak_mib(device)  # waits for a GPU
     return time.perf_counter() - begin, after - before
 
 

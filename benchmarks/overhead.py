@@ -2,11 +2,11 @@
 
     python benchmarks/overhead.py --max-iters 20 --tokens-per-iter 8192 --batch-size 16 --checkpoint-interval 10
 
-It takes every flag of train.py. The bare loop has its batch on the device already. It only does forward, backward, clipping
-and the optimizer's step. train.py runs unchanged on random tokens in a temporary folder. Its seconds are wall-clock time of the
-whole loop. They include the saves of last.pt (every --checkpoint-interval iterations, and at the end) and the rows of
-metrics.jsonl. Evaluations, with their sample and loss.png, are excluded because both loops would need them. The two take
-turns in this process for several rounds; the ratio is the median over the rounds.
+It takes every flag of train.py. The bare loop has its batch on the device already. It only does forward, backward,
+clipping and the optimizer's step. train.py runs unchanged on random tokens in a temporary folder. Its seconds are the
+wall-clock time of the whole loop. They include the saves of last.pt (every --checkpoint-interval iterations, and at the
+end) and the rows of metrics.jsonl. Evaluations, with their sample and loss.png, are excluded because both loops would
+need them. The two take turns in this process for several rounds; the ratio is the median over the rounds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import common  # noqa: F401  (the first: it decides which train.py is imported below)
+import common  # noqa: F401  (must come first: it decides which train.py is imported below)
 import numpy as np
 import torch
 

@@ -1,10 +1,10 @@
-"""What run.html costs: seconds at an evaluation and bytes on the disk, with an untrained model of a preset's shape.
+"""The cost of run.html: seconds per evaluation and bytes on the disk, for an untrained model of a preset's shape.
 
     python benchmarks/page.py                              the default model, 30 evaluations
     python benchmarks/page.py --preset demo --evaluations 7
 
-Each evaluation measures the passage, adds the row and writes both files, as in training. The sample text is a given: an
-evaluation wrote it before there was a page. An untrained model's surprises are the most expensive to write down.
+Each evaluation measures the passage, adds the row and writes both files, as in training. Writing the sample text is not
+counted: an evaluation does that even without a page. An untrained model's surprises are the most expensive to write.
 """
 
 import json

@@ -123,7 +123,7 @@ def run_alone(way: str, source: Path, workers: int, with_titles: bool = True) ->
 
 
 def encode_all(texts: list[bytes], workers: int, vocabulary: bytes, results) -> None:
-    """A process with nothing in gigatoken's cache: encode all texts in one call."""
+    """In a process with an empty gigatoken cache: encode all texts in one call."""
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # before the library starts its threads
     import awkward  # noqa: F401  (it would be imported within the timed call)
     import gigatoken
@@ -179,7 +179,7 @@ def usual(source: Path, workers: int, folder: Path) -> None:
 
 
 def run_usual(source: Path, workers: int, folder: Path) -> Timing:
-    """`usual` in a process of its own, with empty caches."""
+    """`usual` in its own process, with empty caches."""
     command = [sys.executable, __file__, "--usual", folder, "--source", source, "--workers", workers]
     env = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
     start, cpu = time.perf_counter(), cpu_seconds_of_children()
@@ -237,7 +237,7 @@ def main() -> None:
 
 
 def repeated(source: Path, times: int, folder: Path) -> Path:
-    """A folder with `times` copies of each file of the source. Of links to one file, the command would take one."""
+    """A folder with `times` copies of each file of the source. If they were links, the command would read one."""
     copies = folder / f"in{times}"
     copies.mkdir()
     for copy in range(times):

@@ -37,7 +37,7 @@ def git(*command: str) -> str:
 
 
 def contents(args: Reference, commit: str) -> dict[str, Any]:
-    """What sample/PRESET.json records of the run."""
+    """The contents of sample/PRESET.json."""
     last = checkpoint.load(Path(args.out_dir) / "last.pt")
     settings = {name: value for name, value in last["config"].items() if name not in reference.NOT_LEARNING}
     preset = last["config"]["preset"]

@@ -1,4 +1,4 @@
-"""Tokens/s of training on several GPUs, reckoned from sizes and rates. Nothing is measured here.
+"""Tokens/s of training on several GPUs, calculated from sizes and rates. Nothing is measured here.
 
     python benchmarks/scaling.py
 
@@ -13,19 +13,19 @@ from config import TrainConfig
 from internals.cli import with_preset
 from model import GPT
 
-TOKENS_PER_SECOND = 430_000  # of the default model on one RTX 4090, reckoned
+TOKENS_PER_SECOND = 430_000  # of the default model on one RTX 4090, calculated
 BANDWIDTH = {"NVLink": 200e9, "PCIe": 10e9, "Ethernet": 1.25e9}  # bytes/s in and out of a card, assumed
 CARDS = (1, 2, 8, 64)
 
 
 def muon_flop(matrix: Tensor) -> int:
-    """The three products in each of five Newton-Schulz steps: X times its transpose, the square of that, and both times X."""
+    """Five Newton-Schulz steps of three products: X times its transpose, the square of that, and both times X."""
     small, large = sorted(matrix.shape)
     return 5 * (2 * small**2 * large + 2 * small**3 + 2 * small**2 * large)
 
 
 def rows(preset: str, flops: float) -> list[str]:
-    """Rows of the table. `flops` are those that one card reaches a second."""
+    """Rows of the table. `flops` is the FLOP/s that one card reaches."""
     cfg = with_preset(TrainConfig, preset)
     with torch.device("meta"):
         model = GPT(cfg.model)

@@ -14,7 +14,7 @@ import random
 import time
 from dataclasses import dataclass
 
-import common  # noqa: F401  the first: it decides which modules are imported below
+import common  # noqa: F401  must come first: it decides which modules are imported below
 import tiktoken
 import tyro
 
@@ -32,7 +32,7 @@ CONTRACTION = r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"
 BLANKS = r"\s*[\r\n]+)|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{L}\p{M}&&[^a-z]]", r"[\p{L}\p{M}&&[^A-Z]]"
 
-# By the name that llama.cpp has for them; a star: it has none.
+# By llama.cpp's names; a star marks a pattern that llama.cpp lacks.
 PATTERNS = {
     "gpt-2": tokenizer_json.GPT2_PATTERN,
     "gpt-2 with marks *": tokenizer_json.GPT2_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import common  # the first: it decides which train.py is imported below
+import common  # must come first: it decides which train.py is imported below
 import torch
 import tyro
 
@@ -93,7 +93,7 @@ def peer(args: Comparison, module: torch.nn.Module, loss_of: Callable, optimizer
 
 
 def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> tuple[Callable, Callable]:
-    """transformers' GPT-2, bf16 autocast, fused AdamW. It shifts the labels itself: they are the inputs."""
+    """transformers' GPT-2, bf16 autocast, fused AdamW. It shifts the labels itself, so they are the inputs."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_float32_matmul_precision("high")
@@ -109,7 +109,7 @@ def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> t
 
 
 def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) -> tuple[Callable, Callable]:
-    """nanoGPT's model with its own optimizer; as its train.py runs it on a CPU, float32."""
+    """nanoGPT's model with its own optimizer. On a CPU, its train.py runs it in float32."""
     source = common.load_nanogpt(args.nanogpt)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     module = source.GPT(
@@ -151,8 +151,8 @@ def competitors(args: Comparison) -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 
 def compete(connection: Connection, name: str, args: Comparison, shape: ModelConfig) -> None:
-    """The process of one competitor. For every message it makes a micro-step and an update and sends the seconds of both.
-    After None it sends its peak memory."""
+    """The process of one competitor. For every message it makes a micro-step and an update, and sends the seconds of
+    both. After None it sends its peak memory."""
     make, arguments = competitors(args)[name]
     torch.manual_seed(0)
     micro_step, optimize = make(args, shape, **arguments)
@@ -172,7 +172,7 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
 
 
 class Competitor:
-    """The other end of such a process: it has begun, has allocated its buffers and compiled."""
+    """The other end of such a process, which has had one turn to allocate its buffers and to compile."""
 
     def __init__(self, name: str, args: Comparison, shape: ModelConfig):
         self.name = name
@@ -189,7 +189,7 @@ class Competitor:
         return self.connection.recv()
 
     def end(self) -> int:
-        """Ends the process. Returns its peak memory in bytes."""
+        """End the process. Returns its peak memory in bytes."""
         self.connection.send(None)
         peak = self.connection.recv()
         self.process.join()
@@ -199,7 +199,7 @@ class Competitor:
 def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
     """Name -> (tokens per second, peak memory in bytes, seconds of a micro-step, seconds of an update).
 
-    On a GPU, a competitor that fails is missing there.
+    On a GPU, a competitor that fails is missing.
     """
     shape = with_dropout(with_preset(ModelConfig, args.preset), epochs=1)
     shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size)
@@ -208,13 +208,13 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
         return measure(names, args, shape)
     results = {}
     for name in names:
-        with contextlib.suppress(EOFError, ConnectionError):  # its process has ended, and has told why
+        with contextlib.suppress(EOFError, ConnectionError):  # its process has ended and has said why
             results |= measure([name], args, shape)
     return results
 
 
 def measure(names: list[str], args: Comparison, shape: ModelConfig) -> dict[str, tuple[float, float, float, float]]:
-    """The results of competitors that are there at the same time and take turns."""
+    """The results of competitors that run at the same time and take turns."""
     running = [Competitor(name, args, shape) for name in names]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):

@@ -13,7 +13,7 @@ from internals.bulk_encoding import Texts, bulk_encoder, encode
 from internals.reader import Chunk, is_utf8
 from internals.tokenizer import END_OF_TEXT, cut_tokens
 
-FEW_IDS = 10  # different ones: fewer explain why a split misses its share
+FEW_IDS = 10  # with fewer different ids than this, they explain why a split misses its share
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Tokens:
     ends: bool  # False: the next chunk continues the article
     empty: int  # articles without text, left out
     repaired: int  # articles with invalid Unicode, replaced
-    characters: int = 0  # of all texts
-    replaced: int = 0  # of those
-    ids: frozenset[bytes] = frozenset()  # what decided the splits; not all of them if they are many
+    characters: int = 0  # in all texts
+    replaced: int = 0  # of those, for invalid bytes
+    ids: frozenset[bytes] = frozenset()  # the ids or texts that decided the splits, cut short, at most FEW_IDS
 
     def up_to(self, room: int, limit: int, encoding: tiktoken.Encoding) -> tuple["Tokens", bool]:
-        """The articles that reach `room` tokens, and whether the last one is cut: it would pass that by over `limit`."""
+        """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`."""
         ends = np.cumsum(self.lengths)
         last = int(np.searchsorted(ends, room))
         if self.ends and ends[last] - room <= limit:
@@ -82,7 +82,7 @@ def count_characters(texts: Texts) -> int:
 
 
 def repair(texts: Texts) -> tuple[Texts, int, int]:
-    """Texts with U+FFFD for each invalid byte, how many of them are repaired, and how many bytes."""
+    """Replace each invalid byte with U+FFFD. Returns the texts, how many were repaired, and how many bytes replaced."""
     decoded = (text.decode("utf-8", "surrogateescape") for text in texts)
     pairs = [re.subn("[\udc80-\udcff]", "\ufffd", text) for text in decoded]
     counts = [count for _, count in pairs]

@@ -9,14 +9,14 @@ from internals.machine import Machine
 from model import GPT, LOGITS_AT_ONCE
 
 USABLE = 0.9  # of a GPU's free memory; the rest is lost between blocks of the allocator, or to cuBLAS and cuDNN
-CPU_TOKENS = 4096  # in a micro-step on other devices, the size that benchmarks/train.py measures a CPU with
+CPU_TOKENS = 4096  # in a micro-step on other devices: the size at which benchmarks/train.py measures a CPU
 
 
 def with_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
     """`cfg` with a number for `--batch-size auto`: the largest that fits and divides `tokens_per_iter`.
 
-    On a GPU it is what the free memory holds, the least of all processes; otherwise what a CPU is fast with. A run
-    stores the number, so a resumed one keeps it.
+    On a GPU it is what fits into the free memory of every process; otherwise a size at which a CPU is fast. A run
+    stores the number, so a resumed run keeps it.
     """
     if cfg.batch_size != "auto":
         return cfg
@@ -32,9 +32,9 @@ def with_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
 
 
 def training_bytes(cfg: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of GPU memory that training takes for a batch of any size, and those for each sequence in it.
+    """GPU memory of training, in bytes: for a batch of any size, and for each sequence in it.
 
-    Without torch.compile, which needs less. Counted on a card that computes nothing (tests/test_gpu_batch_size.py).
+    Without torch.compile, which needs less. tests/test_batch_size.py checks it on a simulated card.
     """
     c = cfg.model
     with torch.device("meta"):
@@ -46,7 +46,7 @@ def training_bytes(cfg: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
     constant = 16 * weights + logits * (dtype.itemsize + 8) + head * (2 * dtype.itemsize + 4)
     # What the backward pass of a block needs, for each token. In float32: the residual stream before both norms. In
     # `dtype`: both normalised streams, queries, keys and values, attention's output and its copy with the heads side by
-    # side, and the MLP's hidden layer before and after GELU. With dropout two masks of a byte and their results.
+    # side, and the MLP's hidden layer before and after GELU. With dropout, two masks of a byte and their results.
     block = 8 * c.n_embd + dtype.itemsize * (8 * c.n_embd + 2 * c.n_inner)
     block += (2 + 2 * dtype.itemsize) * c.n_embd if c.dropout else 0
     return constant, c.block_size * c.n_layer * block

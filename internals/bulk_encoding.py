@@ -22,7 +22,7 @@ import tiktoken
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, OWN_PATTERN
 
-PIECE = 1 << 16  # bytes or characters per call of the tokenizer: tiktoken's core fails at a run of a million blanks
+PIECE = 1 << 16  # bytes or characters per call of the tokenizer: tiktoken's core fails on a run of a million blanks
 END = END_OF_TEXT.encode()
 
 GIGATOKEN_PATTERNS = {
@@ -30,9 +30,9 @@ GIGATOKEN_PATTERNS = {
     OWN_PATTERN: "qwen35",
 }  # the patterns that gigatoken has code for, and their names there
 INSTALL_GIGATOKEN = "pip install -r requirements-fast.txt makes this several times as fast"
-# gigatoken's cache keeps every word, and version 0.10.0 has no limit for that. A new word costs time, so a limit on the
-# time limits the memory too: to 0.15 GB more for ordinary text, 0.65 GB for random letters. Building it anew takes 0.03 s
-# and filling it again 0.3 s.
+# gigatoken's cache keeps every word, and version 0.10.0 cannot limit it. A new word costs time, so a limit on the time
+# limits the memory too: to 0.15 GB more for ordinary text, 0.65 GB for random letters. Rebuilding the cache takes
+# 0.03 s, refilling it 0.3 s.
 CACHE_SECONDS = 3.0
 
 
@@ -75,19 +75,19 @@ class TiktokenEncoder:
         return self.per_thread.encoding
 
     def joined(self, data: bytes) -> np.ndarray:
-        """The tokens of valid UTF-8, (N,) uint32. The characters of an end-of-text become an end-of-text."""
+        """The tokens of valid UTF-8, (N,) uint32. `<|endoftext|>` in it becomes the end-of-text token."""
         return self.own.encode_to_numpy(data.decode(), allowed_special={END_OF_TEXT})
 
     def ordinary(self, text: str) -> np.ndarray:
-        """The tokens of a text, (N,) uint32. The characters of an end-of-text are characters like any others."""
+        """The tokens of a text, (N,) uint32. `<|endoftext|>` in it is plain text."""
         return self.own.encode_to_numpy(text, disallowed_special=())
 
 
 class GigatokenEncoder(TiktokenEncoder):
     """gigatoken, and tiktoken for what it cannot do.
 
-    Threads share one and use it in turns. One thread encodes faster than the others read and join articles, and there is
-    one cache to fill and to keep.
+    Threads share one encoder and take turns. One thread encodes faster than the others read and join articles, and
+    there is only one cache to fill and keep.
 
     Raises:
         ImportError: it is not installed.
@@ -116,10 +116,10 @@ class GigatokenEncoder(TiktokenEncoder):
                 self.build()
             began = time.thread_time()
             try:
-                # A source, and not a list, because for a list it imports awkward, which takes longer than a million tokens.
+                # Not a list: for a list it imports awkward, which takes longer than encoding a million tokens.
                 rows, _ = self.fast.encode_batch_padded(self.as_source(data), 0, parallel=False)
             except BaseException as error:
-                if type(error).__name__ != "PanicException":  # of a bug in its core; not an Exception
+                if type(error).__name__ != "PanicException":  # from a bug in its core; not an Exception
                     raise
                 self.build()
                 return super().joined(data)
@@ -131,14 +131,14 @@ class GigatokenEncoder(TiktokenEncoder):
 
 
 def rank_lines(encoding: tiktoken.Encoding) -> bytes:
-    """A tokenizer's vocabulary as tiktoken's files have it: a line for each token, in order."""
+    """A tokenizer's vocabulary in the format of tiktoken's files: a line for each token, in order."""
     tokens = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
     return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
 @functools.cache
 def bulk_encoder(tokenizer: str) -> TiktokenEncoder:
-    """gigatoken where it is installed, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
+    """gigatoken if it is installed, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
     encoding = load_tokenizer(tokenizer)
     if encoding._pat_str not in GIGATOKEN_PATTERNS:
         return TiktokenEncoder(encoding)
@@ -152,7 +152,7 @@ def bulk_encoder(tokenizer: str) -> TiktokenEncoder:
 
 
 def probe() -> str:
-    """A text with characters of every script: gigatoken has other code for each kind of processor."""
+    """A text with characters of every script, for a test: gigatoken has different code for each kind of processor."""
     characters = (chr(c) for c in range(0, 0x20000, 61) if not 0xD800 <= c < 0xE000)
     return "".join(f"a{c} {c}1  {c}.{c}\n" for c in characters)
 
@@ -165,8 +165,8 @@ class Encoded(NamedTuple):
 def encode(encoder: TiktokenEncoder, texts: Texts) -> Encoded:
     """Encode many texts in valid UTF-8. What looks like end-of-text inside a text is encoded as plain text.
 
-    Neighbours are encoded in one call. If that gives more ends than texts, one of the texts contains the characters of an
-    end-of-text, and each text gets a call of its own. Long texts are cut into pieces.
+    Neighbouring texts are encoded in one call. If the result has more ends than texts, one of the texts contains
+    `<|endoftext|>`, and each text gets its own call. Long texts are cut into pieces.
     """
     end, parts = encoder.encoding.eot_token, []
     for is_long, group in itertools.groupby(range(len(texts)), lambda number: texts.sizes[number] > PIECE):
@@ -187,7 +187,7 @@ def encode(encoder: TiktokenEncoder, texts: Texts) -> Encoded:
 # Long texts
 
 CUT_WITHIN = 4096  # characters at the end of a text in which to look for a cut
-CUT_TRIES = 32  # of each kind of place
+CUT_TRIES = 32  # for each kind of place
 CUT_CONTEXT = 256  # characters on each side that are encoded together and apart
 
 
@@ -204,8 +204,8 @@ def pieces(text: str, encoding: tiktoken.Encoding) -> Iterator[str]:
 def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
     """Where to cut a text that is too long for one piece, so that the parts have the tokens of the whole.
 
-    `"one two three" -> 7`, before a single blank or newline between two words near the end, if that is right: not every
-    tokenizer's pattern ends a match there, so the tokenizer itself is asked. Text without such a place (Chinese) is cut
+    `"one two three" -> 7`: before a single blank or newline between two words near the end. Not every tokenizer's
+    pattern ends a match there, so the tokenizer itself checks each cut. Text without such a place (Chinese) is cut
     between other characters. If there is no place at all (a long run of blanks), the cut is at the end: then the tokens
     may differ there, but they still decode to the exact text.
     """
@@ -222,8 +222,8 @@ def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
 def can_cut(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
     """Whether the characters around a cut have the same tokens with the cut and without it.
 
-    That is enough where a match of the pattern depends on the text near it, as in all known tokenizers. It would not be for
-    a pattern that counts, such as words in pairs.
+    That is enough if a match of the pattern depends only on the text near it, as in all known tokenizers. It would fail
+    for a pattern that counts, such as one for pairs of words.
     """
     left, right = text[max(0, cut - CUT_CONTEXT) : cut], text[cut : cut + CUT_CONTEXT]
     apart = encoding.encode_ordinary(left) + encoding.encode_ordinary(right)

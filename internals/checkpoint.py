@@ -26,7 +26,7 @@ REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_los
 
 
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint. At every moment `path` holds the old one or the new one, whole."""
+    """Write a checkpoint. `path` always holds the old one or the new one, complete."""
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -82,8 +82,8 @@ def check_file(path: Path) -> None:
 def reading(path: Path, otherwise: str) -> Iterator[None]:
     """Turn a failure to read `path` into a UserError.
 
-    What the system says (permission, disk, network drive) and too little memory keep their own words: nobody should
-    delete a good file over them. Only the rest is what `otherwise` says, `is damaged ...`.
+    Errors of the system (permission, disk, network drive) and too little memory keep their own message, so that nobody
+    deletes a good file over them. All other errors get the message `otherwise`, `is damaged ...`.
     """
     try:
         yield
@@ -104,7 +104,7 @@ def is_memory_error(error: Exception) -> bool:
 
 
 def refusal_to_read(path: Path, error: Exception) -> OSError | None:
-    """What the system said against reading the file, if it did. PyTorch and safetensors may hide it: so it is read again."""
+    """The system's error on reading the file, if any. PyTorch and safetensors may hide it, so it is read again."""
     try:
         with open(path, "rb") as file:
             while file.read(1 << 20):
@@ -112,7 +112,7 @@ def refusal_to_read(path: Path, error: Exception) -> OSError | None:
     except OSError as refusal:
         return refusal
     cause = system_error(error)
-    damaged = cause is None or cause.errno == errno.EINVAL  # the end of a zip file sought before its beginning
+    damaged = cause is None or cause.errno == errno.EINVAL  # a seek before the beginning, to find a zip file's end
     return None if damaged else cause
 
 
@@ -145,7 +145,7 @@ def build_model(checkpoint: dict[str, Any], name: str = "the checkpoint") -> GPT
 class WithoutInit(TorchFunctionMode):
     """Inside, modules are created without random initial weights, which loading would replace.
 
-    This saves 0.2 s of the second that generate.py needs to its first character (benchmarks/generate.py). PyTorch's own
+    This saves 0.2 s of the second that generate.py takes to its first character (benchmarks/generate.py). PyTorch's own
     way, a meta device, costs 0.8 s: drawing random numbers there imports PyTorch's compiler.
     """
 

@@ -44,7 +44,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
 
     Args:
         args: the command line; None: this process's.
-        default: the values of what is not given; None: those of the preset, or of `--config FILE`.
+        default: the values of flags that are not given; None: those of the preset, or of `--config FILE`.
     """
     args = list(sys.argv[1:] if args is None else args)
     if default is None:
@@ -76,7 +76,7 @@ def flag_value(args: Sequence[str], flag: str, default: str) -> str:
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` with the values of a preset, defaults for the rest. A field without a default stays so."""
+    """The configuration `cls` with the values of a preset, defaults for the rest. Required fields stay required."""
     given = {f.name: f.default for f in dataclasses.fields(cls)}
     values = {
         name: value for name, value in preset_values(preset).items() if given.get(name, tyro.MISSING) != tyro.MISSING
@@ -87,7 +87,7 @@ def with_preset(cls: Callable[..., C], preset: str) -> C:
 
 
 def preset_values(preset: str) -> dict[str, Any]:
-    """What a preset sets: its entry in PRESETS, its name, and the folders that follow from its name."""
+    """The values that a preset sets: its entry in PRESETS, its name, and the folders that follow from its name."""
     if preset == "wikipedia":  # the defaults of config.py, folders included
         return {"preset": preset}
     out_dir = f"checkpoints/{preset}"

@@ -1,4 +1,4 @@
-"""The model as the training loop calls it: compiled."""
+"""Compile the model for the training loop."""
 
 import re
 import textwrap
@@ -17,9 +17,9 @@ from model import GPT
 
 
 def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
-    """The model as the iterations call it, compiled, and a word on compiling.
+    """The model for the iterations, compiled if `--compile` says so, and `on` or `off` (with a reason if it failed).
 
-    `model` itself stays as it is: evaluating, sampling and saving use that one.
+    `model` itself does not change: evaluating, sampling and saving use it.
     """
     if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
         return try_compile(model, cfg, machine)
@@ -29,7 +29,7 @@ def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Call
 def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
     """The compiled model, tried in a forward and a backward pass. If that fails in any process: `model`, and why.
 
-    A compiler that fails costs the run its speed-up, nothing else.
+    If the compiler fails, the run loses only the speed-up.
     """
     compiled: Any = torch.compile(model, dynamic=False)
     reason = ""
@@ -40,8 +40,8 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
         with machine.autocast():
             loss = compiled(inputs, targets)
         loss.backward()
-    except Exception as error:  # the many parts of a compiler have no common base for what they raise
-        if not is_out_of_memory(error):  # the iterations meet it again, and MicroBatch deals with it
+    except Exception as error:  # the many parts of a compiler have no common base class for their errors
+        if not is_out_of_memory(error):  # that happens again in the iterations, where MicroBatch handles it
             reason = compile_problem(error)
     model.zero_grad()
     failed = machine.gather(torch.tensor([bool(reason)])).any().item()
@@ -51,7 +51,7 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
 def compile_problem(error: Exception) -> str:
     """Why compiling failed, in a line, and what to install if a part of the compiler is missing.
 
-    Inductor makes C++ for a CPU and, by Triton, machine code for a GPU. Both call the system's C compiler.
+    Inductor generates C++ for a CPU and, through Triton, machine code for a GPU. Both call the system's C compiler.
     """
     text = str(error)
     said = next((line for line in text.splitlines() if "fatal error" in line), first_line(error))

@@ -18,8 +18,8 @@ from model import GPT
 def pack_weights(model: GPT) -> GPT:
     """Give the model the fastest products for generating, if this processor is known to gain from them.
 
-    Changes the model, which then only generates: its matrices are no longer parameters. Call it once, when device and
-    dtype are final. It changes no setting of PyTorch, and threads may share the model.
+    Changes the model, which can then only generate: its matrices are no longer parameters. Call it once, when device
+    and dtype are final. It changes no setting of PyTorch, and threads may share the model.
 
     Returns:
         The same model, in eval mode. Its numbers differ from `F.linear`'s by rounding.
@@ -53,7 +53,7 @@ def gains_from_packing(dtype: torch.dtype) -> bool:
     """Whether products in `dtype` are faster with packed weights on this processor.
 
     The answer follows from the processor, not from a timing, so that the same seed always gives the same text. In float32
-    on Intel, `F.linear` is Intel's own MKL, which is fast on one row. docs/experiments.md has the measurements.
+    on Intel, `F.linear` uses Intel's own MKL, which is fast on one row. docs/experiments.md has the measurements.
     """
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch for a Mac has no oneDNN
         return False

@@ -1,4 +1,4 @@
-"""What in a data folder prepare_data.py has made. Nothing else there is ever deleted, renamed or overwritten."""
+"""The files in a data folder that prepare_data.py wrote. It never deletes, renames or overwrites any others."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from internals.files import sha256
 from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER
 from internals.start import UserError
 
-DOWNLOADS = ".downloads-in-progress"  # no person calls a folder so
+DOWNLOADS = ".downloads-in-progress"  # a name that no user gives to a folder
 OLD_DOWNLOADS = "downloads"  # of versions before November 2026
 BEGINNING = b'{\n  "format": '  # of our JSON files
 TOKENIZER_FILES = (TOKENIZER_FILE, f"{TOKENIZER_FILE}.tmp")
@@ -22,10 +22,11 @@ TOKENIZER_BEGINNING = b'{\n  "version": "1.0",\n  "truncation": null'
 
 
 class DataFolder:
-    """The files of a data folder, ours told from others'.
+    """The files of a data folder, and which of them are ours.
 
     Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them names,
-    and unfinished shards with our header. A file of ours that is gone or damaged is no obstacle; one of somebody else's is.
+    and unfinished shards with our header. A missing or damaged file of ours does not stop the command; a foreign one
+    does.
     """
 
     def __init__(self, path: Path):
@@ -33,7 +34,7 @@ class DataFolder:
         self.meta, self.noted = (own_json(path / name) for name in ("meta.json", "progress.json"))
 
     def refuse_foreign(self, own_tokenizer: bool) -> None:
-        """Raise UserError if a file that the command did not make has a name that it needs."""
+        """Raise UserError if a foreign file has a name that the command needs."""
         names = [path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name not in TOKENIZER_FILES]
         if foreign := [path.name for path in names if self.is_in_the_way(path)]:
             more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
@@ -83,14 +84,14 @@ class DataFolder:
         return []
 
     def noted_length(self, split: str, index: int) -> int:
-        """Tokens that a shard has by `progress.json`; 0 if it names no such shard."""
+        """Tokens of a shard according to `progress.json`; 0 if it names no such shard."""
         with contextlib.suppress(KeyError, TypeError):
             size = self.noted["shard_tokens"]
             return max(0, min(size, self.noted["splits"][split]["tokens"] - index * size))
         return 0
 
     def delete(self) -> None:
-        """Delete what is ours. The files that show what is ours go last, so a kill on the way leaves nothing strange."""
+        """Delete our files. Those that show which are ours go last, so a killed deletion can be repeated."""
         for path in sorted(self.path.iterdir()):
             is_shard = SHARD_NAME.fullmatch(path.name) and self.is_own_shard(path)
             if is_shard or (path.name == TOKENIZER_FILE and self.is_own_tokenizer(path)):
@@ -100,7 +101,7 @@ class DataFolder:
         self.meta = None
 
     def delete_notes(self) -> None:
-        """Delete what a finished folder does not need."""
+        """Delete our files that a finished folder does not need."""
         Downloads.of(self.path, (self.noted or {}).get("resolved") or {}).delete_all()
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
@@ -109,14 +110,14 @@ class DataFolder:
 
 
 class Downloads:
-    """The folder in a data folder where downloads lie until they are tokenized."""
+    """The subfolder of a data folder that keeps downloads until they are tokenized."""
 
     def __init__(self, data_dir: Path, name: str, files: Iterable[str]):
         self.data_dir, self.folder, self.files = data_dir, data_dir / name, list(files)
 
     @classmethod
     def of(cls, data_dir: Path, resolved: dict[str, Any]) -> "Downloads":
-        """The downloads of a source, from what it noted when it was resolved."""
+        """The downloads of a source. `resolved` is its entry in `progress.json`."""
         name = resolved.get("folder", OLD_DOWNLOADS) if resolved else DOWNLOADS
         return cls(data_dir, name, (file["name"] for file in resolved.get("files", [])))
 
@@ -127,7 +128,7 @@ class Downloads:
                 path.unlink(missing_ok=True)
 
     def delete_all(self) -> None:
-        """Delete the files and the folder; of the old folder, which may be a person's, only what is empty then."""
+        """Delete the files and the folder. The old folder may be the user's, so there only empty folders go."""
         self.delete(self.files)
         if self.folder.name == DOWNLOADS:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -145,7 +146,7 @@ def folders_of(folder: Path, name: str) -> Iterator[Path]:
 
 
 def own_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file that this command wrote; None if there is none, or if it is another or damaged."""
+    """A JSON file that this command wrote; None if it is missing, foreign or damaged."""
     try:
         value = json.loads(path.read_bytes())
         return value if {"format", "source", "tokenizer", "splits"} <= value.keys() else None
@@ -154,7 +155,7 @@ def own_json(path: Path) -> dict[str, Any] | None:
 
 
 def begins_as(path: Path, beginning: bytes) -> bool:
-    """Whether the file begins with these bytes, or is a beginning of them, as a killed write leaves it."""
+    """Whether the file begins with these bytes, or is only the first of them, as after a killed write."""
     with open(path, "rb") as file:
         data = file.read(len(beginning))
     return beginning.startswith(data)

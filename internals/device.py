@@ -1,4 +1,4 @@
-"""Which device and which precision a command computes with, and what is known of GPUs."""
+"""Device and precision of a command, the speed of known GPUs, and why PyTorch cannot use a card."""
 
 import os
 import re
@@ -15,8 +15,8 @@ from internals import cpu_kernels
 from internals.start import UserError, first_line
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, as training computes, from NVIDIA's data sheets and
-# architecture papers, by the name PyTorch gives. With 16-bit accumulation, GeForce cards are twice as fast.
-# MFU is shown for these GPUs and no other.
+# architecture papers, by PyTorch's name for the card. With 16-bit accumulation, GeForce cards are twice as fast.
+# MFU is shown for these GPUs only.
 PEAK_FLOPS = {
     "NVIDIA GeForce RTX 3080": 59.5e12,
     "NVIDIA GeForce RTX 3090": 71e12,
@@ -52,19 +52,19 @@ class Build(NamedTuple):
     """One of PyTorch's builds with CUDA."""
 
     driver: int  # the first part of the version of the oldest driver that it runs with
-    cuda: int  # what such a driver answers for its CUDA: 12080 for 12.8
+    cuda: int  # the CUDA version that such a driver reports: 12080 for 12.8
     name: str  # in the address of PyTorch's package index
 
 
 BUILDS = (Build(580, 13000, "cu130"), Build(570, 12080, "cu128"), Build(525, 12000, "cu126"))
 UPDATE_DRIVER = "update the driver (nvidia.com/drivers)"
-CUDA_CONTEXT = 400 * 2**20  # bytes of a card that CUDA itself takes in every process, about
+CUDA_CONTEXT = 400 * 2**20  # approximate bytes of a card that CUDA itself takes in every process
 
 
 class Obstacle(NamedTuple):
     """Why PyTorch cannot compute on an NVIDIA card here."""
 
-    found: str  # about PyTorch, the driver and the card
+    found: str  # what is wrong with PyTorch, the driver or the card
     advice: str  # what to do
     driver: bool  # a driver is installed, so there should be a card
 
@@ -89,13 +89,13 @@ def unused_card(name: str, device: torch.device) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What keeps PyTorch from a card
+# Why PyTorch cannot use a card
 
 
 def cuda_obstacle() -> Obstacle | None:
     """Why PyTorch cannot compute on this machine's NVIDIA cards. None: it can."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's pages on the same subject
+        warnings.simplefilter("ignore")  # PyTorch's long warnings on the same subject
         if torch.cuda.is_available():
             return missing_kernels()
         try:
@@ -180,7 +180,7 @@ def has_kernels(capability: tuple[int, int], archs: list[str]) -> bool:
 
 
 def installed_driver() -> str:
-    """What NVIDIA's driver says of this machine: "NVIDIA GeForce RTX 4090, driver 550.54.14". Empty if there is none."""
+    """The card and driver by nvidia-smi: "NVIDIA GeForce RTX 4090, driver 550.54.14". Empty without a driver."""
     if nvidia_smi := shutil.which("nvidia-smi"):
         query = [nvidia_smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
@@ -196,7 +196,7 @@ def installed_driver() -> str:
 
 
 def newest_build(runs: Callable[[Build], bool]) -> str:
-    """How to install the newest build for which `runs(build)`, or that only another driver helps."""
+    """The command to install the newest build for which `runs(build)`; if there is none, to update the driver."""
     return next((install(build.name) for build in BUILDS if runs(build)), UPDATE_DRIVER)
 
 

@@ -1,4 +1,4 @@
-"""The encoding of text files: a byte-order mark decides, then --encoding; what is not text is refused by name."""
+"""The encoding of text files: a byte-order mark decides, else --encoding. A file that is not text is refused."""
 
 import codecs
 import contextlib
@@ -19,7 +19,7 @@ BOMS = (
 LONG_NUL_RUN = bytes(64)  # no text has it; files that a crash left half-written do
 INVALID = re.compile("[\udc80-\udcff]")  # bytes that `surrogateescape` could not decode
 WESTERN = ("cp1250", "cp1252", "cp1254", "cp1257", "cp1258", "latin_1", "mac_roman")  # guesses mix them up
-SAMPLE_BYTES = 1 << 16  # that a guess of the encoding looks at
+SAMPLE_BYTES = 1 << 16  # at the beginning of a file, from which to guess its encoding
 
 codecs.register_error("mark", lambda error: ("\udcff", error.end))  # one surrogate for each invalid sequence
 
@@ -27,7 +27,7 @@ codecs.register_error("mark", lambda error: ("\udcff", error.end))  # one surrog
 def check_encoding(name: str) -> None:
     """Raise UserError unless Python can decode text of this encoding piece by piece."""
     try:
-        known = codecs.lookup(name)._is_text_encoding  # base64 is no encoding of text
+        known = codecs.lookup(name)._is_text_encoding  # base64 is not a text encoding
         if known and codecs.lookup(name).name not in ("utf-16", "utf-32"):  # these insist on a byte-order mark
             codecs.getincrementaldecoder(name)("replace").decode(b"text")
     except (LookupError, ValueError, TypeError):
@@ -38,7 +38,7 @@ def check_encoding(name: str) -> None:
 
 class Block(NamedTuple):
     data: bytes  # decompressed
-    position: int  # bytes of the file read so far, as it is on the disk
+    position: int  # bytes of the file on the disk read so far
 
 
 def encoding_of(head: bytes, given: str) -> str:
@@ -66,7 +66,7 @@ def as_utf8(blocks: Iterable[Block], given: str) -> Iterator[Block]:
 
 @dataclass
 class Counts:
-    """What a file's bytes are, read as UTF-8."""
+    """Statistics of a file's bytes, read as UTF-8."""
 
     bytes: int = 0
     characters: int = 0
@@ -94,13 +94,13 @@ class Counts:
         self.lines += text.count("\n")
 
     def place(self, before: str) -> str:
-        """Where a block is after this beginning of it. Counted in UTF-8, whatever the file is in."""
+        """The place in the file after `before`, the beginning of a block. Counted in UTF-8, whatever the encoding."""
         position = self.bytes + len(before.encode("utf-8", "surrogateescape"))
         return f"at byte {position:,}, in line {self.lines + before.count(chr(10)) + 1:,}"
 
     @property
     def is_other_encoding(self) -> bool:
-        """Most of what is not ASCII is invalid, and that is more than a flaw or two."""
+        """Whether most of the text beyond ASCII is invalid, and that is more than a flaw or two."""
         many = self.invalid >= 10 or (self.invalid >= 3 and 200 * self.invalid >= self.characters)
         return many and self.invalid > self.beyond_ascii
 

@@ -1,4 +1,4 @@
-"""Which files a source names: one walk for a file, a folder and a glob, each file once, whatever is left out counted."""
+"""The files that a source names: a file, a folder or a glob. Each file comes once, and left-out files are counted."""
 
 import fnmatch
 import glob
@@ -81,7 +81,7 @@ def find_files(sources: tuple[str, ...], sample: Path) -> Found:
 
 
 def refuse_pairs(paths: list[Path], root: Path) -> None:
-    """Raise UserError if a file lies beside its compressed self: the text would count twice."""
+    """Raise UserError if a file and its compressed copy are both there: the text would count twice."""
     seen: dict[Path, Path] = {}
     for path in paths:
         other = seen.setdefault(path.with_name(uncompressed(path.name)), path)
@@ -99,7 +99,7 @@ class Walk:
         self.left_out: Counter[str] = Counter()
 
     def find(self, source: str) -> Found:
-        """The files of a file, a folder or a glob, of any type, sorted. Those in a folder behind a link come as well."""
+        """The files of a file, a folder or a glob, of any type, sorted. Links to folders are followed."""
         path = Path(source).expanduser()
         try:
             mode = os.stat(path).st_mode
@@ -170,8 +170,8 @@ class Walk:
                     yield path
 
     def folders_in(self, folder: Path) -> Iterator[Path]:
-        """The folder and all below it. Links are followed last, so that a folder is found under its own name; each
-        folder comes once, so a link to a folder above ends here."""
+        """The folder and all folders below it. Links are followed last, so that a folder is found under its own name.
+        Each folder comes once, so a link to a folder above does not loop."""
         seen, own, linked = set(), [folder], []
         while own or linked:
             folder = own.pop() if own else linked.pop()
@@ -186,7 +186,7 @@ class Walk:
                     (linked if entry.is_symlink() else own).append(folder / entry.name)
 
     def each_once(self, paths: Iterable[Path]) -> list[Path]:
-        """The paths without those that lead to a file for the second time. A file is kept under its own name."""
+        """The paths, one for each file. Of several paths to a file, its own name is kept, not a link."""
         paths, names = list(paths), {}
         for path in paths:
             status = os.stat(path)
@@ -199,7 +199,7 @@ class Walk:
         return list(dict.fromkeys(path for path in paths if path in kept))
 
     def choose(self, paths: list[Path], alone: list[Path]) -> list[Path]:
-        """The text files among these. A .json in a folder of other text describes it more often than it belongs to it."""
+        """The text files among these. A .json beside other text usually describes that text and is not part of it."""
         types = {path: file_type(path.name) for path in paths}
         others = any(kind not in ("", ".json") for kind in types.values())
         chosen = []

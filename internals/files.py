@@ -1,4 +1,4 @@
-"""Files on the disk: written whole or not at all, synced, hashed; and what to say when the disk refuses."""
+"""Files on the disk: atomic writes, syncing, hashing, locks, and messages for a disk that fails."""
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write in place of `path`, which has its old content until the block ends without an error.
+    """A file to write in place of `path`, which keeps its old content until the block ends without an error.
 
     The new content goes to `PATH.tmp`, is synced and renamed, so a power cut leaves the old file or the new one.
     """
@@ -95,9 +95,9 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, held: str, seconds: float = 0.0) -> Iterator[None]:
-    """Keep other commands out of a folder, which is made if need be. The system lifts the lock when the process ends.
+    """Keep other commands out of a folder, created if missing. The system releases the lock when the process ends.
 
-    A file system without locks (some network and container file systems) costs a warning, not the folder.
+    A file system without locks (some network and container file systems) only causes a warning.
 
     Args:
         held: the UserError's text if another process has the lock.

@@ -19,7 +19,7 @@ curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens"
 ```"""
 
 
-# llama.cpp's names for a tensor's numbers, and for a file whose matrices have them
+# llama.cpp's names for a tensor's dtype, and for a file whose matrices have it
 NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
@@ -35,7 +35,7 @@ def round_matrices(model: GPT, dtype: torch.dtype) -> GPT:
 
 
 def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str) -> None:
-    """Write `model.gguf`, each tensor in its own dtype. llama.cpp's llama-quantize makes smaller files of it."""
+    """Write `model.gguf`, each tensor in its own dtype. llama.cpp's llama-quantize can make it smaller."""
     try:
         import gguf  # imported here: only this format needs it
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""GPT-2 written down once more, to hold what was exported against: plain PyTorch that knows nothing of model.py.
+"""A second GPT-2, to check exported files against: plain PyTorch that does not use model.py.
 
     read_huggingface, read_gguf    the files of an export -> the GPT-2 that they describe
     check                          does it compute what the model computes?
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from internals.memory import is_out_of_memory
 from internals.start import UserError, first_line
 
-TOKENS = 256  # of the comparison, at most: the default model's whole context
+TOKENS = 256  # in the comparison, at most: the default model's whole context
 TOLERANCE = 1e-7  # relative to the largest logit; all of it is computed in float64, where rounding is below 1e-12
 
 # llama.cpp's names for the parts of a GPT-2
@@ -32,7 +32,7 @@ NORMS, PRODUCTS = ("ln_1", "ln_2"), ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "
 
 @dataclass(frozen=True)
 class GPT2:
-    """GPT-2 (Radford et al., 2019). `weights` has its own names, the matrices of products as (in, out)."""
+    """GPT-2 (Radford et al., 2019). `weights` has GPT-2's own names, and matrices are (in, out)."""
 
     weights: dict[str, Tensor]
     n_layer: int
@@ -77,7 +77,7 @@ def tensor_names(n_layer: int) -> set[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the files say
+# Reading the files
 
 
 def read_huggingface(folder: Path) -> GPT2:
@@ -119,7 +119,7 @@ def check_tensors(names: set[str], n_layer: int) -> None:
 
 @torch.no_grad()
 def check(model: nn.Module, reference: GPT2) -> None:
-    """Refuse a model that computes other logits than what was exported of it.
+    """Refuse a model whose logits differ from those of its export.
 
     Args:
         model: idx (1, T) to logits (1, T, V), in eval mode, with a `config`. It is not changed.

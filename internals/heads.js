@@ -1,5 +1,5 @@
 "use strict";
-// Where each head looks: a grid of small pictures to choose from, and the text, coloured for the token that is pointed at.
+// The attention of each head: a grid of small pictures to choose from, and the text, coloured for the token pointed at.
 const { text, heads, weights } = data.attention, size = text.length;
 // The attention of token i to token j, of a head that is packed as one byte for each pair: rows of 1, 2, 3, ... bytes
 const weight = (head, i, j) => (j > i ? 0 : head.charCodeAt((i * (i + 1)) / 2 + j) / 255);

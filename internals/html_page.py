@@ -1,7 +1,8 @@
-"""A page that needs nothing but itself: text, style, script and data in one file, which no text in it can change.
+"""A self-contained page: text, style, script and data in one file. No text in it can change the page.
 
-The style is `page.css`, the scripts are `page.js` and `heads.js`. A content security policy names them by their SHA-256 and
-forbids everything else: other scripts, pictures, fonts, connections. Texts reach the page as data, and the script shows data as text.
+The style is `page.css`, the scripts are `page.js` and `heads.js`. A content security policy names them by their SHA-256
+and forbids everything else: other scripts, pictures, fonts, connections. Texts reach the page as data, and the script
+shows data as text.
 """
 
 import base64
@@ -14,7 +15,7 @@ from typing import Any
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 HEADS = Path(__file__).with_name("heads.js").read_text(encoding="utf-8")
-MARK = '<meta name="generator" content="Wikipedia Transformer">'  # by which a page is known as one of ours
+MARK = '<meta name="generator" content="Wikipedia Transformer">'  # marks a page as ours
 
 
 def render(title: str, body: str, data: dict[str, Any]) -> str:
@@ -50,7 +51,7 @@ def render(title: str, body: str, data: dict[str, Any]) -> str:
 </body>
 </html>
 """
-    return page.encode("utf-8", "replace").decode("utf-8")  # a text of the command line may hold half a character
+    return page.encode("utf-8", "replace").decode("utf-8")  # a text from the command line may hold half a character
 
 
 def is_page(path: Path) -> bool:
@@ -67,7 +68,7 @@ def source_hash(text: str) -> str:
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON that cannot end the element it stands in: the only `<` in it are written as escapes."""
+    """JSON that cannot end its HTML element: every `<` is escaped."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -49,7 +49,7 @@ the context. This one has {count}.</p></section>"""
 
 
 class TextPage:
-    """The page of a prompt and its continuations. It has a copy of the model in float32, which never becomes a fast one."""
+    """The page of a prompt and its continuations. It has its own float32 copy of the model, with unpacked weights."""
 
     def __init__(self, path: str, model: GPT, tokenizer: tiktoken.Encoding, device: torch.device, description: str):
         self.path, self.tokenizer, self.description = Path(path), tokenizer, description
@@ -110,7 +110,7 @@ class TextPage:
         return describe(self.tokenizer, ids, known)
 
     def attention(self, ids: list[int]) -> dict[str, Any]:
-        """Where each head of each layer looks, in the form that heads.js reads."""
+        """The attention of each head of each layer, in the form that heads.js reads."""
         layers = attention_weights(self.model, ids)
         rows, columns = torch.tril_indices(len(ids), len(ids))
         packed = (layers[:, :, rows, columns] * 255).round().to(torch.uint8)
@@ -125,8 +125,8 @@ class TextPage:
 def attention_weights(model: GPT, ids: Sequence[int]) -> Tensor:
     """softmax(q k^T / sqrt(D)) of every head, (n_layer, H, T, T) float32 on the CPU.
 
-    The model's kernel never has these numbers as a whole. So they are computed again, from each layer's input and
-    its own weights.
+    The model's kernel never holds all these numbers at once. So they are computed again, from each layer's input and
+    weights.
 
     Args:
         ids: T tokens, at most `block_size`.

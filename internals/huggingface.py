@@ -1,7 +1,8 @@
 """A model as a Hugging Face folder, which transformers opens. `huggingface_import.py` is the way back.
 
-Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019), `bytes` being the one without merges. Own ones
-cut text by another pattern, which only tokenizer.json can say: vocab.json and merges.txt would be read as GPT-2's.
+Every tokenizer here is a byte-level BPE like GPT-2's (Radford et al., 2019); `bytes` is the one without merges. Those
+trained here cut text by another pattern, which only tokenizer.json can express: vocab.json and merges.txt would be read
+as GPT-2's.
 """
 
 from pathlib import Path
@@ -43,7 +44,7 @@ reads it literally, as in training."""
 
 
 def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) -> None:
-    """Write what transformers opens with AutoModelForCausalLM, AutoTokenizer and pipeline, in the model's dtype."""
+    """Write files for transformers' AutoModelForCausalLM, AutoTokenizer and pipeline, in the model's dtype."""
     c = model.config
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_token)
     config = {
@@ -57,7 +58,7 @@ def write_huggingface(folder: Path, model: GPT, tokenizer: tiktoken.Encoding) ->
     }
     # The sampling defaults of generate.py. The default of transformers, greedy text, repeats itself.
     sampling = {"do_sample": True, "temperature": GenerateConfig.temperature, "top_k": GenerateConfig.top_k}
-    # Without a limit the pipeline of transformers adds 256 tokens, and fails with an IndexError where the context is full.
+    # Without a limit the pipeline of transformers adds 256 tokens, and fails (IndexError) once the context is full.
     limit = {"max_length": c.block_size}
     texts = {
         **tokenizer_files(tokenizer, c.block_size),

@@ -1,4 +1,4 @@
-"""A GPT-2 in Hugging Face format, from a folder or from the hub, as what model.py computes. Undoes an export bit for bit.
+"""Read a GPT-2 in Hugging Face format, from a folder or the hub, for model.py. Undoes an export bit for bit.
 
     read_config        config.json -> sizes
     find_tokenizer     its tokenizer, as load_tokenizer takes it
@@ -26,13 +26,13 @@ from internals.tokenizer import load_tokenizer, tokenizer_name
 from internals.tokenizer_json import OWN_PRE_TOKENIZER, canonical, vocabulary
 from model import GPT
 
-SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gigabytes are fetched for a model that fits
+SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gigabytes follow only if the model fits
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # tokens of each
 
-# What config.json calls each size, GPT-2's own name first, and the value where it stands under no name.
+# The names of each size in config.json, GPT-2's own first, and the value if none is there.
 SIZES = {
     "n_layer": (("n_layer", "num_hidden_layers"), 12),
     "n_head": (("n_head", "num_attention_heads"), 12),
@@ -81,7 +81,7 @@ def read_config(source: str) -> ModelConfig:
     """The sizes in config.json. `vocab_size` is the number of rows of the embedding, which may be padded.
 
     Raises:
-        UserError: it is a model that model.py does not compute.
+        UserError: model.py cannot compute this model.
     """
     found = read_json(fetch(source, SMALL_FILES) / "config.json")
     if found.get("activation_function") in TANH_GELU:
@@ -155,8 +155,8 @@ def find_tokenizer(source: str, rows: int) -> str:
 def check_tokenizer(source: str, rows: int, tokenizer: str) -> int:
     """Refuse a model whose tokens are not those of `tokenizer`. Returns their number; later rows are unused.
 
-    Without a tokenizer among its files, the number of rows decides: as many as tokens, or padded to a multiple of 64
-    or 128.
+    Without a tokenizer among its files, the number of rows decides: it must be the number of tokens, or that padded to
+    a multiple of 64 or 128.
     """
     ours, theirs = vocabulary(load_tokenizer(tokenizer)), read_vocabulary(source, rows)
     usual = {math.ceil(len(ours) / multiple) * multiple for multiple in (1, 64, 128)}

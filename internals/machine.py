@@ -1,4 +1,4 @@
-"""What a training process computes with: device, precision, and its place among the processes of the run."""
+"""The machine of a training process: device, precision, and its place among the processes of the run."""
 
 import contextlib
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from internals.screen import plural
 
 
 class Outcome(NamedTuple):
-    """What the device computed in an iteration, for all processes together."""
+    """The results of an iteration, of all processes together."""
 
-    losses: list[float]  # of all micro-steps, in the order of their windows: of process 0 first in each micro-step
+    losses: list[float]  # of all micro-steps, in the order of their windows: in each micro-step, process 0 first
     grad_norm: float
     stop: bool  # a process was asked to stop
 
@@ -30,7 +30,7 @@ class OutOfMemoryElsewhere(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes, in which precision, and which of the processes it is."""
+    """This process's device, precision, and rank among the processes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Machine:
         return self.rank == 0
 
     def describe(self) -> dict[str, Any]:
-        """What the rounding of a run depends on besides its configuration. last.pt keeps it, resuming compares it."""
+        """What a run's rounding depends on, besides its configuration. last.pt stores it, and resuming compares it."""
         return {
             "device": self.device.type if self.device.type != "cuda" else self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -73,7 +73,7 @@ class Machine:
     def to_device(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Windows (B, T + 1) -> inputs (B, T) and their targets (B, T), the next tokens, on the device."""
         tokens = torch.from_numpy(windows)
-        if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
+        if self.device.type == "cuda":  # from pinned memory the copy overlaps with the computation
             tokens = tokens.pin_memory()
         tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
@@ -95,7 +95,7 @@ class Machine:
         return Outcome([loss for micro_step in losses for loss in micro_step], grad_norms[0], any(stops))
 
     def confirm_memory(self) -> None:
-        """This process had enough memory so far. Waits until all processes say so, but not for the device.
+        """Tell the others that memory was enough so far. Waits until all processes say so, but not for the device.
 
         Each exchange that is part of an attempt (`MicroBatch`) comes after this, and nothing after the last one allocates
         memory. So a process that has run out finds the others here, and none waits in an exchange for a process that has
@@ -108,12 +108,12 @@ class Machine:
             raise OutOfMemoryElsewhere("out of memory in another process")
 
     def deny_memory(self) -> None:
-        """This process ran out of memory. The others learn it where they call `confirm_memory`."""
+        """Tell the others that this process ran out of memory. They learn it in `confirm_memory`."""
         if self.processes > 1:
             any_process(True)
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Replace each gradient by its sum over the processes: all of them in one piece, by one all-reduce.
+        """Replace each gradient by its sum over the processes, all in one all-reduce.
 
         This takes the place of PyTorch's DistributedDataParallel, which cannot stop half-way: it exchanges gradients while
         others are computed, and a process that runs out of memory then leaves the others waiting. docs/training.md says
@@ -129,14 +129,14 @@ class Machine:
             parameter.grad = total.view_as(parameter)
 
     def share_weights(self, model: nn.Module) -> None:
-        """Give every process the weights of process 0: those that another kind of CPU draws may differ in a bit."""
+        """Give every process the weights of process 0: another kind of CPU may draw weights that differ in a bit."""
         if self.processes > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
 
 def make_machine(cfg: TrainConfig) -> Machine:
-    """What this process computes with. Under torchrun, joins the other processes, too.
+    """This process's machine. Under torchrun, also joins the other processes.
 
     Raises:
         UserError: there is no such device, or fewer GPUs than processes.

@@ -1,4 +1,4 @@
-"""`--max-minutes`: measure a new run's speed before it begins, and choose the iterations that the time allows."""
+"""`--max-minutes`: measure a new run's speed before it begins, and choose how many iterations fit in the time."""
 
 import bisect
 import contextlib
@@ -27,10 +27,10 @@ from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 
-MARGIN = 0.03  # of the time, for what is not measured: the end of the process, a machine that is slower later
-MEASURING = 0.03  # of the time, for iterations; a third of that for evaluations
+MARGIN = 0.03  # share of the time kept for the end of the process and for a machine that slows down
+MEASURING = 0.03  # share of the time spent measuring iterations; evaluations get a third of that
 MOST_MEASURING = 120.0  # seconds
-FEWEST = 10  # iterations that are worth a run
+FEWEST = 10  # iterations; a shorter run is not worth starting
 
 SampleText = Callable[[Run, TrainState, tiktoken.Encoding], str]
 
@@ -38,20 +38,20 @@ SampleText = Callable[[Run, TrainState, tiktoken.Encoding], str]
 def fit_minutes(
     cfg: TrainConfig, run: Run, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
 ) -> TrainConfig:
-    """`cfg` with the `max_iters` with which the whole command ends after `max_minutes`, and without `max_minutes`.
+    """`cfg` without `max_minutes`, but with the `max_iters` that makes the whole command end in that time.
 
-    Works on a model and an optimizer of its own. So the run that follows is the same as one that was given this `max_iters`.
+    Measures with its own model and optimizer, so the run that follows equals one that was given this `max_iters`.
 
     Args:
-        cfg: the command, which may have `auto`.
-        run: the same with numbers.
+        cfg: the command's settings, which may include `auto`.
+        run: the run, with a number for each `auto`.
 
     Raises:
         UserError: the time is too short.
     """
     machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
     tries = []
-    for _ in range(2):  # the iterations decide `--dropout auto`, which decides what an iteration takes
+    for _ in range(2):  # the number of iterations decides `--dropout auto`, and dropout changes an iteration's time
         timing = try_out(
             run, min(MEASURING * 60 * cfg.max_minutes, MOST_MEASURING), forward_backward, evaluate, sample_text
         )
@@ -65,7 +65,7 @@ def fit_minutes(
             break
         model = dataclasses.replace(run.cfg.model, dropout=dropout)
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
-    else:  # each probability leads to the other: the fewer iterations fit with either
+    else:  # each dropout leads to the other; the smaller number of iterations fits with both
         iterations = min(tries)
     words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
@@ -76,7 +76,7 @@ def fit_minutes(
 
 
 def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timing: Timing) -> int:
-    """The most iterations of a run that takes so many seconds; 0 if not even one fits."""
+    """The most iterations that a run can do in this time; 0 if not even one fits."""
 
     def needed(iterations: int) -> float:
         return timing.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
@@ -105,13 +105,13 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
 def try_out(
     run: Run, seconds: float, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
 ) -> Timing:
-    """Build the model, and time all that a run does with it. Iterations are repeated for so many seconds."""
+    """Build the model, and time everything that a run does with it. Iterations are repeated for `seconds`."""
     machine, begin = run.machine, time.perf_counter()
     model = initial_model(run).to(machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, make_optimizer(model, run.cfg, machine.device), scaler, val_loss=0.0)
     building = time.perf_counter() - begin
-    forward, _ = training_model(model, run.cfg, machine)  # what is compiled here need not be compiled again
+    forward, _ = training_model(model, run.cfg, machine)  # the run need not compile this again
     timing = MicroBatch(run.batch_size, model, machine).retry_smaller(
         measure, run, state, forward, forward_backward, evaluate, seconds
     )
@@ -124,7 +124,7 @@ def try_out(
 
 
 def time_records(run: Run, state: TrainState, timing: Timing, sample_text: SampleText) -> Timing:
-    """`timing` with what a run writes, tried in a temporary folder on the disk of `out_dir`."""
+    """`timing` with the seconds of a run's writes, tried in a temporary folder on the disk of `out_dir`."""
     machine = run.machine
     tokenizer = None
     if machine.is_main:

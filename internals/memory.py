@@ -1,4 +1,4 @@
-"""What happens when memory runs out, how much of it a run took, and the random numbers that a new attempt starts from."""
+"""Running out of memory, the peak memory of a run, and the random state that a new attempt starts from."""
 
 import os
 import sys
@@ -19,20 +19,20 @@ T = TypeVar("T")
 
 
 class MicroBatch:
-    """How many sequences a micro-step has: `--batch-size`, or what fits into memory, once that has run out.
+    """The number of sequences in a micro-step: `--batch-size`, or fewer once memory has run out.
 
-    Smaller micro-steps are more micro-steps, so the iteration stays the same, and so does the run. The size is the same in
-    all processes: where one runs out of memory, all take smaller micro-steps.
+    There are more micro-steps when they are smaller, so the iteration stays the same, and so does the run. The size is
+    the same in all processes: if one runs out of memory, all take smaller micro-steps.
     """
 
     def __init__(self, size: int, model: GPT, machine: Machine):
         self.size, self.model, self.machine = size, model, machine
 
     def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
-        """`compute(size, *args)`. When memory runs out, the same again with half the size, or the next smaller divisor.
+        """`compute(size, *args)`. When memory runs out, tries again with half the size, or the next smaller divisor.
 
-        A failed attempt leaves no trace in gradients and random numbers. All processes call this together, and `compute`
-        calls `machine.confirm_memory` before each exchange.
+        A failed attempt leaves no trace in gradients and random numbers. All processes call this together, and
+        `compute` calls `machine.confirm_memory` before each exchange.
 
         Raises:
             UserError: a single sequence is too much, or other programs fill the card.
@@ -47,7 +47,7 @@ class MicroBatch:
                     raise
                 if not isinstance(error, OutOfMemoryElsewhere):
                     self.machine.deny_memory()
-                    much = 0.5 if self.size == 1 else 0.9  # of the card, so that smaller micro-steps are no answer
+                    much = 0.5 if self.size == 1 else 0.9  # of the card: beyond that, smaller micro-steps do not help
                     if others := held_by_others(much):
                         raise UserError(f"out of memory: {others}") from error
                 if self.size == 1:
@@ -66,7 +66,7 @@ class MicroBatch:
         self.model.zero_grad()
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.machine.device)  # the peak of what fits is what counts
+            torch.cuda.reset_peak_memory_stats(self.machine.device)  # only the peak of the size that fits counts
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -76,14 +76,14 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class Memory(NamedTuple):
-    """Bytes. None where the system does not tell."""
+    """Bytes; None if the system does not tell."""
 
     peak: int | None
     total: int | None
 
 
 def peak_memory(machine: Machine) -> Memory:
-    """A GPU's memory, by PyTorch's allocator; on a CPU this process's, and the machine's."""
+    """On a GPU, the peak of PyTorch's allocator and the card's memory; on a CPU, this process's and the machine's."""
     if machine.device.type == "cuda":
         total = torch.cuda.get_device_properties(machine.device).total_memory
         return Memory(torch.cuda.max_memory_reserved(machine.device), total)

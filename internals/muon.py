@@ -1,4 +1,4 @@
-"""Muon for a GPU: matrices of one shape are orthogonalised together, in a few large products instead of many small ones."""
+"""Muon for a GPU: orthogonalises matrices of one shape together, in a few large products instead of many small ones."""
 
 import math
 from collections import defaultdict
@@ -13,8 +13,8 @@ class StackedMuon(torch.optim.Muon):
 
     torch.optim.Muon takes the matrices one by one, which keeps a GPU waiting for the next small product. Here those of
     one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. The
-    results have the same bits where the batched product rounds as the single one does: on a CPU with the default model's
-    shapes, always as far as it was tried.
+    results have the same bits if the batched product rounds as the single one does: on a CPU, with the default model's
+    shapes, it did in every trial.
     Muon is Jordan et al., 2024; the size of its steps follows Liu et al., 2025, so that AdamW's learning rates fit.
     """
 
@@ -35,7 +35,7 @@ class StackedMuon(torch.optim.Muon):
                 torch._foreach_add_(parameters, update.float().contiguous().unbind(), alpha=-step_size)
 
     def _momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """Take the gradients into the momentum. Returns Nesterov's look ahead, (matrices, rows, columns)."""
+        """Update the momentum with the gradients. Returns Nesterov's look-ahead, (matrices, rows, columns)."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
@@ -46,7 +46,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:
-    """The nearest matrices with orthogonal rows or columns, roughly, by Newton-Schulz in bfloat16: (matrices, rows, columns)."""
+    """Roughly the nearest (matrices, rows, columns) with orthogonal rows or columns, by Newton-Schulz in bfloat16."""
     a, b, c = group["ns_coefficients"]
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.bfloat16()

@@ -1,4 +1,4 @@
-"""Asking the network: in the background, within a time, and several times."""
+"""Network requests: in the background, with a time limit, and with retries."""
 
 import errno
 import itertools
@@ -43,7 +43,7 @@ def patiently(
 
 
 def refuse_local_failure(what: str, error: Exception) -> None:
-    """Raise if the error is one of a file on this machine: a full disk, or a folder that cannot be written."""
+    """Raise if the error comes from a file on this machine: a full disk, or a folder that cannot be written."""
     cause = system_error(error)
     if cause is None or cause.errno is None:
         return

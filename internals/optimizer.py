@@ -36,13 +36,13 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.devic
     if not muon:
         return adamw
     group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    # Stacked, Muon's few large steps suit a GPU. A CPU, which waits for no launch, is faster with small ones.
+    # A GPU is faster with a few large products. A CPU, which waits for no launches, is faster with many small ones.
     kind = torch.optim.Muon if device.type == "cpu" else StackedMuon
     return JoinedOptimizer(adamw, kind([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each with parameters of its own, as one: it has the parameter groups and the state of all."""
+    """Several optimizers as one, which has the parameter groups and the state of all."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers

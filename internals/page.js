@@ -76,7 +76,7 @@ function chart() {
 const percent = (p) => (p < 0.001 ? "< 0.1 %" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %");
 const visible = (text) => text.replace(/ /g, "\u2423").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "(nothing)";
 
-function colour(into, tokens) { // tokens that make a character together are shown as one
+function colour(into, tokens) { // tokens that share a character are shown as one
   let group = [];
   into.replaceChildren();
   tokens.text.forEach((text, i) => {
@@ -117,7 +117,7 @@ document.addEventListener("pointerover", (event) => event.pointerType === "mouse
 document.addEventListener("click", (event) => tip(event.target.closest(".t")));
 document.addEventListener("keydown", (event) => event.key === "Escape" && tip(null));
 
-// ---- The slider: its place is in the address, so that reloading keeps it; the newest view has none of its own
+// ---- The slider: its place is in the address, so that reloading keeps it; the newest view is always #latest
 
 let place = 0;
 function show(number) {

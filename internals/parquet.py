@@ -50,7 +50,7 @@ class ParquetReader(Reader):
             yield Article.from_row(*row)
 
     def column(self, chunk: Chunk, name: str) -> list[Any]:
-        """A column as Python values, all None if there is no such column. Text is left as bytes, but for ids."""
+        """A column as Python values; all None if the column is missing. Text stays as bytes, except in ids."""
         if name not in chunk.data.schema.names:
             return [None] * chunk.count
         values = chunk.data.column(name)
@@ -69,7 +69,7 @@ class ParquetReader(Reader):
         return [text and text.decode("utf-8", "surrogateescape") for text in texts] if name == "id" else texts
 
     def odd_ids(self, values: pa.Array) -> list[Any]:
-        """Ids that Python has no value for, such as a date in the year 20,000: as Arrow writes them, or their number."""
+        """Ids without a Python value, such as a date in the year 20,000: as Arrow's text, or as a number."""
         for kind in (pa.string(), pa.int64(), pa.int32()):
             with contextlib.suppress(pa.ArrowException, ValueError):
                 return values.cast(kind).to_pylist()

@@ -27,9 +27,9 @@ from model import GPT
 MANY_EPOCHS = 50  # from here on the advice is more text, or a shorter run
 FEW_WINDOWS = 10  # of validation: with fewer, the loss says little
 LONG_SECONDS = 24 * 3600  # on a CPU
-UNASKED_FLOPS = 1e16  # floating-point operations, hours of a CPU: `--device auto` gives it no more than that
+UNASKED_FLOPS = 1e16  # floating-point operations, hours on a CPU: `--device auto` refuses a longer run there
 
-# The two parts of the loop in train.py: they take a batch size first.
+# Two functions of the loop in train.py. The batch size is their first argument.
 ForwardBackward = Callable[[int, Callable, Run, TrainState], Tensor]
 Evaluate = Callable[[int, GPT, ValidationWindows, Machine], float]
 
@@ -58,9 +58,9 @@ class Timing(NamedTuple):
 def preflight(
     run: Run, state: TrainState, forward: Callable, forward_backward: ForwardBackward, evaluate: Evaluate
 ) -> None:
-    """Verify the data, try an iteration and a piece of an evaluation, and say what the run will take.
+    """Verify the data, time an iteration and a piece of an evaluation, and print what the run will need.
 
-    Writes nothing to the disk. The moments in `state` change.
+    Writes nothing to the disk. The optimizer's moments in `state` change.
 
     Raises:
         UserError: a shard is not what prepare_data.py wrote, or memory or disk is too small.
@@ -88,11 +88,11 @@ def measure(
     evaluate: Evaluate,
     seconds: float | None = None,
 ) -> Timing:
-    """Time an iteration, and an evaluation by a piece of it. The weights stay: the learning rate is 0.
+    """Time an iteration, and estimate an evaluation from a piece of it. The learning rate is 0, so the weights stay.
 
     Args:
-        seconds: repeat iterations for so long, pieces of an evaluation for a third of it. An iteration that takes longer is
-            timed by micro-steps. None: time one iteration and one piece.
+        seconds: how long to repeat iterations; pieces of an evaluation get a third of it. A longer iteration is
+            estimated from one micro-step. None: time one iteration and one piece.
     """
     cfg, windows, machine, repeat = run.cfg, run.val_windows, run.machine, seconds or 0.0
     tokens = batch_size * cfg.model.block_size * run.machine.processes  # of one micro-step
@@ -101,7 +101,7 @@ def measure(
         run, cfg=dataclasses.replace(cfg, tokens_per_iter=tokens, batch_size=batch_size)
     )
 
-    updates = []  # seconds of each, where the device is the CPU
+    updates = []  # seconds of each; too low on a GPU, which works asynchronously
 
     def iterate(run: Run) -> None:
         losses = forward_backward(batch_size, forward, run, state)
@@ -132,7 +132,7 @@ def measure(
 
 
 def mean_seconds(action: Callable[[], None], seconds: float, machine: Machine) -> float:
-    """How long `action` takes, at a mean, repeated for so many seconds, at least once: in the slowest of the processes."""
+    """The mean time of `action`, repeated for `seconds` but at least once. The slowest process counts."""
     spent, count = 0.0, 0
     while count == 0 or spent < seconds:
         begin = time.perf_counter()
@@ -144,7 +144,7 @@ def mean_seconds(action: Callable[[], None], seconds: float, machine: Machine) -
 
 
 def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk: int) -> str:
-    """What was measured, and what the run will take by that. `batch_size` is the one that fits, `disk` is in bytes."""
+    """The measurements and the run's needs, in words. `batch_size` is the one that fits, `disk` is in bytes."""
     cfg = run.cfg
     rate = cfg.tokens_per_iter / timing.iteration
     memory = peak_memory(run.machine)
@@ -171,7 +171,7 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
 
 
 def free_disk(out_dir: Path) -> int:
-    """Bytes for checkpoints: what is free there, and the checkpoints of an earlier run, which this one replaces."""
+    """Bytes for checkpoints: the free space there, and the checkpoints of an earlier run, which this one replaces."""
     existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
 
@@ -190,7 +190,7 @@ def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
 
 
 def sanity_advice(run: Run, state: TrainState) -> list[str]:
-    """What makes no sense in a run, and what would: a line each. Most runs have none."""
+    """Settings that make no sense, and better ones: a line each. Most runs have none."""
     cfg, model = run.cfg, run.cfg.model
     advice = [words for words in (unused_card(cfg.device, run.machine.device), held_by_others(0.5)) if words]
     tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
@@ -235,7 +235,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
 
 
 def cpu_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second that training reaches on this CPU, roughly: half of a matrix product's."""
+    """Floating-point operations a second of training on this CPU, roughly: half of what a matrix product reaches."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a  # the first takes longer
     begin = time.perf_counter()

@@ -1,8 +1,8 @@
-"""A model from wherever it is: a checkpoint, the folder of a run, a GPT-2 in Hugging Face format, the hub.
+"""Open a model: a checkpoint, the folder of a run, a GPT-2 in Hugging Face format, or one from the hub.
 
-open_model         to generate with: the model, its tokenizer, and what it is
-open_checkpoint    to export: only what train.py wrote
-initial_config     to start training from: its sizes,
+open_model         for generating: the model, its tokenizer and a description
+open_checkpoint    for exporting: checkpoints of train.py only
+initial_config     for --init-from: the model's sizes,
 initial_model      and then the model
 """
 
@@ -33,9 +33,9 @@ from model import GPT
 
 T = TypeVar("T")
 
-OURS = ("best.pt", "last.pt")  # the first that a folder has is its model
-OTHER_WEIGHTS = ("pytorch_model", "tf_model", "flax_model")  # how the names of formats begin that are not read
-FILE_NAMES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json")  # such a name is a file's, not a hub id
+OURS = ("best.pt", "last.pt")  # in order of preference
+OTHER_WEIGHTS = ("pytorch_model", "tf_model", "flax_model")  # beginnings of file names; these formats are not read
+FILE_NAMES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json")  # a name with such an ending is not a hub id
 
 
 class Opened(NamedTuple):
@@ -58,7 +58,7 @@ def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> Mo
     """The configuration of a model that starts from `source`, the value of `--init-from`.
 
     Args:
-        tokenizer: the data's, as `load_tokenizer` takes it, which must be the model's as well.
+        tokenizer: the data's tokenizer, as `load_tokenizer` takes it. It must also be the model's.
         model_config: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
     """
     config = named("--init-from", lambda: find(source).config(tokenizer))
@@ -83,7 +83,7 @@ def initial_model(source: str, tokenizer: str, model_config: ModelConfig) -> GPT
 
 
 def named(flag: str, action: Callable[[], T]) -> T:
-    """The result of `action`, whose messages name the flag."""
+    """The result of `action`. Its error messages get the flag in front."""
     try:
         return action()
     except UserError as error:
@@ -91,7 +91,7 @@ def named(flag: str, action: Callable[[], T]) -> T:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where it is
+# The two kinds of model
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class HuggingFace:
 
 
 def find(source: str) -> Checkpoint | HuggingFace:
-    """What `source` is: by what lies there, or by its form if nothing does."""
+    """The kind of model that `source` names, judged by the files there, or by the name itself if there are none."""
     path = Path(source).expanduser()
     try:
         names = os.listdir(path)
@@ -183,7 +183,7 @@ def find(source: str) -> Checkpoint | HuggingFace:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name that no file has is OWNER/NAME on the hub. A misspelt path begins with a folder that exists."""
+    """Whether a name without a file is OWNER/NAME on the hub. If OWNER is a folder here, it is a misspelt path."""
     owner, _, name = source.partition("/")
     form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     return bool(form) and not os.path.isdir(owner) and not name.endswith(FILE_NAMES)

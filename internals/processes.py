@@ -1,7 +1,7 @@
-"""Several processes as one run: this process's place among those that torchrun started, and the end of one of them.
+"""Several processes in one run: joining those that torchrun started, and ending when one of them ends.
 
-Gradients travel by NCCL, from GPU to GPU. All else that the processes tell each other travels by gloo, from CPU to CPU:
-it waits for no GPU, and a process that is gone ends the wait.
+Gradients travel by NCCL, from GPU to GPU. Everything else travels by gloo, from CPU to CPU: it does not wait for a GPU,
+and it stops waiting when a process has died.
 """
 
 import atexit
@@ -19,14 +19,14 @@ import torch.distributed as dist
 from internals.start import FIRST_PROCESS_ENDED, UserError
 
 LOST_PROCESS = "another process of this run ended, and so does this one; --resume continues it"
-# Seconds in which a process may end by itself after another one has. More than those that a process waits to let the first
-# one speak (internals/start.py).
+# Seconds for a process to end by itself after another one has ended. More than the seconds for which a process lets
+# process 0 speak first (internals/start.py).
 GRACE = 5
-WRITING = threading.Lock()  # held while checkpoints are written, which the end of another process must not cut short
+WRITING = threading.Lock()  # held while checkpoints are written; the end of another process must not interrupt that
 
 
 def place_among_processes() -> tuple[int, int]:
-    """(rank, number of processes), as torchrun tells them by the environment; (0, 1) without torchrun."""
+    """(rank, number of processes), from torchrun's environment variables; (0, 1) without torchrun."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
@@ -55,9 +55,9 @@ def join_processes(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # The functions of this module have the process group as a default argument from the moment of import. PyTorch
-    # imports it later by itself. The group would then live as long as the module, and so would the group's threads,
-    # which may abort the process while Python goes down. Imported before there is a group, it holds none.
+    # The functions of this module take the process group of the time of import as a default argument. PyTorch would
+    # import it later by itself. The group would then live as long as the module, and so would the group's threads,
+    # which may abort the process while Python shuts down. Imported before there is a group, the module holds none.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     Watch.start()
@@ -65,7 +65,7 @@ def join_processes(device: torch.device) -> torch.device:
 
 
 def leave_processes() -> None:
-    """The end of a run that went well, once all processes have come to it. After a failure the others may not come."""
+    """End a run that went well. Waits for all processes, which may not come here after a failure."""
     if dist.is_initialized():
         any_process(False)
         Watch.stop()
@@ -80,7 +80,7 @@ def any_process(value: bool) -> bool:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """NCCL and the store have exceptions of their own for it. Gloo raises a RuntimeError that names its source file."""
+    """NCCL and the store have their own exceptions for this. Gloo raises a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -88,22 +88,22 @@ class Watch:
     """Ends this process when another one of the run has ended too early.
 
     A process whose GPU waits for a dead one's gradients sits in a call that neither an exception nor a signal reaches.
-    NCCL itself gives up after 10 minutes, torchrun after 30 seconds. So a thread watches: every process has a connection
-    to process 0, and the system closes those of a process that dies, whatever it dies of. Nothing is sent on them, so a
-    process that is merely slow or stopped is never taken for dead. Process 0 closes all connections when one is closed,
-    and so tells the others.
+    NCCL itself gives up after 10 minutes, torchrun after 30 seconds. So a thread watches: every process has a
+    connection to process 0, and the system closes it when the process dies, whatever the cause. Nothing is sent on it,
+    so a process that is merely slow or stopped is never taken for dead. When one connection closes, process 0 closes
+    all of them, and so tells the others.
     """
 
-    current: "Watch | None" = None  # like the process group, of which PyTorch has one in a process
+    current: "Watch | None" = None  # one per process, like PyTorch's process group
 
     @classmethod
     def start(cls) -> None:
         cls.current = cls(connect_to_first())
-        atexit.register(cls.stop)  # after a failure: the others learn it before Python takes its seconds to go down
+        atexit.register(cls.stop)  # after a failure, the others learn of it before Python's slow shutdown
 
     @classmethod
     def stop(cls) -> None:
-        """This process ends, and so do the others, or they learn it now: a connection that closes means nothing here."""
+        """Stop watching, because this process ends. The others end too, or learn of it now: its connections close."""
         cls.current.over.set()
         cls.current.close()
         cls.current.thread.join()
@@ -116,7 +116,7 @@ class Watch:
     def close(self) -> None:
         for connection in self.connections:
             with contextlib.suppress(OSError):  # the other side has closed it
-                connection.shutdown(socket.SHUT_RDWR)  # which wakes a thread that waits for it; closing would not
+                connection.shutdown(socket.SHUT_RDWR)  # wakes the waiting thread; closing would not
 
     def _wait(self) -> None:
         with selectors.DefaultSelector() as selector:

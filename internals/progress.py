@@ -1,4 +1,4 @@
-"""How far the preparation of a data folder is: noted on the disk, shown to the person."""
+"""The progress of preparing a data folder: saved on the disk, shown on the screen."""
 
 import codecs
 import dataclasses
@@ -23,7 +23,7 @@ from internals.tokenizer import given_tokenizer, is_json
 from internals.tokenizer_json import sha256_of
 
 SPLITS = ("train", "val")
-MEASURE_SECONDS = 3.0  # of tokenizing, before the needs of the whole run are estimated
+MEASURE_SECONDS = 3.0  # of tokenizing, before the whole run's needs are estimated
 
 
 @dataclass
@@ -35,22 +35,22 @@ class Split:
 
 @dataclass
 class Progress:
-    """How far a folder is. `progress.json` holds this and the settings of the command."""
+    """The progress of a folder. `progress.json` holds this and the settings of the command."""
 
     file: int = 0  # source files done
     row: int = 0  # rows (lines, pieces) done of the next file
-    end: str = ""  # why there is no more: "source" (all is done) or "max_tokens"; empty: there is more
+    end: str = ""  # what ended the text: "source" (all of it is done) or "max_tokens"; empty: not ended yet
     splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
     empty: int = 0  # articles without text, left out
     repaired: int = 0  # articles with invalid Unicode, replaced
     repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> characters replaced, characters
     tail: bool = False  # the end of the text is held out, not whole documents
-    cut: str = ""  # the file that --max-tokens ended inside a document of
+    cut: str = ""  # the file whose document --max-tokens cut
     ids: list[str] = field(default_factory=list)  # different ids seen, while they are few
     reading: str = ""  # the file that was read last
-    characters: int = 0  # of it
+    characters: int = 0  # of that file
     tokenizers: list[str] = field(default_factory=list)  # SHA-256 of each tokenizer.json written; the last is in use
-    resolved: dict[str, Any] = field(default_factory=dict)  # by the source: the hub's commit and files
+    resolved: dict[str, Any] = field(default_factory=dict)  # what the source resolved: the hub's commit and files
 
     @property
     def tokens(self) -> int:
@@ -65,7 +65,7 @@ class Progress:
         return self.splits["val"].tokens / max(1, self.tokens)
 
     def add_text(self, name: str, new: Tokens) -> None:
-        """Count what is special in a chunk of the file `name`."""
+        """Count the empty and repaired articles in a chunk of the file `name`, and collect its ids."""
         name = as_utf8_name(name)
         self.empty += new.empty
         self.repaired += new.repaired
@@ -80,10 +80,10 @@ class Progress:
             self.ids = sorted(found.union(self.ids))[:FEW_IDS]
 
     def missed_share(self, wanted: float) -> str:
-        """Why whole documents do not give the share to hold out; empty if they do.
+        """Why choosing whole documents misses the share to hold out; empty if it does not.
 
-        Half to one and a half of it is near enough, of the documents and of their tokens. A few percent of the text too
-        many are no loss.
+        0.5 to 1.5 times the share is near enough, in documents and in tokens. An excess of two percent of all tokens
+        does no harm.
         """
         if self.documents < FEW_DOCUMENTS:
             return f"{counted(self.documents, 'document')} are too few to choose from"
@@ -98,7 +98,7 @@ class Progress:
         return text
 
     def start_again(self) -> None:
-        """Back to the first file, with the end of the text to be held out."""
+        """Go back to the first file, and hold out the end of the text."""
         fresh = Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)
         for name, value in vars(fresh).items():
             setattr(self, name, value)
@@ -123,7 +123,7 @@ class Progress:
                 "reading",
                 "characters",
                 "tokenizers",
-            )  # than folders that November 2026's versions began
+            )  # missing in folders that the versions of November 2026 began
             values |= {name: noted[name] for name in newer if name in noted}
             splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,7 +137,7 @@ def as_utf8_name(name: str) -> str:
 
 
 def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
-    """What decides the shards, besides the source. Resuming needs the same."""
+    """The settings that decide the shards, besides the source. Resuming needs the same ones."""
     return {
         **tokenizer_settings(cfg),
         "text_column": cfg.text_column,
@@ -150,7 +150,7 @@ def shard_settings(cfg: PrepareConfig) -> dict[str, Any]:
 
 
 def tokenizer_settings(cfg: PrepareConfig) -> dict[str, Any]:
-    """What the command says of the tokenizer. In `meta.json` its SHA-256 joins what is said here of a trained one."""
+    """The command's settings of the tokenizer. For a trained tokenizer, `meta.json` adds its SHA-256."""
     if cfg.trained_size:
         return {"tokenizer": "own", "trained": True, "vocab_size": cfg.trained_size}
     tokenizer = given_tokenizer(cfg.tokenizer)
@@ -180,7 +180,7 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
         differs.insert(0, f"with {tokenizer_flags(noted)}, not {tokenizer_flags(tokenizer)}")
     if not source.identity.items() <= noted["source"].items():
         other = f"from another source ({describe(noted['source'])}, not {describe(source.identity)})"
-        differs = [other] if cfg.by_size else [other, *differs]  # what follows from its size was not given by flag
+        differs = [other] if cfg.by_size else [other, *differs]  # settings that follow from its size were not flags
     if differs:
         raise UserError(
             f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "
@@ -189,7 +189,7 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
 
 
 def begun_with(flag: str, old: Any, new: Any) -> str:
-    """A changed setting in words: `with --encoding cp1252, not utf-8`; where it was left out, `without --max-tokens`."""
+    """A changed setting in words: `with --encoding cp1252, not utf-8`, or `without --max-tokens` if it was left out."""
     if old is None:
         return f"without {flag}"
     return f"with {flag} {old}" + ("" if new is None else f", not {new}")
@@ -207,7 +207,7 @@ def describe(source: dict[str, Any]) -> str:
 
 
 class Display:
-    """A progress bar and, after a few seconds, what the whole run needs."""
+    """A progress bar and, after a few seconds, the time and disk space that the whole run needs."""
 
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress):
         self.cfg, self.source, self.progress = cfg, source, progress
@@ -253,7 +253,7 @@ class Display:
             )
 
     def needed_for_downloads(self, size: int) -> int:
-        """What downloads of this size take of the data folder's disk. Raises UserError if their own disk is too small."""
+        """Bytes of the data folder's disk that such downloads take. Raises UserError if their own disk is too small."""
         folder = self.source.download_folder
         if folder.stat().st_dev == Path(self.cfg.data_dir).stat().st_dev:
             return size
@@ -267,7 +267,7 @@ class Display:
 
 
 def print_result(cfg: PrepareConfig, progress: Progress) -> None:
-    """What the finished folder holds, what was left out, and the command that comes next."""
+    """Print the contents of the finished folder, what was left out, and the next command."""
     if progress.end == "max_tokens":
         cut = f" inside a document of {progress.cut}" if progress.cut else ""
         print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")

@@ -1,4 +1,4 @@
-"""What readers of text files share: a file is read in chunks, a chunk is parsed into articles."""
+"""The base of all readers of text files: a file is read in chunks, a chunk is parsed into articles."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
 from internals.tokenizer_json import END_OF_TEXT
 
-CHUNK_BYTES = 1 << 20  # about the text in a chunk: much work for a thread, little memory
+CHUNK_BYTES = 1 << 20  # of text in a chunk, about: much work for a thread, little memory
 CHUNK_ROWS = 256
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -28,7 +28,7 @@ class ReadOptions:
     text_column: str = "text"
     encoding: str = "utf-8"
     separator: str = ""
-    tokenizer: str = "bytes"  # long documents are cut where its tokens do not change; those of bytes never do
+    tokenizer: str = "bytes"  # a cut in a long document must not change its tokens; with bytes it never does
 
 
 class Article(NamedTuple):
@@ -52,7 +52,7 @@ class Article(NamedTuple):
 
 
 def to_utf8(text: str) -> bytes:
-    """UTF-8. A lone surrogate, which is no character, becomes an invalid byte."""
+    """UTF-8. A lone surrogate is not a character and becomes an invalid byte."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -60,7 +60,7 @@ def to_utf8(text: str) -> bytes:
 
 
 def is_utf8(data: bytes) -> bool:
-    """Whether the bytes are valid UTF-8. Arrow looks at them without Python's lock, and copies nothing."""
+    """Whether the bytes are valid UTF-8. Arrow checks them without Python's lock and without a copy."""
     ends = pa.py_buffer(struct.pack("=2q", 0, len(data)))
     try:
         pa.LargeStringArray.from_buffers(1, ends, pa.py_buffer(data)).validate(full=True)
@@ -70,7 +70,7 @@ def is_utf8(data: bytes) -> bool:
 
 
 def as_title(value: Any) -> str | None:
-    """A title may be a number or a date. What is no single value, or not a number, is no title."""
+    """The title as text; it may be a number or a date. None for lists, objects, booleans and NaN."""
     if value is None or isinstance(value, bool | list | dict | bytes) or value != value:
         return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else None
     return str(value)
@@ -113,7 +113,7 @@ class Reader:
     options: ReadOptions
 
     def check(self) -> bool:
-        """Whether the file holds `wanted`. Raises UserError if it is not what its name says."""
+        """Whether the file holds `wanted`. Raises UserError if its content does not match its name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -124,7 +124,7 @@ class Reader:
 
     @property
     def wanted(self) -> bytes:
-        """What may stand between documents: the separator, up to its first line break, or end-of-text."""
+        """The mark to look for between documents: the first line of the separator, or end-of-text."""
         return (self.options.separator.strip("\r\n").split("\n")[0] or END_OF_TEXT).encode()
 
     def check_content(self) -> bool:

@@ -1,4 +1,4 @@
-"""Articles from the lines of .jsonl, from .json documents, from .txt and from what WikiExtractor writes."""
+"""Articles from the lines of .jsonl, from .json documents, from .txt and from WikiExtractor's output."""
 
 import codecs
 import dataclasses
@@ -39,7 +39,7 @@ def read_chunks(path: Path, name: str, options: ReadOptions) -> Iterator[Chunk]:
 
 
 class JsonReader(Reader):
-    """JSON Lines, or where the first line is not a whole object, one or several JSON values: an array, a pretty print."""
+    """JSON Lines or, if the first line is not a whole object, other JSON: an array, or pretty-printed values."""
 
     def chunks(self) -> Iterator[Chunk]:
         rows = None if self.begins_with_an_object() else self.document()
@@ -66,7 +66,7 @@ class JsonReader(Reader):
                 yield self.article(row, where)
 
     def begins_with_an_object(self) -> bool:
-        """Whether the first line is an object, or too long to see."""
+        """Whether the first line is an object, or too long to tell."""
         head = next(self.blocks(), Block(b"", 0)).data
         text = head.decode("utf-8-sig", "surrogateescape").lstrip()
         line, newline, _ = text.partition("\n")
@@ -98,7 +98,7 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class WikiExtractorReader(JsonReader):
-    """What WikiExtractor writes: lines of JSON, or `<doc id="12" url="..." title="Anarchism">` ... `</doc>`."""
+    """WikiExtractor's output: lines of JSON, or `<doc id="12" url="..." title="Anarchism">` ... `</doc>`."""
 
     HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: url="[^"]*")?(?: title="(.*)")?>\n')
 
@@ -123,7 +123,7 @@ class WikiExtractorReader(JsonReader):
 
 
 class TxtReader(Reader):
-    """The file is one document. Its content decides the split, so it is read twice unless it is short."""
+    """The file is one document. Its content decides the split, so it is read twice."""
 
     def chunks(self) -> Iterator[Chunk]:
         digest, tokenizer = self.digest(), load_tokenizer(self.options.tokenizer)
@@ -156,7 +156,7 @@ class Part(NamedTuple):
 class SeparatedReader(Reader):
     """Documents stand between separators; newlines around a separator belong to it.
 
-    A document decides its split by its text, one that is longer than a few chunks by its first part.
+    A document's text decides its split; of a document longer than a few chunks, the first part does.
     """
 
     def chunks(self) -> Iterator[Chunk]:
@@ -178,7 +178,7 @@ class SeparatedReader(Reader):
             yield Chunk(self, first, len(batch), os.path.getsize(self.path), batch)
 
     def parts(self) -> Iterator[Part]:
-        """The documents, long ones in parts. A blank one at the beginning or the end of the file is none."""
+        """The documents, long ones in parts. A blank one at the beginning or the end of the file is left out."""
         end, tokenizer = Block(b"", os.path.getsize(self.path)), load_tokenizer(self.options.tokenizer)
         separator = re.compile(re.escape(self.options.separator).replace("\\\n", "\r?\n"))
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")

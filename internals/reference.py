@@ -24,7 +24,7 @@ NOT_LEARNING = {
 class Reference:
     """A run with the settings of this one, on the same text or on another."""
 
-    losses: dict[int, float]  # by iteration, in nats per token; those of another text as nats of equal bits per byte
+    losses: dict[int, float]  # by iteration, in nats per token; for another text, at equal bits per byte
     bits_per_byte: dict[int, float]
     same_text: bool
     description: str  # of that run: its text, machine, seed and date
@@ -35,13 +35,13 @@ class Reference:
 
     @property
     def summary(self) -> str:
-        """What stands beside the evaluations, for the start-up summary."""
+        """The reference in words, for the start-up summary."""
         if self.same_text:
             return f"this run on {self.description}: its losses beside yours"
         return f"these settings on {self.description}: its bits per byte beside yours, which are of other articles"
 
     def beside(self, iter: int) -> str:
-        """The reference at an iteration, for the line of an evaluation. Only bits per byte compare two texts."""
+        """The reference at an iteration, for the line of an evaluation. Two texts compare only in bits per byte."""
         if iter not in self.losses:
             return ""
         figure = short_loss(self.losses[iter]) if self.same_text else f"{self.bits_per_byte[iter]:.2f}"
@@ -49,7 +49,7 @@ class Reference:
 
 
 def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
-    """The reference of this preset, if every setting that decides how the loss falls is the same. `meta` is the data's."""
+    """The preset's reference, if every setting that decides how the loss falls is the same. `meta` is the data's."""
     path = REFERENCES / f"{cfg.preset}.json"
     if not path.exists():
         return None
@@ -68,11 +68,11 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
 
 
 def bits_per_nat(meta: dict[str, Any]) -> float:
-    """Bits per byte of a loss of one nat per token. The bytes of a token are the mean of the whole validation split."""
+    """Bits per byte of a loss of one nat per token. The bytes per token are the mean of the whole validation split."""
     split = meta["splits"]["val"]
     return split["tokens"] / split["bytes"] / math.log(2)
 
 
 def by_iteration(values: dict[str, float]) -> dict[int, float]:
-    """JSON's keys are texts."""
+    """The values with integer keys: JSON has only strings."""
     return {int(iter): value for iter, value in values.items()}

@@ -1,4 +1,4 @@
-"""What a run tells: the start-up summary, evaluations, metrics.jsonl, samples.jsonl, loss.png, run.html, its end."""
+"""A run's output: start-up summary, evaluations, metrics.jsonl, samples.jsonl, loss.png, run.html, closing message."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
     """The loss in three units."""
     return {
         "val_loss": val_loss,
-        "perplexity": math.exp(min(val_loss, 700)),  # a float holds no more; a run that diverged may ask for it
+        "perplexity": math.exp(min(val_loss, 700)),  # more overflows a float, and a run that diverged has more
         "bits_per_byte": val_loss * bits_per_nat(meta),
     }
 
@@ -96,7 +96,7 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
 
 
 def page_facts(run: Run, state: TrainState) -> dict[str, str]:
-    """The head of run.html: the summary, and the settings that are not those of the preset."""
+    """The head of run.html: the summary, and the settings that differ from the preset's."""
     preset = with_preset(TrainConfig, run.cfg.preset).settings()
     changed = differences(preset, run.cfg.settings(), preset)
     settings = [f"{name} {new}" for name, (_, new) in changed.items() if name not in (*NOT_SETTINGS, "vocab_size")]
@@ -107,7 +107,7 @@ def page_facts(run: Run, state: TrainState) -> dict[str, str]:
 
 
 def ending(run: Run, state: TrainState) -> str:
-    """What a run says when it stops: finished or not, what it made, and the command that comes next."""
+    """The closing message of a run: whether it is finished, the files that it wrote, and the next command."""
     cfg = run.cfg
     if state.iter < cfg.max_iters:
         return f"Stopped at iteration {state.iter:,}, all saved.\n{continuing(cfg, 'Continue')}"
@@ -126,7 +126,7 @@ def already_finished(run: Run) -> str:
 
 
 def continuing(cfg: TrainConfig, verb: str, **changes: Any) -> str:
-    """The command that resumes a run. It needs the folder alone: last.pt has the settings and the place of the data."""
+    """The command that resumes a run. It needs only the folder: last.pt has the settings and the path of the data."""
     others = " (on each machine with its own --node-rank)" if "--node-rank" in launcher() else ""
     return f"{verb}{others}: {command('train.py', cfg.preset, out_dir=cfg.out_dir, resume=True, **changes)}"
 
@@ -152,11 +152,12 @@ def utilisation(tokens_per_second: float, flops_per_token: int, machine: Machine
 
 
 class RunLog:
-    """The progress bar, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html and tracker of a run. Process 0 alone
-    does anything here.
+    """The progress bar, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html and tracker of a run. Only
+    process 0 does anything here.
 
-    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. Nothing here costs the run an iteration: rows that cannot be
-    written wait in memory until the next attempt (`flush`), and each kind of failure is said once.
+    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. No failure here
+    costs the run an iteration: rows that cannot be written wait in memory until the next `flush`, and each kind of
+    failure is reported once.
     """
 
     def __init__(self, run: Run, state: TrainState):
@@ -165,7 +166,7 @@ class RunLog:
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
-        self.failures: set[str] = set()  # kinds of failure that were said
+        self.failures: set[str] = set()  # kinds that were reported
         self.sample = ""  # the text of the last evaluation
         if self.machine.is_main:
             write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
@@ -180,8 +181,8 @@ class RunLog:
         self.bar = TrainingBar(run.cfg, state.iter, self.machine.is_main)
 
     def iteration(self, train_loss: float, learning_rate: float, grad_norm: float, seconds: float) -> None:
-        """Take in an iteration, and move the progress bar."""
-        norm = grad_norm if math.isfinite(grad_norm) else None  # float16's skipped steps; JSON knows no infinity
+        """Record an iteration, and move the progress bar."""
+        norm = grad_norm if math.isfinite(grad_norm) else None  # float16's skipped steps; JSON has no infinity
         self.last = {"train_loss": train_loss, "learning_rate": learning_rate, "grad_norm": norm}
         self.row_seconds += seconds
         self.row_tokens += self.cfg.tokens_per_iter
@@ -211,7 +212,7 @@ class RunLog:
         self._attempt("samples.jsonl", lambda: self.samples.add(sample_row(self.run, state, tokenizer, sample)))
 
     def flush(self) -> None:
-        """Write the rows that wait."""
+        """Write the waiting rows."""
         if self.machine.is_main:
             for file in (self.metrics, self.samples):
                 self._attempt(file.path.name, file.flush)
@@ -248,17 +249,17 @@ class RunLog:
             self._attempt("run.html", write)
 
     def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        """Do what may fail without harm to the run. The first failure of each name is said."""
+        """Run an action whose failure must not harm the run. The first failure of each name is reported."""
         try:
             action()
-        except Exception as error:  # a disk, a font, a backend: nothing of this is worth an iteration
+        except Exception as error:  # a disk, a font, a backend: no such failure is worth an iteration
             if name not in self.failures:
                 self.failures.add(name)
                 tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues")
 
 
 class Rows:
-    """metrics.jsonl or samples.jsonl: its rows in memory, and those that are not yet in the file.
+    """metrics.jsonl or samples.jsonl: all rows in memory, and which of them are not yet in the file.
 
     A run that begins keeps the rows up to its first iteration. Lines that are not rows of this project (a blank line, a
     note, a damaged line) stay where they are; only a half-written last line is dropped.
@@ -266,7 +267,7 @@ class Rows:
 
     def __init__(self, path: Path, until: int):
         self.path, self.rows = path, []
-        self.lines: list[bytes] = []  # that the file should begin with
+        self.lines: list[bytes] = []  # of the file, without those that wait
         self.waiting: list[bytes] = []
         self.torn = False  # the last write failed, perhaps half-way
         *lines, last = self._read().split(b"\n")
@@ -302,7 +303,7 @@ class Rows:
         self.waiting.append(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
-        """Append the waiting rows, synced to the disk. Raises what the disk raises; the rows then keep waiting."""
+        """Append the waiting rows and sync the file. If the disk fails, raises its error, and the rows keep waiting."""
         if not self.waiting:
             return
         if self.torn:
@@ -328,7 +329,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 def plot(rows: list[dict[str, Any]], path: Path, reference: Reference | None) -> None:
     """Draw the losses and the learning rate over iterations (lower axis) and tokens (upper axis)."""
-    # Jupyter and Colab leave the name of a backend here, which matplotlib may not find; a Figure needs none
+    # Jupyter and Colab set a backend here that matplotlib may not find; a Figure needs none
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure  # takes long to import

@@ -1,4 +1,4 @@
-"""A training run: what stays the same in it (`Run`), what changes (`TrainState`), and its folder.
+"""A training run: its fixed part (`Run`), its changing state (`TrainState`), and its folder.
 
 open_run           configuration, data and machine -> a Run, new or resumed
 save, restore      TrainState <-> best.pt and last.pt
@@ -40,7 +40,7 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Run:
-    """All that stays the same from the first iteration to the last."""
+    """Everything that stays the same from the first iteration to the last."""
 
     cfg: TrainConfig  # with the data's vocab_size, and the sizes of --init-from
     meta: dict[str, Any]  # the data's meta.json
@@ -49,7 +49,7 @@ class Run:
     val_windows: ValidationWindows
     resumed_at: int | None = None  # iteration; None: a new run
     changes: tuple[str, ...] = ()  # what differs from the saved run, in words
-    val_windows_before: int | None = None  # that the saved run evaluated on
+    val_windows_before: int | None = None  # how many the saved run evaluated on
     chosen: tuple[str, ...] = ()  # what a new run chose for `auto` and --max-epochs, in words
 
     @property
@@ -63,13 +63,13 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> str:
-        """The data's, as `load_tokenizer` takes it."""
+        """The data's tokenizer, as `load_tokenizer` takes it."""
         return read_tokenizer(self.cfg.data_dir, self.meta)
 
     def window_ids(self, tokens: int, batch_size: int) -> list[range]:
-        """The training windows of one iteration that are this process's: a range of ids for each micro-step.
+        """This process's training windows in one iteration: a range of ids for each micro-step.
 
-        `tokens` is what the run has seen before. With 2 processes, windows of 256 tokens and 2,048 tokens an iteration:
+        `tokens` counts those seen before. With 2 processes, windows of 256 tokens and 2,048 tokens an iteration:
         `window_ids(tokens=2048, batch_size=2) -> [range(8, 10), range(12, 14)]` in process 0.
         """
         block_size, batch = self.cfg.model.block_size, self.machine.processes * batch_size
@@ -80,7 +80,7 @@ class Run:
 
 @dataclass
 class TrainState:
-    """All that a run changes, so all that resuming needs. The place in the data follows from `tokens`."""
+    """Everything that a run changes, and so all that resuming needs. The place in the data follows from `tokens`."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -123,14 +123,14 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
 
 class Resumed(NamedTuple):
     cfg: TrainConfig
-    kept: list[str]  # what the person should know about settings that last.pt decided
+    kept: list[str]  # notes to print about settings that last.pt decided
 
 
 def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resumed:
     """The settings of a command that resumes: those of last.pt, changed by the flags that were given.
 
     Args:
-        cfg: the command as it was parsed.
+        cfg: the parsed command.
         args: its command line; None: this process's.
     """
     last = Path(cfg.out_dir, "last.pt")
@@ -149,10 +149,10 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
             f"--{given[0].replace('_', '-')}: is for a new run; the one in {cfg.out_dir} has {then.max_iters:,} iterations, and "
             "--max-iters changes that"
         )
-    resumed = dataclasses.replace(resumed, max_minutes=None, max_epochs=None)  # with --auto-resume they meant a new run
+    resumed = dataclasses.replace(resumed, max_minutes=None, max_epochs=None)  # --auto-resume: they are for a new run
     changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
     silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
-    if usual.max_epochs:  # max_iters may be what that allowed
+    if usual.max_epochs:  # max_iters may follow from it
         silent.add("max_iters")
     kept = [
         f"kept from last.pt: {name} {plain(old)} (config.py: {plain(new)}); "
@@ -168,7 +168,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
 
 
 def plain(value: Any) -> str:
-    """A setting as a person gives it."""
+    """A setting as it is typed in a command."""
     return f"{value:g}" if isinstance(value, float) else f"{value}" if value != "" else "''"
 
 
@@ -203,7 +203,7 @@ def initial_model(run: Run) -> GPT:
 
 
 def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
-    """The content of last.pt where the command resumes a run, None where it starts one.
+    """The content of last.pt if the command resumes a run, None if it starts one.
 
     Raises:
         UserError: there is nothing to resume, or a new run would overwrite an old one.
@@ -246,7 +246,7 @@ def check_own(out_dir: Path) -> None:
 
 
 def is_run_folder(out_dir: Path) -> bool:
-    """Whether train.py wrote what is there. Its first file is config.json."""
+    """Whether train.py wrote the files there. The first that it writes is config.json."""
     try:
         if os.path.lexists(out_dir / "config.json"):
             with_settings(TrainConfig(), json.loads((out_dir / "config.json").read_bytes()))
@@ -358,8 +358,8 @@ def save(run: Run, state: TrainState, best: bool) -> None:
 
 
 def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
-    """Put `state`, and this process's random numbers, back to where last.pt has them."""
-    # The moments are the saved run's. Weight decay and betas are the command's, which may have changed them.
+    """Restore `state` and this process's random numbers from last.pt."""
+    # The moments come from the saved run. Weight decay and betas come from the command, which may have changed them.
     groups = state.optimizer.state_dict()["param_groups"]
     with checkpoint.fitting("last.pt is damaged: its state does not fit its model"):
         state.model.load_state_dict(saved["model"])
@@ -373,7 +373,7 @@ def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
 
 
 def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about its training text: enough to recognise it, and to tell others."""
+    """A checkpoint's record of its training text: enough to recognise it, and to tell others about it."""
     splits = {split: meta["splits"][split] for split in ("train", "val")}
     hashes = "".join(shard["sha256"] for split in splits.values() for shard in split["shards"])
     sizes = {f"{name}_{what}": split[what] for name, split in splits.items() for what in ("tokens", "bytes")}
@@ -386,7 +386,7 @@ def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_run_folder(run: Run) -> Iterator[None]:
-    """Make `out_dir` this run's alone. Deletes half-written files there, and for a new run the files of an earlier one."""
+    """Lock `out_dir` for this run. Deletes half-written files there and, for a new run, the files of an earlier one."""
     if not run.machine.is_main:
         yield
         return

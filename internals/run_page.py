@@ -54,9 +54,10 @@ def run_page(
     Args:
         facts: names and texts for the head of the page.
         status: how far the run is, in words.
-        rows, samples: of metrics.jsonl and samples.jsonl; at least one row.
+        rows: those of metrics.jsonl, at least one.
+        samples: the rows of samples.jsonl.
         reference: the reference run, if there is one.
-        running: whether training goes on after this; the page then reloads itself.
+        running: whether training continues after this; the page then reloads itself.
     """
     title = run.out_dir.resolve().name
     finished = rows[-1]["iter"] >= run.cfg.max_iters
@@ -89,7 +90,7 @@ def run_page(
 
 
 def curve(rows: list[dict[str, Any]], reference: Reference | None) -> dict[str, list[list[float]]]:
-    """`[iteration, value]` for each curve; of a long training curve every second, third, ... point."""
+    """The points `[iteration, value]` of each curve. A long training curve keeps every second, third, ... point."""
     steps = [row for row in rows if row.get("train_loss") is not None]
     steps = steps[:: math.ceil(len(steps) / POINTS) or 1]
     return {

@@ -1,4 +1,4 @@
-"""What the model says at an evaluation, as a row of samples.jsonl: the text it writes, and its surprise at a passage."""
+"""The row of samples.jsonl for an evaluation: a text that the model writes, and its surprise at a passage."""
 
 from typing import Any
 

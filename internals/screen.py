@@ -1,4 +1,4 @@
-"""Words on the screen: numbers and durations, lines of at most 80 columns, the progress bar, the next command to type."""
+"""Words on the screen: numbers and durations, lines of at most 80 columns, the progress bar, the next command."""
 
 import os
 import shlex
@@ -23,8 +23,8 @@ COMMANDS = {
     "generate.py": GenerateConfig,
     "export.py": ExportConfig,
 }
-PROMPT = "The history of"  # where a command needs one and the run has none
-WIDTH = 80  # columns, of what is printed once; the bar follows the terminal
+PROMPT = "The history of"  # if a command needs one and the run has none
+WIDTH = 80  # columns of printed lines; the bar follows the terminal
 NAMES = 9  # columns of the names in a summary: "iteration", "reference"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def size(count: float) -> str:
 
 
 def short_loss(loss: float) -> str:
-    """A loss in five characters, four of them digits: 2.330, 10.83, 260.3. What diverged: 1.2e+07."""
+    """A loss in five characters, four of them digits: 2.330, 10.83, 260.3. After divergence: 1.2e+07."""
     return f"{loss:.3g}" if loss >= 1000 else f"{loss:.{3 - (loss >= 10) - (loss >= 100)}f}"
 
 
@@ -70,7 +70,7 @@ def short_rate(tokens_per_second: float) -> str:
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:
-    """A text in lines of at most 80 columns, broken at spaces alone: a number, a path or a flag stays whole."""
+    """A text in lines of at most 80 columns, broken only at spaces: a number, a path or a flag stays whole."""
     lines = textwrap.wrap(
         text,
         WIDTH,
@@ -85,7 +85,7 @@ def wrap(text: str, first: str = "", indent: str = "") -> str:
 
 
 def lines(rows: dict[str, str]) -> str:
-    """Rows of a name and a text, one below the other. What is longer than a line continues below the text."""
+    """Rows of a name and a text, one below the other. A long text continues below its beginning."""
     return "\n".join(wrap(text, f"{name:<{NAMES}}  ", " " * (NAMES + 2)) for name, text in rows.items())
 
 
@@ -93,7 +93,7 @@ def evaluation_line(row: dict[str, Any], max_iters: int, best: bool = False, ref
     """An evaluation in one line: `100/600  val 2.330  3.36 bits/byte (best)  train 2.370  reference 2.330`.
 
     Args:
-        row: of metrics.jsonl. The training loss is missing at iteration 0, and left out where the line has no room for it.
+        row: of metrics.jsonl. It has no training loss at iteration 0. The line omits that loss if there is no room.
         reference: the reference run at this iteration, in words.
     """
     total = f"{max_iters:,}"
@@ -114,10 +114,10 @@ def evaluation_line(row: dict[str, Any], max_iters: int, best: bool = False, ref
 
 
 class TrainingBar:
-    """`100/600 |███▌           | loss 2.330  11,873 tokens/s  MFU 45%  1 min 20 s left`, on a terminal alone.
+    """`100/600 |███▌           | loss 2.330  11,873 tokens/s  MFU 45%  1 min 20 s left`, only on a terminal.
 
-    The time left is that of the remaining iterations, by the median of the last ones, and of the remaining evaluations, by
-    the last one. So neither the first iteration, which may compile, nor a pause of the machine misleads it for long.
+    The time left is estimated from the median of the last iterations and from the last evaluation. So neither the first
+    iteration, which may compile, nor a pause of the machine misleads it for long.
     """
 
     def __init__(self, cfg: TrainConfig, iter: int, is_main: bool):
@@ -129,7 +129,7 @@ class TrainingBar:
         self.bar = tqdm(total=cfg.max_iters, initial=iter, disable=hidden, bar_format=" ", nrows=24)
 
     def iteration(self, loss: float, tokens_per_second: float, utilisation: str, seconds: float) -> None:
-        """Move on by an iteration that took `seconds`."""
+        """Advance by an iteration that took `seconds`."""
         self.iter, self.iterated = self.iter + 1, time.perf_counter()
         if self.bar.disable:
             return
@@ -160,7 +160,7 @@ class TrainingBar:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal that stderr is."""
+    """Columns of stderr's terminal."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or WIDTH
     except (OSError, ValueError):  # no terminal, no file at all
@@ -190,7 +190,7 @@ def command(script: str, preset: str, **flags: Any) -> str:
 
 
 def command_to_generate(checkpoint: str, cfg: TrainConfig) -> str:
-    """The command that tries a model. The preset stands for the place of its checkpoint, and for nothing else."""
+    """The command to try a model. The preset is only there for the path of its checkpoint."""
     usual = with_preset(GenerateConfig, cfg.preset).checkpoint
     preset = cfg.preset if checkpoint == usual else TrainConfig.preset
     prompt = cfg.sample_prompt if cfg.sample_prompt.isprintable() else ""  # an escape must not reach the terminal
@@ -198,14 +198,14 @@ def command_to_generate(checkpoint: str, cfg: TrainConfig) -> str:
 
 
 def command_to_train(cfg: PrepareConfig) -> str:
-    """The command that trains on a prepared folder. A folder of one's own gets checkpoints of its own."""
+    """The command to train on a prepared folder. If that is not the preset's, the checkpoints get their own folder."""
     own = cfg.data_dir != with_preset(PrepareConfig, cfg.preset).data_dir
     out_dir = {"out_dir": f"checkpoints/{Path(cfg.data_dir).resolve().name}"} if own else {}
     return command("train.py", cfg.preset, data_dir=cfg.data_dir, **out_dir)
 
 
 def started_with(script: str, words: Iterable[str]) -> str:
-    """The command line of a script: by torchrun, if this process was started by it and the script is train.py."""
+    """The command line of a script. It starts train.py with torchrun if this process was started that way."""
     path = script if Path.cwd() == REPO else str(REPO / script)
     return f"{launcher() if script == 'train.py' else 'python'} {shlex.join([path, *words])}"
 
@@ -223,5 +223,5 @@ def launcher() -> str:
 
 
 def given_command(without: str) -> str:
-    """The command line of this process, without a flag: of --check, the run itself."""
+    """The command line of this process without one flag. Without --check it starts the run itself."""
     return started_with(Path(sys.argv[0]).name, (word for word in sys.argv[1:] if word != without))

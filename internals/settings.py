@@ -11,9 +11,9 @@ from internals.start import UserError, first_line
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks, being newer, had its default.
+    """Settings that changed: `{"max_iters": (600, 1200)}`. A newer one, which `then` lacks, had its default.
 
-    A number is no change of `auto`: a run stores the number that `auto` stood for.
+    A number in place of `auto` is not a change: a run stores the number that `auto` stood for.
     """
     changed = {}
     for name, new in now.items():
@@ -31,8 +31,8 @@ def is_choice(old: Any, new: Any) -> bool:
 
 
 def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """`cfg` with the settings of a run, but its own folders and modes. Settings that are missing, because they are newer
-    than the run, stay. Raises TypeError or ValueError if `settings` are not those of a run."""
+    """`cfg` with the settings of a run, but its own folders and modes. Settings that are newer than the run stay as in
+    `cfg`. Raises TypeError or ValueError if `settings` are not those of a run."""
     settings = upgrade(settings)
     model = dataclasses.replace(cfg.model, **settings["model"])
     taken = {name: value for name, value in settings.items() if name not in (*NOT_SETTINGS, "model")}
@@ -42,7 +42,7 @@ def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run in today's fields. What an earlier version computed is spelt out where the default changed."""
+    """The settings of a run in today's fields. If a default has changed since, the old one is filled in."""
     old = dict(settings)
     old.setdefault("optimizer", "adamw")  # there was no other
     if "muon_learning_rate" in old:

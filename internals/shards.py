@@ -17,7 +17,7 @@ from internals.tokenizer_json import sha256_of
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
 META_FORMAT = 1
-UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # shows whose an unfinished shard is
+UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # marks an unfinished shard as ours
 PIECE_TOKENS = 1 << 20  # read at once
 TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
 SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
@@ -54,13 +54,13 @@ def read_shard(path: str | Path) -> np.ndarray:
 class ShardWriter:
     """Appends tokens to the shards of one split.
 
-    A shard is called `FILE.partial` until `finish`. It is filled up before the next one begins, so one number says how
-    far a split is: its tokens. A writer that is opened with that number drops everything after it.
+    A shard is called `FILE.partial` until `finish`. It is filled before the next one begins, so the number of tokens
+    tells the progress of a split. A writer that is opened with that number drops everything after it.
 
     The caller has made sure that no file with the name of a shard is somebody else's (`DataFolder.refuse_foreign`).
 
     Raises:
-        UserError: the files hold fewer tokens than that.
+        UserError: the files hold fewer tokens than `tokens`.
     """
 
     def __init__(self, data_dir: str | Path, split: str, shard_tokens: int, tokens: int = 0):
@@ -105,7 +105,7 @@ class ShardWriter:
             if self._file is None:
                 self._file = open(self._partial(index), "ab", buffering=0)  # noqa: SIM115 (it stays open)
                 if filled == 0:
-                    self._write(UNFINISHED_HEADER)  # `finish` writes a shard's
+                    self._write(UNFINISHED_HEADER)  # `finish` replaces it
             part = tokens[: self.shard_tokens - filled]
             self._write(part.astype("<u2", copy=False).tobytes())
             self.tokens += len(part)
@@ -119,7 +119,7 @@ class ShardWriter:
             view = view[self._file.write(view) :]
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk."""
+        """Return when everything written so far is on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -140,7 +140,7 @@ class ShardWriter:
             start += count
 
     def finish(self) -> list[dict[str, Any]]:
-        """Give each shard its header and its name. Returns its entry in meta.json: file, tokens, sha256."""
+        """Give each shard its header and its name. Returns their entries in meta.json: file, tokens, sha256."""
         self.close()
         entries = []
         for index in range(self.count):

@@ -11,7 +11,7 @@ from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream
 
 AROUND = 60  # tokens shown on each side
-TITLE = 40  # tokens of an article in which its first line is looked for
+TITLE = 40  # tokens of an article that are searched for its first line
 BLOCK = 1 << 24  # tokens searched at once
 
 

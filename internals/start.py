@@ -1,4 +1,4 @@
-"""How a command starts and ends. Every command imports this room first, so it needs the standard library alone.
+"""How a command starts and ends. Every command imports this module first, so it needs only the standard library.
 
 begin()      before the slow imports: from here on a missing package or Ctrl-C ends in one line
 run(main)    the command itself: a foreseen problem ends in one line and exit status 2, a bug in a traceback
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
-# Turns for which an OpenMP thread that waits for others keeps its core before it sleeps. PyTorch's default is so large that
-# one other busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
+# How many turns a waiting OpenMP thread keeps its core before it sleeps. PyTorch's default is so large that one other
+# busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
 SPINS = "1500"
 
 BEGAN = time.monotonic()
@@ -25,13 +25,13 @@ FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (
 class UserError(Exception):
     """A foreseen problem: a user's mistake, a disk, a network, damaged data.
 
-    Its text names the flag or the file, and says in one line what is wrong and what to do. `run` prints it on stderr and
-    ends the command with exit status 2. Docstrings mention it only where the reason is not obvious.
+    Its text names the flag or the file, and says in one line what is wrong and what to do. `run` prints it on stderr
+    and ends the command with exit status 2. Docstrings mention it only where the reason is not obvious.
     """
 
 
 def seconds_passed() -> float:
-    """Since the command began."""
+    """Seconds since the command began."""
     return time.monotonic() - BEGAN
 
 
@@ -42,7 +42,7 @@ def first_line(error: BaseException) -> str:
 
 
 def begin() -> None:
-    """Prepare the process, and let the imports that follow end as `run` ends.
+    """Prepare the process. An error in the imports that follow then ends the command as it does in `run`.
 
     PyTorch takes seconds to import, and Ctrl-C may come meanwhile.
     """
@@ -65,7 +65,7 @@ def begin() -> None:
         signal.signal(signal.SIGINT, stop_at_once)
     open_closed_streams()
     if os.environ.get("NO_COLOR"):
-        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro colours --help and mistakes
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro colours --help and its errors
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # PyTorch reads it when it is imported
 
@@ -73,7 +73,7 @@ def begin() -> None:
 def open_closed_streams() -> None:
     """Give a process that was started with a closed stdin, stdout or stderr (`>&-`) a null device in its place.
 
-    The next file that it opens would otherwise get the free number, and what is meant for the screen end up in it.
+    Otherwise the next file that it opens would get the free number, and text for the screen would end up in that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -85,9 +85,9 @@ def open_closed_streams() -> None:
 
 
 class Forgiving:
-    """A stream whose failures cost nothing but its text: a terminal that is gone, a reader that left, a full disk.
+    """A stream that loses only its text when it fails: the terminal is gone, the reader has left, the disk is full.
 
-    The first failure is said on the `other` stream. From then on the text is dropped.
+    The first failure is reported on the `other` stream. From then on the text is dropped.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -118,7 +118,10 @@ class Forgiving:
 
 @contextlib.contextmanager
 def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
-    """Inside, no failure to print ends the command. `stdout_is_output`: what goes to stdout is its work, so only stderr."""
+    """Inside, a failure to print does not end the command.
+
+    With `stdout_is_output`, stdout carries the command's work, so this holds for stderr only.
+    """
     streams = sys.stdout, sys.stderr
     out, err = Forgiving(sys.stdout, "stdout"), Forgiving(sys.stderr, "stderr")
     out.other, err.other = err, None if stdout_is_output else out
@@ -130,7 +133,7 @@ def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a broken stream still holds nowhere. Python would try to write it again at the end of the process."""
+    """Discard what a broken stream still holds. Python would try to write it again at the end of the process."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -174,8 +177,8 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
 
 
 def first_process_has_spoken() -> bool:
-    """Let process 0 of a machine speak for all. If all fail alike, it ends while the others wait here, or torchrun ends them.
-    If not, the failure was this process's alone, and it speaks after three seconds."""
+    """Let process 0 of a machine speak for all. If all fail alike, it ends while the others wait here, or torchrun ends
+    them. If only this process failed, it speaks after three seconds."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         return False
     for number in (signal.SIGINT, signal.SIGTERM):

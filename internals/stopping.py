@@ -13,7 +13,7 @@ from internals.machine import Machine
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
     """An event that SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) set: the run then saves and ends after
-    the iteration. A second signal of the same kind ends it at once. A signal that was ignored before stays so (`nohup`).
+    the iteration. A second signal of the same kind ends it at once. A signal that was ignored stays ignored (`nohup`).
     """
     stop = threading.Event()
 

@@ -15,7 +15,7 @@ ALTERNATIVES = 3  # shown for each token
 
 
 class Surprise(NamedTuple):
-    """What a model expected in the place of N tokens, each time having read those before it."""
+    """What a model expected for each of N tokens, having read the tokens before it."""
 
     bits: Tensor  # (N,) float32: minus the binary logarithm of the token's probability
     ids: Tensor  # (N, ALTERNATIVES) int64: the likeliest other tokens, likeliest first
@@ -26,8 +26,8 @@ class Surprise(NamedTuple):
 def surprise(model: GPT, ids: list[int]) -> Surprise:
     """The surprise of all tokens but the first, in float32 and without dropout. Draws no random number.
 
-    A text may be longer than the context. The model then reads it as `generate.Context` does: once the context is full, its
-    newest half is kept and computed again from position 0.
+    A text may be longer than the context. The model then reads it as `generate.Context` does: once the context is full,
+    its newest half is kept and computed again from position 0.
 
     Args:
         ids: T tokens, at least 2.
@@ -61,7 +61,7 @@ def read_off(logits: Tensor, targets: Tensor) -> Surprise:
 
 
 def token_texts(tokenizer: tiktoken.Encoding, ids: list[int]) -> list[str]:
-    """The text that becomes readable with each token: whole characters, empty for a token that ends inside its first one.
+    """The text that each token completes: whole characters, empty for a token that ends inside its first one.
 
     With bytes as tokens, `"é!"` gives `["", "é", "!"]`.
     """
@@ -79,7 +79,7 @@ def describe(tokenizer: tiktoken.Encoding, ids: list[int], known: list[Surprise]
         known: the surprise of all tokens but the first, in one part or several.
 
     Returns:
-        `text`: as `token_texts` has it. `bits`: None for the first token, which nothing precedes. `alternatives`: for each
+        `text`: from `token_texts`. `bits`: None for the first token, which nothing precedes. `alternatives`: for each
         token up to three `[text, probability]`. `bits_per_byte`: of all tokens but the first, or None without any.
     """
     raw = [tokenizer.decode_single_token_bytes(token) for token in ids]
@@ -108,7 +108,7 @@ def describe(tokenizer: tiktoken.Encoding, ids: list[int], known: list[Surprise]
 
 
 def readable(begun: bytes, token: bytes) -> str:
-    """A token as a person can read it: the characters that it completes, or its own, or its bytes.
+    """A token in readable form: the characters that it completes, or its own, or its bytes.
 
     `readable(b"\\xc3", b"\\xa9") -> "é"`, `readable(b"\\xc3", b"a") -> "a"`, `readable(b"", b"\\xc3") -> "<C3>"`.
     """

@@ -1,4 +1,4 @@
-"""A source of text: which files it has, what they are called, whether they are what was prepared before."""
+"""A source of text: its files, their names, and whether they are the ones that were prepared before."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from internals.readers import make_reader, read_chunks
 from internals.tokenizer_json import END_OF_TEXT
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
-PACKED = 3  # bytes of text in a byte of a compressed or parquet file, about
+PACKED = 3  # bytes of text per byte of a compressed or parquet file, about
 FEW_DOCUMENTS = 50  # below this many, choosing whole documents cannot give the validation share
 
 
@@ -27,7 +27,7 @@ class SourceFile:
 
 
 class Source:
-    """Where text comes from: `fetch(number)` returns the path of `files[number]`, `summary()` a line for the person.
+    """Where text comes from: `fetch(number)` returns the path of `files[number]`, `summary()` a line to print.
 
     The defaults below are those of files that are already on this machine.
     """
@@ -38,17 +38,17 @@ class Source:
     peak_bytes = 0  # the most that downloads take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
-    download_folder: Path  # where they lie, if there are any
+    download_folder: Path  # of the downloads, if there are any
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
-        """Find out what must stay the same in later runs, unless an earlier run did. Takes and returns plain data."""
+        """Find out what must stay the same in later runs, unless an earlier run has. Takes and returns plain data."""
         return {}
 
     def release(self, before: int) -> None:
         """The files before this number are not needed any more."""
 
     def has_few_documents(self) -> bool:
-        """Whether choosing whole documents cannot give the validation share, as there are so few."""
+        """Whether there are too few documents to hold out whole ones."""
         return False
 
     def sample_files(self, size: int) -> range:
@@ -56,7 +56,7 @@ class Source:
         return range(len(self.files))
 
     def provenance(self) -> dict[str, Any]:
-        """What meta.json says of the source."""
+        """The source's entry in meta.json."""
         return self.identity
 
 
@@ -82,7 +82,7 @@ class LocalFiles(Source):
 
     @property
     def text_bytes(self) -> int:
-        """The size of the files, of compressed and parquet files three times that: an estimate that needs no reading."""
+        """An estimate without reading: the size of the files, three times that for compressed and parquet files."""
         return sum(file.bytes * (PACKED if is_packed(file.name) else 1) for file in self.files)
 
     def add(self, path: Path) -> None:

@@ -14,8 +14,8 @@ from internals.start import UserError, silence
 class TextStream:
     """The text of one sample while its tokens arrive. It never shows half a character or a part of a stop text.
 
-    A character may need several tokens: its first bytes wait in `decoder`. What may be the beginning of a stop text waits
-    in `held`.
+    A character may need several tokens: its first bytes wait in `decoder`. A possible beginning of a stop text waits in
+    `held`.
     """
 
     def __init__(self, tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), ignore_eot: bool = False):

@@ -1,4 +1,4 @@
-"""Tokenizers. Everywhere, one string says which: `gpt2`, `bytes`, or the text of an own one's tokenizer.json.
+"""Tokenizers. One string identifies each: `gpt2`, `bytes`, or the text of a trained one's tokenizer.json.
 
 Equal strings are equal tokenizers: `tokenizer_json.py` writes each in one way only.
 """
@@ -28,7 +28,7 @@ FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
 
 @functools.cache
 def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
-    """`gpt2` (50,257 tokens), `bytes` (257 tokens: the 256 bytes and end-of-text; needs no download), or an own one.
+    """`gpt2` (50,257 tokens), `bytes` (257 tokens: the 256 bytes and end-of-text; needs no download), or a trained one.
 
     Raises:
         UserError: there is no such tokenizer, or GPT-2's vocabulary is neither on this machine nor within reach.
@@ -61,7 +61,7 @@ def is_json(tokenizer: str) -> bool:
 
 
 def tokenizer_name(tokenizer: str) -> str:
-    """What people call it: `gpt2`, `bytes`, or for an own one `own-` and the beginning of its SHA-256."""
+    """Its name for people: `gpt2`, `bytes`, or for a trained one `own-` and the beginning of its SHA-256."""
     return short_name(tokenizer) if is_json(tokenizer) else tokenizer
 
 
@@ -108,7 +108,7 @@ def fetch(url: str) -> bytes:
 
 @functools.cache
 def token_bytes(tokenizer: str) -> np.ndarray:
-    """The bytes that each token stands for, (vocabulary,) int64; none for end-of-text."""
+    """The number of bytes that each token stands for, (vocabulary,) int64; 0 for end-of-text."""
     encoding = load_tokenizer(tokenizer)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
     lengths[encoding.eot_token] = 0
@@ -116,7 +116,7 @@ def token_bytes(tokenizer: str) -> np.ndarray:
 
 
 def cut_tokens(encoding: tiktoken.Encoding, tokens: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` tokens of a text, or a few less where the cut would be inside a character."""
+    """The first `length` tokens of a text, or a few fewer if the cut would be inside a character."""
     while length and encoding.decode_single_token_bytes(int(tokens[length]))[0] & 0xC0 == 0x80:
         length -= 1
     return tokens[:length]

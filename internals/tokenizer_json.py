@@ -1,7 +1,7 @@
 """Hugging Face's tokenizer.json for the byte-level BPEs of this project: written, read, checked.
 
-Their pieces are cut by one of two patterns, GPT-2's or ours. The three programs that cut text with them name them
-differently: tiktoken takes the pattern, tokenizer.json a pre-tokenizer, llama.cpp the name of a model.
+They cut text into pieces by one of two patterns, GPT-2's or ours. Three programs need the pattern, each in its own
+form: tiktoken takes the pattern itself, tokenizer.json a pre-tokenizer, llama.cpp the name of a model.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ END_OF_TEXT = "<|endoftext|>"
 # the same and encoding takes two thirds of the time (benchmarks/prepare.py, `tiktoken` against `limit`).
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 
-# The pattern of our own tokenizers, for every script, is Qwen 3.5's, which llama.cpp knows. Marks stay with their letters
+# Our own tokenizers use the pattern of Qwen 3.5 for every script; llama.cpp knows it. Marks stay with their letters
 # (GPT-2's pattern cuts every Hindi, Thai or vowelled Arabic word into pieces), a digit is a piece, and line breaks are
-# joined with the punctuation or the blanks before them. Why this one: docs/data.md, benchmarks/tokenizer.py.
+# joined with the punctuation or the blanks before them. docs/data.md and benchmarks/tokenizer.py give the reasons.
 OWN_PATTERN = (
     r"(?:'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+)|\s+(?!\S)|\s+"
@@ -63,7 +63,7 @@ def to_json(tokenizer: tiktoken.Encoding) -> str:
 
 
 def from_json(text: str) -> tiktoken.Encoding:
-    """The tokenizer whose `to_json` this is. The ids of a BPE, in the order of its merges, are the ranks of tiktoken."""
+    """The tokenizer whose `to_json` this is. A BPE's ids, in the order of its merges, are the ranks of tiktoken."""
     byte = {character: value for value, character in enumerate(byte_alphabet())}
     vocab = json.loads(text)["model"]["vocab"]
     tokens = [bytes(byte[character] for character in token) for token in vocab if token != END_OF_TEXT]
@@ -102,7 +102,7 @@ def canonical(text: str, path: str) -> str:
 
 
 def essence(value: dict[str, Any]) -> dict[str, Any]:
-    """What decides the tokens. Parts that are missing, null or false change nothing, and merges have two notations."""
+    """The parts that decide the tokens. Missing, null or false ones change nothing, and merges have two notations."""
     model = {key: part for key, part in value["model"].items() if part not in (None, False, "")}
     model["merges"] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     model["vocab"] = {**model["vocab"], **{token["content"]: token["id"] for token in value["added_tokens"]}}
@@ -145,8 +145,8 @@ def merges(tokenizer: tiktoken.Encoding) -> list[str]:
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in GPT-2's vocabulary files: printable ones for themselves, the others
-    for characters from U+0100 on."""
+    """The character that stands for each byte in GPT-2's vocabulary files: its own if that is printable, else one from
+    U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

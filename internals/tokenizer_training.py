@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: a byte-level BPE (Radford et al., 2019), trained on a sample of the source.
+"""`--tokenizer train`: a byte-level BPE (Radford et al., 2019), trained on a sample of the source.
 
 sample_texts       source -> training articles, spread over it, of bounded size
 train_tokenizer    texts -> the text of a tokenizer.json
@@ -18,14 +18,14 @@ from internals.text_files import Source
 from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
 
 SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
-LEAST_COUNT = 2  # a pair of tokens that occurs once in the sample is no token
+LEAST_COUNT = 2  # a pair of tokens that occurs only once in the sample does not become a token
 
 
 def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:
-    """Training articles, so many that about `SAMPLE_BYTES` of text are spread over the source, or all there are.
+    """Training articles spread over the source, about `SAMPLE_BYTES` of text together, or all there are.
 
-    The sample is a function of the source and the flags alone. Where the end of the text is held out (`tail`), it leaves
-    out twice that share: where the tokens of the end begin is not known before they are counted.
+    The sample depends only on the source and the flags. If the end of the text is held out (`tail`), it leaves out
+    twice that share, because the exact place of the cut is known only after all tokens are counted.
     """
     options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
     numbers = source.sample_files(SAMPLE_BYTES)

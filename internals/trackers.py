@@ -1,6 +1,6 @@
-"""`--tracker`: the rows of metrics.jsonl in TensorBoard, Weights & Biases or Trackio, too.
+"""`--tracker`: sends the rows of metrics.jsonl to TensorBoard, Weights & Biases or Trackio, too.
 
-A tracker is a guest. It is imported when it is asked for, it changes nothing in the run, and a failure costs one line.
+A tracker is imported only if it is asked for. It changes nothing in the run, and its failure costs one line of output.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from internals.run import Run
 from internals.start import first_line
 
 PROJECT = "wikipedia-transformer"
-RECENT = 10.0  # seconds of training whose rows a killed run may have handed over, but a tracker not yet stored
-FINISH_SECONDS = 120.0  # that a tracker may take at the end of a run to send what it holds
+RECENT = 10.0  # seconds of training; when a run is killed, a tracker may not have stored rows this recent
+FINISH_SECONDS = 120.0  # that a tracker may take at the end of a run to send its last rows
 
 
 class Store(Protocol):
-    """Where rows go. A resumed run sends those of the last `late` seconds again."""
+    """The destination of rows. A resumed run sends those of the last `late` seconds again."""
 
     late: float
 
@@ -35,14 +35,14 @@ class Store(Protocol):
 
 
 class Tracker:
-    """The store of `--tracker`, or none. The first failure is said and ends its use; training continues."""
+    """The store of `--tracker`, or none. The first failure is reported and ends its use; training continues."""
 
     def __init__(self, name: str):
         self.name = name
         self.store: Store | None = None
 
     def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
-        """Start, or continue where the run was started with this tracker. `rows`: those of the run so far."""
+        """Start, or continue if the run was started with this tracker. `rows`: those of the run so far."""
 
         def connect() -> None:
             id, known = run_id(run.out_dir, self.name, new=run.resumed_at is None)
@@ -70,7 +70,7 @@ class Tracker:
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # a package, a network, an account, a disk: nothing of this is worth an iteration
+        except Exception as error:  # a package, a network, an account, a disk: no such failure is worth an iteration
             self.store = None
             reason = first_line(error)
             if isinstance(error, ImportError):
@@ -79,7 +79,7 @@ class Tracker:
 
 
 def run_id(out_dir: Path, tracker: str, new: bool) -> tuple[str, bool]:
-    """What a tracker calls the run, and whether it knows it already. OUT_DIR/tracker.json remembers that."""
+    """The run's id in a tracker, and whether the tracker knows it already. OUT_DIR/tracker.json stores the id."""
     path = out_dir / "tracker.json"
     if not new:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -104,7 +104,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         first = 0 if run.resumed_at is None else run.resumed_at + 1
-        # purge_step hides what was there from here on
+        # purge_step hides the old rows from this step on
         self.writer = SummaryWriter(str(run.out_dir / "tensorboard"), purge_step=first)
         settings = json.dumps(run.cfg.settings(), indent=4)
         self.writer.add_text("config", re.sub("^", "    ", settings, flags=re.M), first)
@@ -141,7 +141,7 @@ class Wandb:
             dir=str(run.out_dir),
             settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
         )
-        # Its own steps must grow, but a resumed run repeats those after last.pt: the iteration is the axis
+        # wandb's own steps must grow, but a resumed run repeats those after last.pt, so the iteration is the axis
         begun.define_metric("iter")
         begun.define_metric("*", step_metric="iter")
         return begun
@@ -150,7 +150,7 @@ class Wandb:
         self.run.log({name: value for name, value in row.items() if value is not None})
 
     def flush(self) -> None:
-        pass  # a process of its own writes what it gets
+        pass  # wandb's own process writes the rows
 
     def close(self) -> None:
         self.run.finish()

@@ -23,24 +23,24 @@ from internals.text_files import Source, SourceFile, counted
 T = TypeVar("T")
 
 REPOSITORY = "wikimedia/wikipedia"
-ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them and what huggingface_hub adds
-FILE_BYTES = 3  # of the hub's files for a token, with room: English takes 2.5 with GPT-2's tokenizer
+ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them, besides those of huggingface_hub
+FILE_BYTES = 3  # of the hub's files per token, with a margin: English takes 2.5 with GPT-2's tokenizer
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file, huggingface_hub waits 10 s at a time
 
 
 class HubWikipedia(Source):
     """One language and dump of `wikimedia/wikipedia`. `datasets` names the files, `huggingface_hub` downloads them.
 
-    The revision is resolved to a commit once. All files, also those of later runs, are of that commit. A dump is sorted
-    by page id, so old articles come first. The files are taken in the order of their names' hashes instead, which makes
-    the first quarter of them a fair quarter.
+    The revision is resolved to a commit once. All files, in later runs too, come from that commit. A dump is sorted by
+    page id, so old articles come first. The files are taken in the order of their names' hashes instead, which makes
+    the first quarter of them a fair sample.
 
-    A download into the data folder begins when the file before it is read, and stays until `release`. A file in the Hugging
-    Face cache is read there and stays there. With `keep`, downloads go to that cache: any later run finds them, also one
-    into another data folder, and so do other programs.
+    A download into the data folder begins when the file before it is read, and stays until `release`. A file in the
+    Hugging Face cache is read there and stays there. With `keep`, downloads go to that cache, where other programs and
+    later runs find them, even runs with another data folder.
     """
 
-    text_bytes = math.inf  # large, in any language; the true size takes a question to the hub
+    text_bytes = math.inf  # large in any language; only the hub knows the true size
 
     def __init__(
         self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False, max_tokens: int | None = None
@@ -82,7 +82,7 @@ class HubWikipedia(Source):
         return {"commit": commit, "files": mixed(files)}
 
     def _find_cached(self, cache: Path) -> dict[str, Any]:
-        """The files of the commit that the Hugging Face cache has for the revision, or of the newest that is whole."""
+        """The files of the revision's commit in the Hugging Face cache, or of the newest complete commit there."""
         revision, snapshots = self.identity["revision"], cache / "snapshots"
         reference = cache / "refs" / revision
         wanted = [reference.read_text().strip()] if reference.is_file() else []
@@ -115,19 +115,19 @@ class HubWikipedia(Source):
         return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": size}
 
     def fetch(self, number: int) -> Path:
-        """The path of a file, downloaded and checked. The download of the next file begins now, if it is likely needed."""
+        """The path of a file, downloaded and checked. The next file's download begins now, if it is likely needed."""
         for ahead, file in enumerate(self.files[number : number + 2], number):
             if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
         return self._futures[number].result()
 
     def _is_likely_needed(self, number: int) -> bool:
-        """Whether `max_tokens` reach beyond the files before this one. A wrong no only begins its download later."""
+        """Whether `max_tokens` reaches beyond the files before this one. A wrong no only delays its download."""
         before = sum(file.bytes for file in self.files[:number])
         return self.max_tokens is None or before < FILE_BYTES * self.max_tokens
 
     def sample_files(self, size: int) -> range:
-        """The first files that hold so much: they are in a mixed order, and no other has to be downloaded."""
+        """The first files that hold `size` bytes. They are in mixed order, so no other file has to be downloaded."""
         sums = itertools.accumulate((file.bytes for file in self.files), initial=0)
         return range(min(len(self.files), sum(before < size for before in sums)))
 
@@ -140,7 +140,7 @@ class HubWikipedia(Source):
     @property
     def peak_bytes(self) -> int:
         sizes = sorted((file.bytes for file in self.files), reverse=True)
-        return sum(sizes if self.keep else sizes[:3])  # one is read, the next one comes, one is not noted as done yet
+        return sum(sizes if self.keep else sizes[:3])  # one is read, the next one arrives, one is not yet noted as done
 
     @property
     def bytes_on_disk(self) -> int:
@@ -159,7 +159,7 @@ class HubWikipedia(Source):
         return {"repo_id": REPOSITORY, "filename": file.name, "repo_type": "dataset", "revision": self.commit}
 
     def _cached(self, file: SourceFile) -> Path | None:
-        """Its path in the Hugging Face cache."""
+        """The file's path in the Hugging Face cache."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(**self._where(file))

@@ -88,7 +88,7 @@ class TrainingWindows:
 
 
 class ValidationWindows:
-    """The windows of every evaluation: all of the split, or if that has more than `eval_tokens`, evenly spaced ones."""
+    """The windows of every evaluation: all of the split's, or evenly spaced ones if it has more than `eval_tokens`."""
 
     def __init__(self, stream: TokenStream, block_size: int, eval_tokens: int):
         self.stream, self.block_size = stream, block_size

@@ -1,4 +1,4 @@
-"""Made-up articles, commands that prepare them, and what a prepared folder holds."""
+"""Made-up articles, the commands that prepare them, and the contents of a prepared folder."""
 
 import hashlib
 import json
@@ -88,11 +88,11 @@ def as_text(row):
 
 
 def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwargs):
-    """Start a script and kill it at random moments, until `kills` of them hit it. What it makes in `folder` is `want`."""
+    """Kill a script `kills` times at random moments. Whenever it finishes, `files(folder)` must be `want`."""
     rng, survived, finished = random.Random(0), 0, 0
     while survived < kills:
         process = start_script(arguments, **kwargs)
-        # Count the seconds from the lock. Before it, there is nothing to harm.
+        # Count the seconds from the lock: before it exists, a kill can do no harm.
         deadline = time.monotonic() + 60
         while not (folder / ".lock").exists() and time.monotonic() < deadline:
             time.sleep(0.01)

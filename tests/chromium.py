@@ -99,7 +99,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def place(self, selector: str) -> tuple[float, float]:
-        """Where the middle of the first line of an element is, in the window."""
+        """The middle of an element's first line, in window coordinates."""
         script = f"""(() => {{ const e = {selector}; e.scrollIntoView({{ block: "center" }});
             const r = e.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2]; }})()"""
         return tuple(self.run(script))
@@ -123,7 +123,7 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the console would show: errors, warnings, exceptions, blocked content."""
-        self.run("0")  # what came before has arrived then
+        self.run("0")  # by the time this returns, all earlier events have arrived
         kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
         return [json.dumps(event["params"]) for event in self.events if event.get("method") in kinds]
 

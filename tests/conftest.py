@@ -1,4 +1,4 @@
-"""What the tests share: running the scripts as a user does, and the two things that only some machines have."""
+"""Shared by the tests: run scripts as a user does, write small data folders, skip what this machine lacks."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from internals.shards import META_FORMAT, ShardWriter
 
 REPO = Path(__file__).resolve().parent.parent
 
-# The models of the tests are so small that a second thread costs more than it brings, above all beside other work.
+# The test models are so small that a second thread costs more time than it saves, above all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell script's job in the background (`make test &`) ignores Ctrl-C, and so would every process that is started here.
+# A shell script's background job (`make test &`) ignores Ctrl-C, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 needs_gpt2 = pytest.mark.skipif(
@@ -37,9 +37,9 @@ needs_fake_gpu = pytest.mark.skipif(
 
 
 def run_on_fake_gpu(*args, timeout=300, **variables) -> subprocess.CompletedProcess:
-    """`COMMAND ARGS` in the repository's root, with PyTorch's CUDA build on a card that computes nothing.
+    """Run `COMMAND ARGS` in the repository's root, with PyTorch's CUDA build on a card that computes nothing.
 
-    `variables` describe the card: `FAKEGPU_MIB=8192`. What comes out of kernels is garbage; all around them is real.
+    `variables` describe the card: `FAKEGPU_MIB=8192`. Kernels return garbage; everything around them is real.
     """
     command = [f"{os.environ['FAKE_GPU_DIR']}/run.sh", *map(str, args)]
     env = {
@@ -51,13 +51,13 @@ def run_on_fake_gpu(*args, timeout=300, **variables) -> subprocess.CompletedProc
 
 
 def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:
-    """`python SCRIPT ARGS` in the repository's root, as a user types it; stdout and stderr are kept as text."""
+    """Run `python SCRIPT ARGS` in the repository's root, as a user would; stdout and stderr are captured as text."""
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
 def unboxed(text: str) -> str:
-    """What tyro printed, without the box that it draws around it and the line breaks inside the box."""
+    """tyro's output without its box and without the line breaks inside the box."""
     return " ".join(re.sub(r"[│╭╮╰╯─]|^\||\|$", " ", text, flags=re.M).split())
 
 
@@ -95,5 +95,5 @@ def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """61 windows of 16 tokens to train on in an epoch, 31 to evaluate on."""
+    """61 training windows of 16 tokens per epoch, and 31 validation windows."""
     return write_data(tmp_path_factory.mktemp("data") / "tiny")

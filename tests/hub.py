@@ -11,7 +11,7 @@ Each download takes the next fault. After the last fault, all downloads succeed:
     error       status 500
     drop        the connection closes half-way
     stall       the connection stays open, but no data comes after half of the file
-    truncate    half of the file, announced as the whole
+    truncate    half of the file, passed off as the whole
     corrupt     the right number of bytes, some of them wrong
 """
 
@@ -145,7 +145,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         ]  # fmt: skip
         if "lfs" in entry:
             headers += [("X-Linked-Size", str(len(data))), ("X-Linked-Etag", etag)]
-            # Like the real hub, offer Xet, its newer protocol. A client that takes it fails.
+            # Like the real hub, offer Xet, its newer protocol. A client that uses it fails.
             headers += [("X-Xet-Hash", entry["lfs"]["oid"]), ("X-Xet-Refresh-Route", "/no-xet-here")]
         fault = "ok"
         if self.command == "GET" and "lfs" in entry:

@@ -1,6 +1,6 @@
-// What a real llama.cpp makes of a GGUF file. Reads one JSON object from stdin, writes one to stdout:
+// Runs a GGUF file in a real llama.cpp. Reads one JSON object from stdin, writes one to stdout:
 //     in   {"model": path, "texts": [text, ...], "prompt": [id, ...], "steps": n}
-//     out  {"ids": [[id, ...] for each text], "tokens": [the n greedy tokens behind the prompt]}
+//     out  {"ids": [[id, ...] for each text], "tokens": [the n greedy tokens after the prompt]}
 // Needs the npm package node-llama-cpp, with a prebuilt llama.cpp, in the node_modules of $NODE_LLAMA_CPP_DIR.
 import {createRequire} from "node:module";
 import {text} from "node:stream/consumers";
@@ -19,7 +19,7 @@ const context = await model.createContext({
     experimentalKvCacheValueType: "F32"
 });
 const tokens = [];
-// Temperature 0 is greedy; a model of random weights may choose end-of-text at any step, and goes on behind it here.
+// Temperature 0 is greedy. A model with random weights may choose end-of-text at any step; keep generating after it.
 for await (const token of context.getSequence().evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
     tokens.push(token);
     if (tokens.length === steps) break;

@@ -7,7 +7,7 @@ import pytest
 from chromium import PROGRAM, Browser
 from conftest import run_script
 from test_run_page import PROMPT, TEXT, rows, run, text_data  # noqa: F401  (fixtures)
-from test_train import quick  # noqa: F401  (acts by itself)
+from test_train import quick  # noqa: F401  (autouse)
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -44,7 +44,7 @@ def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):  # noqa
 
 
 def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # noqa: F811
-    """It keeps a place that was chosen, and follows the newest evaluation otherwise."""
+    """It keeps the place that the reader chose; otherwise it follows the newest evaluation."""
     page, samples = (run / "run.html").read_text(encoding="utf-8"), rows(run)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
 
@@ -94,7 +94,7 @@ def test_script_tags_in_texts_do_nothing(browser, run):  # noqa: F811
     assert "<script>alert(1)</script>" in browser.run("passage.textContent")
     assert browser.run("sample.textContent").startswith(PROMPT)
     assert browser.run("document.querySelectorAll('img, b:not(.status b, .figure b)').length") == 0
-    # and if text ever became HTML, the policy would still stop it; the browser says so, which is no complaint here
+    # Even if text became HTML, the policy would stop its scripts. The browser reports that, so clear its events.
     stopped = """new Promise((done) => { document.addEventListener("securitypolicyviolation", (e) => done(e.violatedDirective));
         const s = document.createElement("script"); s.textContent = "window.hacked = 1"; document.body.append(s); })"""
     assert browser.run(stopped).startswith("script-src") and not browser.run("window.hacked")
@@ -138,4 +138,4 @@ def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # n
     browser.point("looks.children[0]")
     browser.wait_until("looks.children[0].classList.contains('on')")
     strength = "[...looks.children].map((word) => +word.style.getPropertyValue('--a'))"
-    assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first sees itself alone
+    assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first token sees only itself

@@ -1,4 +1,4 @@
-"""internals/bulk_encoding.py: the tokens are those of tiktoken, whatever encodes, however texts are joined or cut."""
+"""internals/bulk_encoding.py: the tokens are tiktoken's, whichever encoder runs and however texts are joined or cut."""
 
 import json
 import os
@@ -89,7 +89,7 @@ LONG_TEXTS = {
 
 
 def pairs_encoding(pattern):
-    """Merges of bytes in a random order: nearly every cut inside a piece gives other tokens."""
+    """Byte merges in a random order, so that nearly every cut inside a piece changes the tokens."""
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     random.Random(0).shuffle(pairs)
     ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *pairs])}
@@ -162,7 +162,7 @@ def test_gigatoken_gives_tiktokens_tokens_for_odd_texts(both):
 def test_gigatoken_gives_tiktokens_tokens_for_wikipedia(both, monkeypatch):
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(bulk_encoding, "CACHE_SECONDS", 0.05)  # for a few new caches
+    monkeypatch.setattr(bulk_encoding, "CACHE_SECONDS", 0.05)  # so that the cache is renewed a few times
     folder = os.environ["WIKIPEDIA_SAMPLE_DIR"]
     first = both[1].fast
     for name in sorted(os.listdir(folder)):
@@ -171,7 +171,7 @@ def test_gigatoken_gives_tiktokens_tokens_for_wikipedia(both, monkeypatch):
 
 
 class PanicException(BaseException):
-    """What pyo3 raises for a panic in Rust."""
+    """pyo3's exception for a panic in Rust."""
 
 
 class Broken:
@@ -183,7 +183,7 @@ class Broken:
 def test_a_panic_in_gigatoken_costs_nothing(both):
     both[1].fast = Broken()
     assert_same(both, ["one", "two"])
-    assert not isinstance(both[1].fast, Broken)  # built anew
+    assert not isinstance(both[1].fast, Broken)  # it was rebuilt
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_a_model_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("room", [0, 1_000, 20_000])
 def test_a_full_disk_keeps_the_one_before(tmp_path, room):
-    """The system's limit on a file's size fails a write in the middle, as a full disk does."""
+    """The system's limit on a file's size makes a write fail halfway, as a full disk does."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, content())
     before = path.read_bytes()
@@ -113,7 +113,7 @@ def test_a_model_is_loaded_with_its_tokenizer_ready_to_generate(tmp_path):
     checkpoint.save(tmp_path / "best.pt", saved)
     state = torch.get_rng_state()
     model, tokenizer, loaded = checkpoint.load_model(tmp_path / "best.pt")
-    assert torch.equal(torch.get_rng_state(), state)  # no weights were drawn to be replaced
+    assert torch.equal(torch.get_rng_state(), state)  # no weights were drawn only to be replaced
     assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
     assert not any(module.training for module in model.modules())
     assert (tokenizer.name, loaded["iter"]) == ("bytes", 3)

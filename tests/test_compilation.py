@@ -1,4 +1,4 @@
-"""What is said about a compiler that fails; the run that continues without it is tried in test_train.py."""
+"""The message about a failed compiler. test_train.py tests the run that continues without it."""
 
 import subprocess
 
@@ -9,7 +9,7 @@ from internals.compilation import compile_problem
 COMPILER = "it needs a C compiler and Python's headers"
 
 
-# What Inductor and Triton raise, as seen with PyTorch 2.13 and 2.14
+# Errors of Inductor and Triton, as seen with PyTorch 2.13 and 2.14
 NO_COMPILER = "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"
 NO_CXX = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')"
 NO_HEADER = "header.hpp:9:10: fatal error: Python.h: No such file or directory"

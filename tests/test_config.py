@@ -1,4 +1,4 @@
-"""The command line is made from the dataclasses: every flag, default and comment stands once, and mistakes are named."""
+"""The command line comes from the dataclasses: every flag, default and comment appears once, and mistakes are named."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def flags(cls) -> dict[str, str]:
-    """Each field's flag and its comment, read from the source by other means than tyro's."""
+    """Each field's flag and its comment, read from the source without tyro."""
     found = {}
     for owner in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(owner):
@@ -136,7 +136,7 @@ def test_every_preset_can_be_shared_out(preset, processes):
     size, steps = cfg.micro_batch_size(processes), cfg.accumulation_steps(processes)
     assert size * steps * processes * cfg.model.block_size == cfg.tokens_per_iter
     fits = lambda n: cfg.tokens_per_iter % (n * processes * cfg.model.block_size) == 0  # noqa: E731
-    assert size == max(n for n in range(1, cfg.batch_size + 1) if fits(n))  # no smaller than it must be
+    assert size == max(n for n in range(1, cfg.batch_size + 1) if fits(n))  # no smaller than necessary
 
 
 def test_a_batch_size_shrinks_to_what_divides():
@@ -150,7 +150,7 @@ def test_a_batch_size_shrinks_to_what_divides():
         "demo": [32, 16, 4, 2],
     }
     assert TrainConfig(batch_size=100).micro_batch_size(1) == 64
-    assert TrainConfig(batch_size=100).settings()["batch_size"] == 100  # what is kept is what was asked for
+    assert TrainConfig(batch_size=100).settings()["batch_size"] == 100  # the settings keep the value that the user gave
 
 
 def test_what_follows_from_other_values():

@@ -1,4 +1,4 @@
-"""Packed weights: the same products as before, on the processors that gain from them, and from several threads."""
+"""Packed weights: products stay the same, also in several threads, and only processors that gain from them use them."""
 
 import os
 import threading
@@ -89,7 +89,7 @@ def test_a_packed_model_computes_the_same(monkeypatch, dtype, tolerance):
     monkeypatch.setattr(
         PackedLinear, "forward", lambda self, x: called.append(x.shape[:-1].numel()) or forward(self, x)
     )
-    model.head = model.head.__self__.forward  # the one watched
+    model.head = model.head.__self__.forward  # rebind it to the patched method
     monkeypatch.setattr(F, "linear", None)
     idx = torch.randint(TINY.vocab_size, (1, 16))
     cache, logits = KeyValueCache(model.config), []

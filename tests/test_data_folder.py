@@ -13,7 +13,7 @@ from prepare_data import prepare
 
 FOREIGN = {
     "train_000003.bin": b"mine",
-    "train_000000.bin": shard_header(4) + bytes(8),  # llm.c's format is not ours alone
+    "train_000000.bin": shard_header(4) + bytes(8),  # llm.c writes this format, too
     "val_000000.bin.partial": b"mine",
     "train_000000.bin.partial": bytes(1024) + b"mine",
     "meta.json": b'{"mine": 1}',
@@ -86,7 +86,7 @@ def test_an_unfinished_shard_of_a_killed_run_is_ours(tmp_path, source, begun):
 
 
 def test_a_folder_that_older_code_began_is_continued(tmp_path, source):
-    """Its unfinished shards begin with zeros, and one may be there that is not noted yet."""
+    """Its unfinished shards begin with zeros, and one of them may not be recorded yet."""
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", make_articles(60))
     write_jsonl(tmp_path / "in" / "b.jsonl", [*make_articles(60, seed=1), {"no": "text"}])

@@ -100,7 +100,7 @@ def test_a_card_that_pytorch_cannot_use_is_one_line(monkeypatch, complaint, driv
     for word in words:
         assert word in line
     assert ("pip install" in line) == any("whl" in word for word in words)
-    assert device.unused_card("cpu", cpu) == ""  # as asked
+    assert device.unused_card("cpu", cpu) == ""  # the user asked for the CPU
     with pytest.raises(UserError) as error:
         device.resolve_device("cuda")
     assert str(error.value) == line.replace("GPU not used", "--device cuda")
@@ -143,7 +143,7 @@ def test_which_cards_a_build_has_kernels_for(capability, archs, runs):
 
 
 def put_cards(monkeypatch, *cards: tuple[str, tuple[int, int]]) -> None:
-    """A machine with these cards, by name and compute capability, and a build for 7.5 to 12.0."""
+    """A machine with these cards, by name and compute capability, and a PyTorch build for 7.5 to 12.0."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
@@ -190,7 +190,7 @@ def test_only_the_cards_that_the_processes_take_need_kernels(monkeypatch):
 
 
 def put_nvidia_smi(monkeypatch, folder, script: str) -> None:
-    """A machine with a driver, as far as its nvidia-smi tells."""
+    """A machine whose nvidia-smi is this script."""
     folder.mkdir()
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "nvidia-smi").chmod(0o755)

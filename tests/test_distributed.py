@@ -1,4 +1,4 @@
-"""Training on several processes, as torchrun starts them (gloo, on the CPU): the same run, and it ends together."""
+"""Training on several processes under torchrun (gloo, on the CPU): the run of one process, and all end together."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def torchrun(*args, script: str | Path = "train.py") -> list[str]:
 
 
 def with_fault(tmp_path: Path, fault: str) -> Path:
-    """train.py, with a few lines that make something go wrong in it."""
+    """train.py with a few extra lines that make something go wrong."""
     script = tmp_path / "faulty.py"
     script.write_text(
         f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, train\nfrom config import TrainConfig\nfrom internals import cli, start\n"
@@ -51,7 +51,7 @@ def with_fault(tmp_path: Path, fault: str) -> Path:
 
 
 def run(command: list[str], timeout: float = 120) -> tuple[subprocess.CompletedProcess, float]:
-    """The ended command, and the seconds that it took."""
+    """The finished command and its duration in seconds."""
     begin = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -60,9 +60,9 @@ def run(command: list[str], timeout: float = 120) -> tuple[subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
-    """The folder and the output of a run of two processes."""
+    """The folder and the output of a run on two processes."""
     out_dir = tmp_path_factory.mktemp("two")
-    # Muon orthogonalises in bfloat16, which makes more of a rounding than float32 does
+    # Muon orthogonalises in bfloat16, which amplifies rounding errors more than float32 does
     result, _ = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout + result.stderr
@@ -83,13 +83,13 @@ def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two):
             if one.get(name) is not None:
                 assert both[name] == pytest.approx(one[name], abs=1e-5)
     losses = [row["train_loss"] for row in metrics(tmp_path)[1:]]
-    assert losses[0] - losses[-1] > 1  # a learning rate that really moves
+    assert losses[0] - losses[-1] > 1  # the learning rate is large enough to matter
     assert len(checkpoint.load(out_dir / "last.pt")["rng"]) == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's list of a process's threads")
 def test_no_thread_of_the_process_group_outlives_a_run(data_dir, tmp_path):
-    """One that is left may free a tensor while Python goes down, which aborts the process (about one run in 60)."""
+    """A leftover thread may free a tensor while Python shuts down, which aborts the process (about one run in 60)."""
     count = """
 import atexit
 def threads():
@@ -117,7 +117,7 @@ def test_the_processes_share_out_the_windows_of_one(preset):
 
 
 def test_out_of_memory_in_one_process_halves_the_batch_of_all(data_dir, tmp_path, two):
-    """Once in an evaluation, which has no gradients, and once after a micro-step, whose gradients must be forgotten."""
+    """Once in an evaluation, which has no gradients, and once after a micro-step, whose gradients must be discarded."""
     short = """
 larger = iter(range(1000))
 def limited(self, idx, targets=None, **rest):
@@ -136,7 +136,7 @@ GPT.forward = limited"""
 
 
 def test_a_process_that_dies_ends_one_that_nothing_else_reaches(data_dir, tmp_path):
-    """As one does that waits for a GPU which waits for the dead one: no exception and no signal gets it out of there."""
+    """For example one that waits for its GPU, which waits for the dead process: no exception or signal stops that."""
     stuck = """
 def hang(it, cfg):
     if it == 3 and RANK == 1:
@@ -175,7 +175,7 @@ def test_a_dead_process_waits_for_what_is_being_written(monkeypatch):
 
 
 def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, two):
-    """SIGTERM to the launcher, with dropout, whose random state is each process's own."""
+    """SIGTERM to the launcher. With dropout, each process has its own random state."""
     slow = with_fault(tmp_path, "train.get_lr = lambda it, cfg: (time.sleep(1), get_lr(it, cfg))[1]")
     out_dir, straight = tmp_path / "stopped", tmp_path / "straight"
     command = torchrun(*flags(data_dir, out_dir, dropout=0.1), script=slow)
@@ -228,10 +228,10 @@ def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
     assert result.returncode != 0
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # the launcher's own
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    # That another one ended is said where there is time for it, and after why.
+    # There may be no time for the message that another process ended.
     assert len(messages) <= len(SAYS[fault]) and len(messages) >= (fault in ("memory", "nan")), result.stderr
     assert all(message.startswith(words) for message, words in zip(messages, SAYS[fault], strict=False)), result.stderr
-    assert seconds < 60  # and not the minutes that collectives wait: this is no timing of speed
+    assert seconds < 60  # not the minutes of a collective's timeout; this is not a speed test
     if fault != "memory":
         assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 

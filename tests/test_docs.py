@@ -52,7 +52,7 @@ def without_fences(text: str) -> str:
 
 
 def inline(text: str) -> list[str]:
-    """What stands between single backticks."""
+    """The text between single backticks."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_fences(text))]
 
 
@@ -65,7 +65,7 @@ def commands(text: str) -> list[str]:
 
 
 def ours(command: str) -> tuple[str, list[str]] | None:
-    """The script of a command and its arguments, whichever way it is started; None if it starts none of ours."""
+    """The script of a command and its arguments, however it is started; None if the script is not ours."""
     try:
         words = shlex.split(command.split("|")[-1])
     except ValueError:  # prose or a formula with an apostrophe
@@ -152,7 +152,7 @@ def test_python_examples_import_what_exists(page):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_tables_are_whole(page):
-    """The rows of a table stand together and have as many cells as its head: otherwise they do not render."""
+    """A table's rows are adjacent and have as many cells as its header; otherwise it does not render."""
     for block in re.findall(r"(?:^\|.*\n?)+", without_fences(TEXTS[page]), re.M):
         rows = block.splitlines()
         assert len(rows) > 2 and re.fullmatch(r"[|\-: ]+", rows[1]), f"{page}: a table without a head: {rows[0]}"

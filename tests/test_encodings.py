@@ -1,4 +1,4 @@
-"""internals/encodings.py: text goes in right, in any encoding, or the file and the place are named."""
+"""internals/encodings.py: text in any encoding is read correctly, or the file and the place are named."""
 
 import codecs
 import gzip
@@ -34,7 +34,7 @@ def whole_text(folder):
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("encoding", MARKED)
 def test_a_byte_order_mark_decides(tmp_path, encoding, ending, monkeypatch):
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 1001)  # inside characters
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1001)  # chunks end inside characters
     (tmp_path / f"a.txt{ending}").write_bytes(PACK[ending](MARKED[encoding]))
     prepare(config(tmp_path / "out", tmp_path / f"a.txt{ending}"))
     assert whole_text(tmp_path / "out") == FRENCH

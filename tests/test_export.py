@@ -1,4 +1,4 @@
-"""Exported models, opened by the tools they are meant for in processes that know nothing of this project. Their results are
+"""Exported models, opened by the tools they are meant for, in processes without this project. The results are
 compared with our model and with tiktoken."""
 
 import dataclasses
@@ -32,7 +32,7 @@ SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_inner": 200, "block_size": 
 PROMPT = "The best thing is"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the tests share
+# Shared helpers
 
 
 def save_checkpoint(path: Path, tokenizer: str, **more) -> GPT:
@@ -65,7 +65,7 @@ def greedy(model: GPT, prompt: list[int], steps: int) -> list[int]:
 
 
 def every_kind_of_text() -> list[str]:
-    """Over 2,000 texts: every character that Unicode has room for, in order, and a thousand of mixed kinds."""
+    """Over 2,000 texts: every code point of Unicode, in order, and a thousand texts of mixed kinds."""
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]  # without surrogates
     blocks = [("", " ", "a")[i // 1000 % 3].join(characters[i : i + 1000]) for i in range(0, len(characters), 1000)]
     rng = random.Random(0)
@@ -94,7 +94,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def exported(request, tmp_path_factory) -> tuple[str, GPT, Path]:
-    """The tokenizer's name, the model, and the folder that the command wrote, for each tokenizer."""
+    """For each tokenizer: its name, the model, and the folder that the command wrote."""
     folder = tmp_path_factory.mktemp(request.param)
     model = save_checkpoint(folder / "best.pt", request.param)
     result = run_script("export.py", "--checkpoint", folder / "best.pt", "--out-dir", folder / "my-model")
@@ -104,7 +104,7 @@ def exported(request, tmp_path_factory) -> tuple[str, GPT, Path]:
 
 
 def plain_python(script: str, folder: Path, *args) -> subprocess.CompletedProcess:
-    """Run Python away from this project, such that none of its modules can be imported, and without a network."""
+    """Run Python outside this project, so that none of its modules can be imported, and without a network."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {
         "OMP_NUM_THREADS": "1",
@@ -161,7 +161,7 @@ def test_transformers_computes_the_same(exported, texts):
 
     with torch.no_grad():
         ours = model(idx)
-    assert ours.std() > 1  # logits close to 0 would agree whatever happens
+    assert ours.std() > 1  # logits close to 0 would agree in any case
     assert logits.shape == ours.shape  # the real vocabulary, no padded rows
     torch.testing.assert_close(logits, ours, atol=1e-5, rtol=1e-5)
     assert result["dtype"] == "torch.float32"
@@ -169,7 +169,7 @@ def test_transformers_computes_the_same(exported, texts):
 
     assert result["ids"] == [tokenizer.encode_ordinary(text) for text in texts]
     assert result["decoded"] == texts
-    assert result["default_ids"] == result["ids"][:50]  # no special token's text in these
+    assert result["default_ids"] == result["ids"][:50]  # these contain no special token
     eot = tokenizer.eot_token
     assert result["end_of_text"] == [eot, [*tokenizer.encode_ordinary("a"), eot, *tokenizer.encode_ordinary("b")]]
     prompt = tokenizer.encode_ordinary(PROMPT)
@@ -197,7 +197,7 @@ def test_a_folder_of_rounded_weights(tmp_path, dtype):
         expected = value.to(getattr(torch, dtype))[: 257 if "wte" in name else None]
         transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         assert torch.equal(loaded[name], expected.T if transposed else expected), name
-    ours, _, _ = open_model(str(tmp_path / "small"))  # the way back: float32 again, with the rounded numbers
+    ours, _, _ = open_model(str(tmp_path / "small"))  # imported again: float32 with the rounded numbers
     assert torch.equal(ours.transformer.wpe.weight, weights["transformer.wpe.weight"].to(getattr(torch, dtype)).float())
 
 
@@ -211,7 +211,7 @@ def test_the_files_of_a_folder(exported):
     assert weights["transformer.wte.weight"].shape == (VOCAB_SIZE[name], SIZES["n_embd"])  # without padded rows
     assert "lm_head.weight" not in weights
     modes = {path.stat().st_mode for path in folder.iterdir()}
-    assert len(modes) == 1  # one file that others may not read makes the folder useless to them
+    assert len(modes) == 1  # a single file that others may not read makes the folder useless to them
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "vocab.json", "merges.txt", "README.md",
@@ -222,7 +222,7 @@ def test_the_files_of_a_folder(exported):
 def test_merges_are_those_of_gpt2():
     merges = merges_of(load_tokenizer("gpt2"))
     assert len(merges) == 50_000
-    assert merges[:5] == ["Ġ t", "Ġ a", "h e", "i n", "r e"]  # merges.txt as OpenAI published it begins so
+    assert merges[:5] == ["Ġ t", "Ġ a", "h e", "i n", "r e"]  # the beginning of OpenAI's merges.txt
 
 
 LIMITS = """
@@ -265,7 +265,7 @@ for folder, prompt, context in json.loads(sys.argv[1]):
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_transformers_stays_inside_the_context(tmp_path, monkeypatch, tokenizer):
-    """Without arguments, greedy, sampled and in batches; and the model card's example runs as it stands."""
+    """Without arguments, greedy, sampled and in batches. The model card's example runs unchanged."""
     cases = []
     for context in (8, 64, 128, 256):
         monkeypatch.setitem(SIZES, "block_size", context)
@@ -282,7 +282,7 @@ def test_the_example_of_a_card_fits_its_model(context):
     tokenizer = load_tokenizer("bytes")
     usage = export.how_to_load("$prompt|$new_tokens|$context", "name", tokenizer, context)
     prompt, new_tokens, shown = usage.split("|")
-    assert len(prompt) + int(new_tokens) <= max(context, 2) and shown == f"{context:,}"  # the last is never read
+    assert len(prompt) + int(new_tokens) <= max(context, 2) and shown == f"{context:,}"  # the last token is not read
     assert (prompt == PROMPT) == (context >= 34)
 
 
@@ -318,7 +318,7 @@ def test_gguf_holds_the_same_numbers(exported_gguf):
 
 
 def save_gguf(folder: Path, dtype: str, tokenizer: str = "bytes") -> tuple[GPT, Path]:
-    """A small model and the GGUF file that export.py makes of it in `dtype`."""
+    """A small model and its GGUF file, exported in `dtype`."""
     model = save_checkpoint(folder / "best.pt", tokenizer)
     out_dir = folder / dtype
     export.export(ExportConfig(checkpoint=str(folder / "best.pt"), out_dir=str(out_dir), format="gguf", dtype=dtype))
@@ -332,7 +332,7 @@ def test_a_smaller_gguf_rounds_the_matrices_alone(tmp_path, dtype):
     reader = gguf.GGUFReader(path)
     assert reader.get_field("general.file_type").contents() == {"float16": 1, "bfloat16": 32}[dtype]
     for tensor in reader.tensors:
-        # Those that llama.cpp's convert_hf_to_gguf.py rounds: all of two dimensions but the position embedding
+        # Those that llama.cpp's convert_hf_to_gguf.py rounds: all two-dimensional ones except the position embedding
         rounded = len(tensor.shape) == 2 and tensor.name != "position_embd.weight"
         assert tensor.tensor_type.name == ({"float16": "F16", "bfloat16": "BF16"}[dtype] if rounded else "F32")
     values = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}  # bfloat16 as bytes
@@ -345,7 +345,7 @@ def test_a_smaller_gguf_rounds_the_matrices_alone(tmp_path, dtype):
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("float16", 0.01), ("bfloat16", 0.05)])
 def test_llama_cpp_from_python_computes_the_same(tmp_path, texts, dtype, tolerance, tokenizer):
-    """Its GELU is a table of float16 numbers, and in the 16-bit formats it rounds what goes into a product, too."""
+    """Its GELU is a table of float16 numbers, and in the 16-bit formats it also rounds the inputs of products."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
     pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
     model, path = save_gguf(tmp_path, dtype, tokenizer)
@@ -355,7 +355,7 @@ def test_llama_cpp_from_python_computes_the_same(tmp_path, texts, dtype, toleran
     )  # fmt: skip
     encoding = load_tokenizer(tokenizer)
     for text in texts if dtype == "float32" else []:
-        text = text.replace("\0", "")  # C's strings end there
+        text = text.replace("\0", "")  # C strings end there
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == encoding.encode_ordinary(text)
     prompt, steps = encoding.encode_ordinary(PROMPT), 50
     ids = prompt + greedy(model, prompt, steps)
@@ -377,7 +377,7 @@ def test_llama_cpp_computes_the_same(exported_gguf, texts):
     name, model, path = exported_gguf
     tokenizer = load_tokenizer(name)
     prompt = tokenizer.encode_ordinary(PROMPT)
-    texts = [text.replace("\0", "") for text in texts]  # C's strings end there
+    texts = [text.replace("\0", "") for text in texts]  # C strings end there
     request = {"model": str(path), "texts": texts, "prompt": prompt, "steps": 50}
     result = subprocess.run(
         ["node", REPO / "tests" / "llama_cpp.mjs"],
@@ -515,7 +515,7 @@ def test_full_disk_is_one_message_and_leaves_nothing(tmp_path, file_format):
 
 def test_gguf_without_its_package(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "best.pt", "bytes")
-    monkeypatch.setitem(sys.modules, "gguf", None)  # what `import gguf` then raises is an ImportError
+    monkeypatch.setitem(sys.modules, "gguf", None)  # makes `import gguf` raise an ImportError
     config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), format="gguf")
     with pytest.raises(UserError, match="pip install gguf"):
         export.export(config)

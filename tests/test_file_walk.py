@@ -1,4 +1,4 @@
-"""internals/file_walk.py: each file once, whatever leads to it; what cannot be read is named, the rest counted."""
+"""internals/file_walk.py: each file once, however it is reached; unreadable ones are named, left-out ones counted."""
 
 import os
 
@@ -24,7 +24,7 @@ def found(*sources, sample=None):
 @posix
 def test_links_are_followed_and_each_file_comes_once(tmp_path):
     make(tmp_path, "in/b/1.txt", "in/c.txt", "elsewhere/2.txt")
-    (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "b")  # comes first in the alphabet, and still is the link
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "in" / "b")  # comes first in the alphabet, but the real folder wins
     (tmp_path / "in" / "d").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "b" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "a.txt").symlink_to("c.txt")
@@ -34,7 +34,7 @@ def test_links_are_followed_and_each_file_comes_once(tmp_path):
     assert left_out["already taken under another name"] == 4
     for pattern in ("**/*.txt", "**"):
         assert found(tmp_path / "in" / pattern)[0] == names
-    assert len(found(tmp_path / "in" / "*/**/*.txt")[0]) == 3  # by way of the loop, and still each once
+    assert len(found(tmp_path / "in" / "*/**/*.txt")[0]) == 3  # through the loop, but each file once
     assert found(tmp_path / "in" / "*.txt")[0] == ["c.txt"]
     assert found(tmp_path / "in", tmp_path / "in" / "c.txt")[0] == names
 

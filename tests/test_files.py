@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a disk that refuses is one message."""
+"""Files are written whole or not at all, and a disk error is one message."""
 
 import errno
 import hashlib
@@ -44,7 +44,7 @@ def test_the_systems_error_is_found_behind_a_librarys_and_a_bug_stays_a_bug():
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 (as PyTorch's zip writer does it)
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 (as PyTorch's zip writer does)
 
     with pytest.raises(UserError, match="No space left"), writing("file"):
         library()

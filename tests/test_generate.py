@@ -1,5 +1,5 @@
 """Generating: the cache against no cache and against transformers, sampling against exact probabilities, the text stream,
-and the command as people and pipes use it."""
+and the command in terminals and pipes."""
 
 import concurrent.futures
 import dataclasses
@@ -28,7 +28,7 @@ TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_inner=64, block_size=16, vo
 
 
 def random_model(seed: int = 0, **overrides) -> GPT:
-    """A model that says different things in different contexts, which one with GPT-2's small first weights does not."""
+    """A model whose output depends on its context; with GPT-2's small initial weights it hardly would."""
     torch.manual_seed(seed)
     model = GPT(dataclasses.replace(TINY, **overrides)).eval()
     for name, parameter in model.named_parameters():
@@ -49,7 +49,7 @@ def tokens_of(model: GPT, idx: torch.Tensor, new: int, **sampling) -> list[list[
 
 @torch.no_grad()
 def plain_loop(model: GPT, idx: torch.Tensor, new: int, samples: int = 1) -> list[list[int]]:
-    """Without a cache: what `generate` promises, in its simplest form. Greedy, but for `fan`'s first tokens."""
+    """`generate` in its simplest form, without a cache. Greedy, except for `fan`'s first tokens."""
     block_size = model.config.block_size
     window = idx[None, -block_size:]
     out = [model(window)[0, -1].topk(samples).indices]
@@ -64,10 +64,10 @@ def plain_loop(model: GPT, idx: torch.Tensor, new: int, samples: int = 1) -> lis
 
 @pytest.fixture
 def fan(monkeypatch):
-    """Make samples differ without chance: each begins with another of the likeliest tokens and is greedy from there."""
+    """Make samples differ without chance: each begins with a different likely token and is greedy from there."""
 
     def sample(logits, sampling):
-        first = logits.stride(0) == 0  # all rows are one: the prompt's
+        first = logits.stride(0) == 0  # all rows are the same memory: the prompt's
         return logits[0].topk(len(logits)).indices if first else logits.argmax(-1)
 
     monkeypatch.setattr(generate, "sample", sample)
@@ -110,7 +110,7 @@ def test_greedy_tokens_are_those_of_transformers_and_of_the_plain_loop():
     prompts = torch.randint(TINY.vocab_size, (3, 8))
     ours = [tokens_of(model, prompt, 200, temperature=0)[0] for prompt in prompts]
     assert ours == [plain_loop(model, prompt, 200)[0] for prompt in prompts]
-    assert len({tuple(row) for row in ours}) == 3  # no trivial agreement
+    assert len({tuple(row) for row in ours}) == 3  # equal samples would agree trivially
     assert all(len(set(row)) > 10 for row in ours)
     theirs = transformers_twin(model).generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=200, pad_token_id=0
@@ -141,7 +141,7 @@ def test_past_the_context_the_work_per_token_does_not_grow():
     forward = model.forward
     model.forward = lambda idx, **kwargs: queries.append(idx.size(1)) or forward(idx, **kwargs)
     tokens_of(model, torch.zeros(16, dtype=torch.long), 1 + 8 * 20)
-    # The prompt, then 8 tokens again and again: the newest half at once, and 8 of one token each until it is full
+    # The prompt; then, whenever the context is full, its newest 8 tokens at once and 8 single tokens
     assert queries == [16] + [8, *[1] * 8] * 17 + [8, *[1] * 6]
 
 
@@ -199,7 +199,7 @@ def test_generating_leaves_model_and_global_state_alone():
     assert torch.backends.mkldnn.enabled
     assert not torch.is_inference_mode_enabled()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    # Dropout was off: the same draws make the same tokens in eval mode
+    # Dropout was off: the same draws give the same tokens in eval mode
     assert tokens_of(model.eval(), idx, 40, generator=torch.Generator().manual_seed(1)) == first
     # ... and training can continue
     model.train()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long)).backward()
@@ -219,7 +219,7 @@ LOGITS = [2.0, 1.0, 1.0, 0.5, 0.0, -0.3, -1.0, -1.0, -2.0, 3.0, 0.2, -4.0]
 
 
 def exact(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
-    """The probabilities as they are defined, one token after the other, in float64."""
+    """The probabilities by definition, one token after the other, in float64."""
     weights = [math.exp(x / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
     total, kept, mass = sum(weights[i] for i in order), [], 0.0
@@ -233,7 +233,7 @@ def exact(logits: list[float], temperature: float, top_k: int | None, top_p: flo
 
 
 def chi_square_limit(degrees: int) -> float:
-    """Passed by chance once in 100,000 times (Wilson and Hilferty, 1931)."""
+    """Exceeded by chance once in 100,000 times (Wilson and Hilferty, 1931)."""
     return degrees * (1 - 2 / (9 * degrees) + 4.265 * math.sqrt(2 / (9 * degrees))) ** 3
 
 
@@ -292,7 +292,7 @@ def test_draws_from_a_large_vocabulary_agree_with_softmax(dtype, temperature, to
 def test_each_row_of_a_batch_is_drawn_from_its_own_distribution_and_by_itself():
     logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 0.0, -1.0], [0.0, 0.0, -9.0]])
     p, generator = logits.double().softmax(1), torch.Generator().manual_seed(2)
-    rows = logits.repeat(20_000, 1)  # (60,000, 3): in turn
+    rows = logits.repeat(20_000, 1)  # (60,000, 3): the three rows in turn
     tokens = generate.sample(rows, generate.Sampling(generator=generator)).view(20_000, 3)
     together = torch.bincount(tokens @ torch.tensor([9, 3, 1]), minlength=27)
     statistic, limit = chi_square(together, (p[0, :, None, None] * p[1, :, None] * p[2]).flatten())
@@ -327,7 +327,7 @@ def test_a_seed_makes_the_same_tokens_again():
 
 
 def test_top_k_keeps_exactly_k_of_equals():
-    # The first two are in. Of the three equals after them one is, always the same one.
+    # The first two are kept. Of the three equal ones after them one is kept, always the same.
     counts = draw([2.0, 1.0, 0.0, 0.0, 0.0, -1.0], 1.0, 3, 1.0)
     chosen = [token for token, count in enumerate(counts) if count]
     assert len(chosen) == 3 and chosen[:2] == [0, 1] and chosen[2] in (2, 3, 4)
@@ -362,7 +362,7 @@ class Forced(GPT):
         self.tokens, self.step = torch.tensor(tokens), -1
 
     def forward(self, idx, targets=None, cache=None):
-        super().forward(idx, cache=cache)  # the cache is used as ever
+        super().forward(idx, cache=cache)  # the cache is used as usual
         self.step += 1
         return torch.nn.functional.one_hot(self.tokens[self.step], 257).float().expand(1, 1, -1) * 100
 
@@ -448,7 +448,7 @@ def test_samples_are_printed_one_after_the_other_with_a_blank_line_between(monke
 
     text_stream.print_text("> ", steps())
     assert "".join(written) == "> AB\n\n> abc\n\n> 12\n"
-    assert written[:3] == ["> ", "A", "B"]  # as it comes
+    assert written[:3] == ["> ", "A", "B"]  # each as it comes
 
 
 def test_text_is_generated_for_programs():
@@ -505,7 +505,7 @@ def test_json_lines(best):
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
         assert (
             f"For the same text again, add --seed {row['seed']}" in run.stderr
-        )  # the seed used is told when none was given
+        )  # without --seed, the seed that was drawn is printed
     assert len({row["text"] for row in rows}) == 3
 
 
@@ -549,7 +549,7 @@ def test_in_a_terminal_control_c_stops_the_text_and_control_d_leaves(best):
     try:
         read_until(b"> ")
         os.write(main, b"hello\r")
-        read_until(b"hello", more=500)  # the text runs
+        read_until(b"hello", more=500)  # the text is under way
         os.write(main, b"\x03")
         read_until(b"\n> ")
         os.write(main, b"\x04")
@@ -627,7 +627,7 @@ def test_bytes_that_are_not_utf8_on_the_command_line(best, flag):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_two_threads_get_what_each_alone_gets(training):
-    """One model for both; in training mode its dropout stays off while generating and comes back for nobody else."""
+    """The threads share one model. In training mode, one that finishes must not turn dropout on for the others."""
     model = random_model(vocab_size=257, block_size=64, dropout=0.5).train(training)
     if not training:
         model = pack_weights(model)

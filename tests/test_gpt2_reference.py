@@ -1,4 +1,4 @@
-"""What is exported computes what the model computes: a changed architecture is refused, an unchanged one is not."""
+"""An export computes what the model computes: a changed architecture is refused, an unchanged one is not."""
 
 import os
 from pathlib import Path
@@ -175,7 +175,7 @@ def test_the_reference_is_gpt2_of_transformers(tmp_path):
 
 
 def test_a_wrong_file_is_noticed(tmp_path, monkeypatch):
-    """Not the model but the writer is wrong: a projection that was not transposed."""
+    """The writer is wrong, not the model: it does not transpose a projection."""
     monkeypatch.setattr(huggingface, "TRANSPOSED", ("c_attn.weight", "c_fc.weight"))
     save_checkpoint(tmp_path / "best.pt", "bytes")
     with pytest.raises(UserError, match="something else"):

@@ -15,20 +15,20 @@ from conftest import REPO, assert_user_error, needs_fake_gpu, run_on_fake_gpu, w
 from internals import checkpoint
 
 pytestmark = needs_fake_gpu
-# The driver, CUDA and the least that the libraries take, in MiB. Beyond it the demo needs 150 for 32 sequences.
+# The minimum for the driver, CUDA and the libraries, in MiB. On top of it the demo needs 150 for 32 sequences.
 CONTEXT = 450
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> list[str]:
-    """The command line of a demo run on a little text, without its --out-dir. Garbage is not to be read: no tokenizer."""
+    """The command line of a demo run on a little text, without its --out-dir. No tokenizer: the text is garbage."""
     data = write_data(tmp_path_factory.mktemp("gpu") / "data", "none", train_tokens=50_000, val_tokens=4_000)
     shape = ["--preset", "demo", "--data-dir", data, "--compile", "off", "--eval-interval", 2]
     return ["python", "train.py", *map(str, shape)]
 
 
 def assert_no_pages(stderr: str) -> None:
-    """PyTorch's own words on a card that it cannot use are not printed beside ours."""
+    """PyTorch's own warnings about a card that it cannot use are not printed next to ours."""
     assert "UserWarning" not in stderr and "Traceback" not in stderr, stderr
 
 
@@ -41,7 +41,7 @@ def test_a_run_and_its_resume(demo, tmp_path):
     assert "at iteration 2; changed: max_iters 2 -> 4" in resumed.stdout
     saved = checkpoint.load(tmp_path / "last.pt")
     assert saved["iter"] == 4 and saved["machine"]["device"] == "NVIDIA GeForce RTX 4090"
-    assert saved["rng"][0].keys() == {"cpu", "cuda"}  # dropout's, too
+    assert saved["rng"][0].keys() == {"cpu", "cuda"}  # cuda: dropout draws there
 
 
 def test_a_run_waits_for_the_card_once_an_iteration_and_never_in_a_micro_step(demo, tmp_path):
@@ -79,7 +79,7 @@ def test_a_run_waits_for_the_card_once_an_iteration_and_never_in_a_micro_step(de
     assert result.returncode == 0, result.stderr
     waits = json.loads(re.search(r"waits ({.*})", result.stdout)[1])
     assert waits.pop("wait") == 3
-    assert waits.keys() <= {"retry_smaller", "save"}  # the evaluation at the end, and what follows it
+    assert waits.keys() <= {"retry_smaller", "save"}  # the last evaluation and the save after it
 
 
 def test_out_of_memory_halves_the_batch_and_check_reports_the_peak_of_what_fits(demo, tmp_path):

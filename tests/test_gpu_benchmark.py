@@ -1,6 +1,6 @@
-"""benchmarks/gpu.py: what is measured is kept, training runs stop and continue, and one page shows the figures.
+"""benchmarks/gpu.py: measurements are kept, training runs stop and resume, and one page shows the figures.
 
-No figure is tested here: they need a card. nanoGPT is not part of this project, so its race runs with our own parts.
+No figures are tested here: they need a card. nanoGPT is not part of this project, so its race runs with our own code.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The compiled loss and Muon's step on a GPU: kernels, launches, bytes and memory, counted on a card that computes nothing.
 
-`FAKE_GPU_DIR` has a module `counts`, which says what the card was asked to do. Bytes are Inductor's own count.
+`FAKE_GPU_DIR` has a module `counts`, which reports what the card was asked to do. Inductor itself counts the bytes.
 """
 
 import json
@@ -86,7 +86,7 @@ print(json.dumps(figures))
 
 
 def on_fake_gpu(program: str, tmp_path: Path, **variables) -> dict:
-    """The last line that a program printed, as JSON. Inductor's caches are off: a cached kernel is not counted."""
+    """The last line of a program's output, as JSON. Inductor's caches are off: a cached kernel is not counted."""
     file = tmp_path / "program.py"
     file.write_text(program)
     variables = {"PYTHONPATH": os.getcwd(), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1, **variables}
@@ -102,7 +102,7 @@ def test_the_compiled_loss_is_one_kernel_a_chunk_and_moves_less_than_plain_cross
     print(figures, file=sys.stderr)
     chunks = 8  # of 2,048 rows
     assert ours["products"] == 3 * chunks
-    # A chunk has two kernels: the cast of its rows of x, and all between the products. The rest are casts and sums.
+    # A chunk has two kernels: casting its rows of x, and all work between the products. The rest are casts and sums.
     assert ours["kernels"] <= 2 * chunks + 8
     assert ours["waits"] == 0
     assert ours["bytes"] <= 12.5 * ROWS * PADDED < plain["bytes"]

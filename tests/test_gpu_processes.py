@@ -1,4 +1,4 @@
-"""Training on several GPUs, on cards that compute nothing: who tells whom what, and how a run ends. Needs a fake GPU."""
+"""Training on several GPUs that compute nothing: what the processes exchange, and how a run ends. Needs a fake GPU."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from internals import checkpoint
 
 pytestmark = needs_fake_gpu
 
-PARAMETERS = 842_624 + (320 - 257) * 128  # of the demo's model, with the rows that pad its vocabulary
+PARAMETERS = 842_624 + (320 - 257) * 128  # of the demo's model, with the padding rows of its vocabulary
 
 # train.py, with a few lines before it
 SCRIPT = """
@@ -34,7 +34,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def launch(text: Path, out_dir: Path, *flags, processes: int = 2, before: str = "", after: str = "", **card):
-    """A run of the demo's model under torchrun, a card for each process."""
+    """A run of the demo's model under torchrun, one card per process."""
     script = out_dir.parent / "script.py"
     script.write_text(SCRIPT.format(repo=str(REPO), before=before, after=after))
     command = ["torchrun", "--standalone", f"--nproc-per-node={processes}", script, "--preset=demo", "--compile=off"]
@@ -43,7 +43,7 @@ def launch(text: Path, out_dir: Path, *flags, processes: int = 2, before: str = 
 
 
 def test_two_and_eight_processes_train_and_resume_each_others_run(text, tmp_path):
-    """Of what they tell each other in the loop, NCCL carries the gradients and nothing else, once an iteration."""
+    """In the loop NCCL carries only the gradients, once an iteration."""
     out_dir, told = tmp_path / "run", "print('nccl:', json.dumps(counts.counts()['nccl']), flush=True)"
     for iters, processes, batch_size in ((2, 2, 16), (3, 8, 4), (4, 2, 16)):
         mode, trained = (["--resume"], 1) if iters > 2 else ([], 2)
@@ -71,12 +71,12 @@ def noted(self, compute, *args):
     return result
 train.MicroBatch.retry_smaller = noted
 """
-    cards = {"FAKEGPU_MIB": 4000, "FAKEGPU_BUSY_MIB": "0,2920"}  # less than what would end the run
+    cards = {"FAKEGPU_MIB": 4000, "FAKEGPU_BUSY_MIB": "0,2920"}  # others hold too little to end the run
     result = launch(text, tmp_path / "run", *flags, before=before, after=told, **cards)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Out of memory: micro-steps of 128 sequences from here on, not 256; the same run.") == 1
     assert "Done." in result.stdout
-    # One set of each process; both evaluated with all sequences, before there were gradients and moments
+    # One set per process; both evaluated with all 256 sequences, before there were gradients and moments
     assert result.stdout.count("micro-steps: [128, 256]") == 2, result.stdout
 
 

@@ -1,4 +1,4 @@
-"""GPT-2s in Hugging Face format, ours and those of transformers, as models of this project; and what is refused."""
+"""Importing GPT-2s in Hugging Face format, ours and those of transformers, and refusing what cannot be trained."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def test_import_refuses_what_it_cannot_train(foreign, tmp_path, spoil, words):
     ],
 )
 def test_import_understands_every_spelling(foreign, tmp_path, change, removed):
-    """A valid GPT-2, however its config.json says so. transformers reads the same from it."""
+    """A valid GPT-2 is accepted however its config.json spells it; transformers reads the same model."""
     from transformers import AutoModelForCausalLM
 
     foreign.save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_import_understands_every_spelling(foreign, tmp_path, change, removed):
 
 @pytest.mark.parametrize("rows", [258, 320, 384, 1000])
 def test_unused_rows_are_cut(foreign, tmp_path, rows):
-    """With a tokenizer any number of rows; without one, as many as tokens or the next multiple of 64 or 128."""
+    """With a tokenizer any number of rows; without one, only the number of tokens or its next multiple of 64 or 128."""
     model = save_checkpoint(tmp_path / "best.pt", "bytes")
     export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out")))
     more = torch.ones(rows - 257, SIZES["n_embd"])
@@ -179,7 +179,7 @@ def shards_of(foreign, folder: Path) -> dict:
 
 
 def stray(folder: Path) -> None:
-    """Files of another model, which a pattern would find."""
+    """Files of another model that a glob pattern would match."""
     ones = {"transformer.wte.weight": torch.ones(257, 48), "transformer.extra": torch.ones(1)}
     for name in (
         "model-00009-of-00009.safetensors",
@@ -283,7 +283,7 @@ run(lambda: print(initial_model(sys.argv[1], "bytes", ModelConfig(block_size=64)
 
 
 def test_import_by_hub_id(foreign, tmp_path):
-    """Offline: what the hub's client has in its cache is found, anything else is one message."""
+    """Offline: a model in the cache of the hub's client is found, anything else is one message."""
     repository, commit = tmp_path / "hub" / "models--somebody--tiny", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
     foreign.save_pretrained(repository / "snapshots" / commit)
     (repository / "refs").mkdir()

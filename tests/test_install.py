@@ -1,4 +1,4 @@
-"""Installing: requirements and constraints agree, a PyTorch that is there stays, and make takes the build that fits."""
+"""Installing: requirements and constraints agree, an installed PyTorch stays, and make takes the build that fits."""
 
 import os
 import platform
@@ -50,7 +50,7 @@ def test_the_requirements_keep_a_pytorch_that_is_there(there):
 
 @pytest.mark.parametrize("build", ["2.13.0", "2.13.0+cpu", "2.13.0+cu126"])
 def test_the_constraints_keep_every_build_of_their_pytorch(build):
-    """So that `TORCH=cpu` and the commands of docs/training.md are not undone by the command that follows them."""
+    """Otherwise the next pip command would undo `TORCH=cpu` and the commands of docs/training.md."""
     assert PINS["torch"].specifier.contains(build)
 
 
@@ -62,7 +62,7 @@ def test_python_3_10_is_left_what_it_can_install():
 
 
 def installs(*arguments: str) -> list[str]:
-    """What `make -n demo` would call pip for, into an environment that is not there yet."""
+    """The pip calls of `make -n demo`, with no environment yet."""
     command = ["make", "-n", "-B", "demo", *arguments]
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "TORCH")}
     made = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, env=env).stdout
@@ -80,7 +80,7 @@ def test_make_without_a_driver_prefers_the_build_for_cpus():
     if platform.system() != "Linux" or any(map(Path.exists, map(Path, ("/proc/driver/nvidia/version", "/dev/dxg")))):
         pytest.skip("needs Linux without an NVIDIA driver")
     first, second = installs()
-    assert first.startswith(f"--no-deps torch --extra-index-url {INDEX}/cpu ")  # extra: it may be out of reach
+    assert first.startswith(f"--no-deps torch --extra-index-url {INDEX}/cpu ")  # extra: it may be unreachable
     assert second == "-r requirements.txt"
 
 

@@ -1,4 +1,4 @@
-"""Imports run one way, commands -> internals -> model -> config, and no file or function outgrows its reader."""
+"""Imports run one way, commands -> internals -> model -> config, and files and functions stay short."""
 
 import ast
 import graphlib
@@ -14,7 +14,7 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 
 
 def imports(module: str) -> set[str]:
-    """Every module that this one imports: inside functions and under TYPE_CHECKING, too."""
+    """Every module that this one imports, also inside functions and under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):

@@ -98,12 +98,12 @@ def test_padded_rows_get_no_gradient_however_large_they_are(chunked):
 def test_a_target_whose_probability_rounds_to_zero_has_a_finite_loss():
     x, weight, targets = problem(scale=40.0)
     loss = linear_cross_entropy(x, weight, targets, VOCAB)
-    assert loss > 150  # float32 has no exp(-150)
+    assert loss > 150  # exp(-150) is 0 in float32
     torch.testing.assert_close(loss, plain(x, weight, targets, VOCAB))
 
 
 def test_float16_with_a_gradient_scaler_loses_no_small_gradient():
-    """Without care a mean over many rows takes the gradients of unlikely tokens below what float16 can hold."""
+    """A naive mean over many rows makes the gradients of unlikely tokens too small for float16."""
     x, weight, targets = problem(rows=20_000, scale=0.1)
     *_, exact = gradients(plain, x, weight, targets)
     *_, grad = gradients(linear_cross_entropy, x, weight, targets, factor=2.0**16, dtype=torch.float16)

@@ -1,6 +1,6 @@
 """`--max-minutes`, `--max-epochs` and `auto`: a run chooses its numbers once, and is then like any other.
 
-Nothing here depends on how fast the machine is: the speed is made up where a number is expected.
+Nothing here depends on the speed of the machine: where a number is expected, the speed is made up.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def speed(monkeypatch):
-    """A function that makes up what `--max-minutes` measures, after having measured it briefly."""
+    """A function that sets the timing that `--max-minutes` gets; it still measures, but briefly."""
     monkeypatch.setattr(max_minutes, "MEASURING", 1e-5)
 
     def make_up(timing: Timing) -> None:
@@ -61,7 +61,7 @@ def max_iters(out_dir) -> int:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_the_run_is_the_one_with_that_many_iterations(data_dir, tmp_path, speed, capsys, optimizer):
-    """With dropout, sample text and evaluations: weights, moments, random numbers and rows, bit for bit."""
+    """With dropout, sample text and evaluations: weights, moments, random numbers and rows agree bit for bit."""
     speed(Timing(iteration=2.0, evaluation=1.0))
     train.train(tiny(data_dir, tmp_path / "minutes", optimizer=optimizer, max_minutes=1.0))
     count = max_iters(tmp_path / "minutes")
@@ -70,7 +70,7 @@ def test_the_run_is_the_one_with_that_many_iterations(data_dir, tmp_path, speed,
     words = " ".join(out.split())
     assert "--max-minutes 1: an iteration takes 2 s, an evaluation with its text, page" in words
     assert words.count(f"time for {count:,} iterations") == 1
-    assert out.count(" 0/24  val ") == 1  # what was tried is not told
+    assert out.count(" 0/24  val ") == 1  # the trial is not printed
     train.train(tiny(data_dir, tmp_path / "iters", optimizer=optimizer, max_iters=count))
     assert_same_end(tmp_path / "minutes", tmp_path / "iters")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("minutes", "iters")]
@@ -86,7 +86,7 @@ def test_without_made_up_speed_a_run_comes_to_its_end(data_dir, tmp_path, monkey
 
 
 def test_the_seconds_of_a_run_are_those_of_its_parts():
-    """By a loop that counts what train.py does at each iteration."""
+    """Checked by a loop that adds up the work of train.py at each iteration."""
     cfg = TrainConfig(max_iters=47, eval_interval=10, checkpoint_interval=4, log_interval=3)
     seconds = TIMING.building + TIMING.evaluation + TIMING.telling  # of iteration 0
     for iter in range(1, 48):
@@ -108,7 +108,7 @@ def test_as_many_iterations_as_fit(interval, seconds):
         return TIMING.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), 10**9).cfg)
 
     assert needed(count) <= seconds
-    if interval != "auto":  # whose number of evaluations jumps up and down by one
+    if interval != "auto":  # with auto the number of evaluations jumps up and down by one
         assert needed(count + 1) > seconds
     else:
         assert needed(count + count // 10 + 20) > seconds
@@ -180,7 +180,7 @@ def test_a_text_that_allows_a_few_iterations_needs_no_time_for_more(data_dir, tm
 
 
 def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_steps(data_dir, tmp_path, monkeypatch):
-    """The clock moves by 10 s in a micro-step of training, by 4 s in an update, and not otherwise."""
+    """The clock moves by 10 s in a micro-step of training, 4 s in an update and 1 s in an evaluation."""
     now = [0.0]
     monkeypatch.setattr(max_minutes.time, "perf_counter", lambda: now[0])
     seen = []
@@ -210,7 +210,7 @@ def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_ste
 def test_the_speed_is_that_of_the_dropout_that_auto_chooses(
     data_dir, tmp_path, monkeypatch, with_dropout, without, tried, iterations
 ):
-    """From 16 iterations on the text is read twice, so dropout slows a run down. 53.2 s are left, 20 iterations asked for."""
+    """From 16 iterations on the text is read twice, so dropout slows the run down. 53.2 s are left; max_iters is 20."""
     seen = []
 
     def try_out(run, *args) -> Timing:
@@ -236,7 +236,7 @@ def test_a_model_to_start_from(data_dir, tmp_path, speed):
 
 
 def test_what_was_compiled_for_measuring_serves_the_run(data_dir, tmp_path, monkeypatch, speed):
-    """On a GPU compiling takes a minute, which must not come twice."""
+    """Compiling takes a minute on a GPU and must happen only once."""
     speed(Timing(iteration=2.0, evaluation=1.0))
     graphs = []
     backend = lambda graph, inputs: (graphs.append(graph), graph.forward)[1]  # noqa: E731
@@ -252,7 +252,7 @@ def test_what_was_compiled_for_measuring_serves_the_run(data_dir, tmp_path, monk
 
 
 def test_two_processes_agree_on_the_number(data_dir, tmp_path):
-    """Each would choose another one by its own clock."""
+    """By its own clock, each would choose a different number."""
     clock = """
 from internals import max_minutes
 from internals.preflight import Timing
@@ -301,7 +301,7 @@ def test_a_limit_must_be_a_positive_number(field):
 
 
 def test_a_run_stores_the_numbers_and_resumes_with_them(data_dir, tmp_path, monkeypatch, capsys):
-    """As a preset has them: 5 epochs of 976 tokens are 38 iterations of 128, fewer than 100."""
+    """With limits as in a preset: 5 epochs of 976 tokens are 38 iterations of 128, fewer than 100."""
     auto = {"max_iters": 100, "max_epochs": 5.0, "eval_interval": "auto", "dropout": "auto"}
     seen = []
     init = GPT.__init__
@@ -326,7 +326,7 @@ def test_a_run_stores_the_numbers_and_resumes_with_them(data_dir, tmp_path, monk
 
 @pytest.mark.parametrize("train_tokens", [1_000, 10_000])
 def test_the_preset_for_your_own_text_needs_no_flag(tmp_path, train_tokens):
-    """What a resumed run says of the numbers that it chose: nothing."""
+    """When it resumes, the run says nothing about the numbers that it chose itself."""
     data = write_data(tmp_path / "data", train_tokens=train_tokens, val_tokens=500)
     small = ["--preset", "laptop", "--n-layer=1", "--n-embd=8", "--n-head=1", "--n-inner=8", "--max-iters=6"]
     out = run_command(data, tmp_path / "run", *small, "--block-size=16", "--tokens-per-iter=512")

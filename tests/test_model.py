@@ -25,7 +25,7 @@ def random_model(config: ModelConfig = TINY, seed: int = 0) -> GPT:
 
 
 def transformers_twin(model: GPT):
-    """The same weights in transformers' GPT-2, whose embedding has the real vocabulary's rows alone."""
+    """The same weights in transformers' GPT-2, whose embedding has no padding rows."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config

@@ -1,4 +1,4 @@
-"""internals/network.py and the vocabulary's download: bounded, announced, and not repeated where that cannot help."""
+"""internals/network.py and the vocabulary's download: bounded, announced, and not retried if that cannot help."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from internals.start import UserError
 
 @pytest.fixture
 def silent():
-    """A server that takes connections and says nothing."""
+    """A server that accepts connections and sends nothing."""
     server = socket.create_server(("127.0.0.1", 0))
     held = []
 

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters are whose, and one object for two optimizers."""
+"""The optimizer: which parameters each part updates, and one object for two optimizers."""
 
 import copy
 
@@ -12,7 +12,7 @@ from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
 CPU = torch.device("cpu")
-GPU = torch.device("cuda")  # as an argument of make_optimizer: the weights of these tests stay on the CPU
+GPU = torch.device("cuda")  # only an argument of make_optimizer: the weights of these tests stay on the CPU
 
 
 def make(
@@ -78,7 +78,7 @@ def test_two_in_one_do_what_the_two_do():
 
 @pytest.mark.parametrize("began, continued", [(CPU, GPU), (GPU, CPU)], ids=["cpu to gpu", "gpu to cpu"])
 def test_a_run_can_move_between_cpu_and_gpu(began, continued):
-    """A GPU's matrices are stacked by shape. The state is that of torch.optim.Muon in both."""
+    """On a GPU matrices are stacked by shape. The state is that of torch.optim.Muon on both."""
     straight, _, optimizer = make(device=CPU)
     for it in range(8):
         step(straight, optimizer, it)
@@ -92,7 +92,7 @@ def test_a_run_can_move_between_cpu_and_gpu(began, continued):
         step(moved, optimizer, it)
     assert type(optimizer.optimizers[1]) is (StackedMuon if continued is GPU else torch.optim.Muon)
     for a, b in zip(straight.parameters(), moved.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # of 8 steps of 5e-3 each: bfloat16 may round otherwise
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # after 8 steps of 5e-3: bfloat16 may round differently
 
 
 @pytest.mark.parametrize("shape", [(384, 384), (1152, 384), (384, 1536)])

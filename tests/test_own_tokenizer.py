@@ -1,4 +1,4 @@
-"""A tokenizer trained on the source: the same tokens in every program, from the source and the flags alone, in every script.
+"""A tokenizer trained on the source: the same tokens in every program and every script, from source and flags alone.
 
 PREPARE_KILLS=50 python -m pytest tests/test_own_tokenizer.py -k kills     more kills than a test run has time for
 """
@@ -48,8 +48,8 @@ ODD = ["  ", "\n\n", " \n ", "\r\n", "\t", "\u00a0", "\u2003", "\u2028", "\u3000
 
 
 def odd_texts(count: int, seed: int = 0) -> list[str]:
-    """Words, marks, digits and blanks of every script in every order. Unassigned characters are left out: programs differ
-    in the version of Unicode that they know."""
+    """Words, marks, digits and blanks of every script in every order. Unassigned characters are left out: programs
+    know different versions of Unicode."""
     rng = random.Random(seed)
     blocks = [
         [chr(code) for code in range(first, last + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
@@ -68,7 +68,7 @@ def odd_texts(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def own() -> str:
-    """The tokenizer.json of 3,000 tokens, from English and from texts like those that it is tested on."""
+    """A tokenizer.json of 3,000 tokens, trained on English and on texts like the test texts."""
     rows = (REPO / "sample" / "articles.jsonl").read_text(encoding="utf-8").splitlines()
     return train_tokenizer([*(json.loads(row)["text"] for row in rows), *odd_texts(1500, seed=1) * 2], 3000)
 
@@ -89,7 +89,7 @@ def test_the_form_of_a_tokenizer(own):
 
 
 def test_training_gives_the_merges_of_the_library(own):
-    """tiktoken keeps ranks alone; the merges that are found again must be those that were trained."""
+    """tiktoken keeps only ranks; the merges recovered from them must be the trained ones."""
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.Tokenizer.from_str(own).pre_tokenizer
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -102,7 +102,7 @@ def test_training_gives_the_merges_of_the_library(own):
 
 def test_ids_are_those_of_the_tokenizers_library(own):
     encoding, theirs = load_tokenizer(own), tokenizers.Tokenizer.from_str(own)
-    some = [text.replace(END_OF_TEXT, "<|end|>") for text in odd_texts(2000)]  # there it is always the special token
+    some = [text.replace(END_OF_TEXT, "<|end|>") for text in odd_texts(2000)]  # the library always treats it as special
     assert len(set("".join(some))) > 5000
     got = [encoding.encode_ordinary(text) for text in some]
     assert got == [one.ids for one in theirs.encode_batch(some)]
@@ -110,13 +110,13 @@ def test_ids_are_those_of_the_tokenizers_library(own):
     assert [encoding.decode(encoding.encode_ordinary(text)) for text in odd_texts(500)] == odd_texts(500)
     ends = theirs.encode(f"a{END_OF_TEXT}b").ids
     assert ends == encoding.encode(f"a{END_OF_TEXT}b", allowed_special={END_OF_TEXT})
-    # Every character once between others, and every kind of one in more places: there it may be cut from its neighbours.
+    # Every character once between letters, and a selection in more places, where it may be cut from its neighbours.
     every = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     few = [c for c in every if unicodedata.category(c) not in ("Lo", "Co") or ord(c) % 32 == 0]
     lines = [f"a{c}b" for c in every] + [
         text for c in few for text in (f" {c} ", f"1{c}\n", f"!{c}\u0301", f"\n {c}\n")
     ]
-    text = "x".join(lines)  # in one piece: a hundred thousand calls would take their time
+    text = "x".join(lines)  # one text, because a hundred thousand calls are slow
     assert encoding.encode_ordinary(text) == theirs.encode(text).ids
 
 
@@ -187,7 +187,7 @@ def test_transformers_gives_the_same_ids(own, exported):
         assert theirs.batch_decode(got) == some
         assert (theirs.eos_token_id, theirs.encode(f"a{END_OF_TEXT}")[-1]) == (2999, 2999)
     assert f"`{tokenizer_name(own)}`, 3,000 tokens" in (exported / "hf" / "README.md").read_text(encoding="utf-8")
-    assert not (exported / "hf" / "merges.txt").exists()  # with which GPT-2's own class would cut by another pattern
+    assert not (exported / "hf" / "merges.txt").exists()  # with it, GPT-2's own class would cut by another pattern
 
 
 def test_llama_cpp_gives_the_same_ids_and_text(own, exported):
@@ -195,7 +195,7 @@ def test_llama_cpp_gives_the_same_ids_and_text(own, exported):
     exact = {
         "type_k": llama_cpp.GGML_TYPE_F32,
         "type_v": llama_cpp.GGML_TYPE_F32,
-    }  # it keeps keys and values in float16
+    }  # not float16, its default
     theirs = llama_cpp.Llama(str(exported / "gguf" / "model.gguf"), n_ctx=64, verbose=False, flash_attn=False, **exact)
     encoding = load_tokenizer(own)
     for text in odd_texts(2000):
@@ -216,7 +216,7 @@ def test_an_exported_model_opens_and_its_tokenizer_prepares_data(own, exported, 
     assert given_tokenizer(str(exported / "hf" / "tokenizer.json")) == own
     transformers = pytest.importorskip("transformers")
     transformers.AutoTokenizer.from_pretrained(exported / "hf").save_pretrained(tmp_path)
-    assert given_tokenizer(str(tmp_path / "tokenizer.json")) == own  # saved by others in another form
+    assert given_tokenizer(str(tmp_path / "tokenizer.json")) == own  # transformers saves it in another form
 
 
 def test_another_tokenizer_is_not_taken_for_one_of_ours(own, tmp_path):
@@ -360,7 +360,7 @@ def test_a_tokenizer_of_somebody_else_stays(tmp_path, name):
     for overwrite in (False, True):
         with pytest.raises(UserError, match=rf"{name}.*not made by this command"):
             prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN, overwrite=overwrite))
-    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))  # needs no such name
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))  # writes no tokenizer.json
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
     assert (tmp_path / "out" / name).read_text() == "mine"
 
@@ -396,7 +396,7 @@ def test_a_tokenizer_that_is_lost_or_damaged_half_way(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_a_held_out_end_with_a_trained_tokenizer(tmp_path, kind):
-    """For a document, and for ids that are all the same: then the tokenizer is trained again, without the end."""
+    """For one document, and for ids that are all the same, where the tokenizer is trained again without the end."""
     path = tmp_path / f"a.{kind}"
     rows = make_articles(300)
     if kind == "txt":
@@ -488,7 +488,7 @@ def test_hindi_from_text_to_an_exported_model(tmp_path):
     assert "bits per byte" in ran(*train, *shape, "--eval-only")
     ran(*train, "--resume", "--max-iters", "70")
 
-    # The same name, another content: every command that compares tokenizers notices.
+    # The same name with other content: every command that compares tokenizers notices.
     other = tmp_path / "other"
     ran(
         *command(
@@ -502,7 +502,7 @@ def test_hindi_from_text_to_an_exported_model(tmp_path):
         assert_user_error(result, tokenizer_name(tokenizer), "was trained with the tokenizer")
     ran(*train, *shape, "--max-iters", "2", "--out-dir", tmp_path / "new", "--init-from", runs)
 
-    # Without the data: text, and files for others.
+    # Generating and exporting work without the data.
     shutil.rmtree(data)
     text = ran("generate.py", "--checkpoint", runs, "--prompt", "भारत", "--max-new-tokens", "40", "--seed", "1")
     assert text.startswith("भारत")

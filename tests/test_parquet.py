@@ -1,4 +1,4 @@
-"""internals/parquet.py: every kind of text column is text; what is not names the file and the column."""
+"""internals/parquet.py: every kind of text column is read as text; for any other, file and column are named."""
 
 import datetime
 

@@ -1,4 +1,4 @@
-"""What is said before a run that makes no sense; `--check` itself is tried in test_train.py."""
+"""The advice before a run that makes no sense. test_train.py tests `--check` itself."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ GPU = dataclasses.replace(CPU, device=torch.device("cuda"))
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
-    """Whatever card the machine has that runs the tests, the advice is on the run alone."""
+    """Ignore the test machine's own card: the advice is about the run alone."""
     monkeypatch.setattr(preflight, "unused_card", lambda name, device: "")
 
 

@@ -1,4 +1,4 @@
-"""prepare_data.py: what the shards hold, whatever happens on the way."""
+"""prepare_data.py: the contents of the shards, whatever happens on the way."""
 
 import json
 import os
@@ -278,7 +278,7 @@ def tmpfs(tmp_path):
 
 
 def assert_resumes_after(reason, tmp_path, folder, result):
-    """The message names the reason. With room on the disk, the same command makes what it would have made at once."""
+    """The message names the reason. With room on the disk, the same command makes the files of an undisturbed run."""
     assert_user_error(result, "--data-dir", f"could not be written ({reason})", "make room", "the same command resumes")
     assert not list(folder.glob("*.bin"))
     result = run_script(*command(folder, tmp_path / "a.jsonl"))

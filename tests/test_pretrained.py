@@ -1,4 +1,4 @@
-"""A model from wherever it is, in generate.py and train.py: own checkpoints, folders, and what is none of these."""
+"""Opening models in generate.py and train.py: our checkpoints, folders, the hub, and whatever holds no model."""
 
 import dataclasses
 import json
@@ -25,11 +25,11 @@ QUIET = ["--temperature", 0, "--max-new-tokens", 8, "--prompt", "The", "--dtype"
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
-    """A run's folder, its model's export, and much that is no model."""
+    """A run's folder, its model's export, and many things that are not models."""
     folder = tmp_path_factory.mktemp("places")
     save_checkpoint(folder / "run" / "best.pt", "bytes")
     save_checkpoint(folder / "stopped" / "last.pt", "bytes")
-    (folder / "run" / "config.json").write_text("{}")  # train.py's own
+    (folder / "run" / "config.json").write_text("{}")  # train.py's, not Hugging Face's
     for name, file_format in (("hf", "hf"), ("gguf", "gguf")):
         checkpoint_path = str(folder / "run" / "best.pt")
         export.export(ExportConfig(checkpoint=checkpoint_path, out_dir=str(folder / name), format=file_format))
@@ -93,7 +93,7 @@ def test_what_holds_no_model_says_what_it_is(places, name):
     [
         ("gpt2", "on the hub it is called openai-community/gpt2"),
         ("gpt2-xl", "on the hub it is called openai-community/gpt2-xl"),
-        ("tests/nowhere", "there is no such file or folder"),  # `tests` is a folder here, and no owner on the hub
+        ("tests/nowhere", "there is no such file or folder"),  # `tests` is a folder here, not an owner on the hub
         ("./nobody/nothing", "there is no such file or folder"),
         ("nobody/best.pt", "there is no checkpoint"),
         ("nobody/nothing", "the hub did not provide it"),
@@ -119,7 +119,7 @@ def test_generate_takes_a_model_of_the_hub(places, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training from an own model
+# Training from a model of this project
 
 
 def train(data: Path, out_dir: Path, *args):
@@ -130,7 +130,7 @@ def train(data: Path, out_dir: Path, *args):
 
 @pytest.mark.parametrize("name", ["run/best.pt", "run", "stopped/last.pt"])
 def test_training_starts_from_an_own_model(places, tmp_path, name):
-    """The sizes and weights are the model's, 32 of its 128 positions are kept, dropout is the command's."""
+    """Sizes and weights come from the model, dropout from the command; 32 of the 128 positions are kept."""
     result = train(places / "data", tmp_path / "new", "--init-from", places / name, "--dropout", "0.25", "--learning-rate", "0", "--min-lr", "0")  # fmt: skip
     assert result.returncode == 0, result.stderr
     old, new = checkpoint.load(places / "run" / "best.pt"), checkpoint.load(tmp_path / "new" / "last.pt")
@@ -169,7 +169,7 @@ def test_starting_from_what_does_not_fit(places, tmp_path):
 
 
 def test_a_setting_that_the_model_never_heard_of_has_its_default(places, monkeypatch):
-    """A field that comes to ModelConfig later does not break a model of today."""
+    """A field added to ModelConfig later does not break today's models."""
     later = dataclasses.make_dataclass("Later", [("qk_norm", bool, False)], bases=(ModelConfig,), frozen=True)
     monkeypatch.setattr(checkpoint, "ModelConfig", later)
     command = later(block_size=32, dropout=0.1, qk_norm=True)
@@ -207,7 +207,7 @@ def test_a_checkpoint_that_is_too_large_for_the_memory_is_not_called_damaged(tmp
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_a_file_without_permission_says_so(places, tmp_path):
-    """Root reads everything, so the command runs as nobody."""
+    """Root reads everything, so the command runs as the user nobody."""
     private = tmp_path / "private.pt"
     private.write_bytes((places / "run" / "best.pt").read_bytes())
     private.chmod(0o600)

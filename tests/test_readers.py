@@ -152,7 +152,7 @@ def test_ids_and_titles_of_other_kinds(tmp_path):
 
 
 def broken(tmp_path, name):
-    """A source that cannot be read, and the words that its message must have."""
+    """A source that cannot be read, and the words that its message must contain."""
     path = tmp_path / "in"
     path.mkdir()
     rows = make_articles(100)

@@ -21,12 +21,12 @@ from internals.shards import read_meta
 from internals.start import UserError
 
 SHA256 = describe_data(META)["sha256"]
-BYTES = 3  # of a token in the other text's validation split
+BYTES = 3  # per token in the other text's validation split
 OTHER = {**META, "splits": {**META["splits"], "val": {**META["splits"]["val"], "bytes": 100 * BYTES, "shards": [{"sha256": "x"}]}}}  # fmt: skip
 
 
 def ship(monkeypatch, folder, cfg: TrainConfig, **changes) -> None:
-    """A reference of this configuration's preset, in a folder of its own."""
+    """A reference for this configuration's preset, in its own folder."""
     settings = {name: value for name, value in cfg.settings().items() if name not in reference.NOT_LEARNING}
     run = {"settings": settings, "data_sha256": SHA256, "text": "some Wikipedia", "hardware": "a pocket calculator"}
     run |= {"seed": 1, "date": "2026-01-01", "val_loss": {"0": 5.6, "10": 5.1}, "bits_per_byte": {"0": 2.0, "10": 1.8}}
@@ -50,7 +50,7 @@ def test_another_text_is_compared_in_bits_per_byte_alone(tmp_path, monkeypatch):
     found = find_reference(cfg, OTHER)
     assert found.beside(10) == "reference, other articles 1.80" and found.beside(5) == ""
     assert found.bits_per_byte == {0: 2.0, 10: 1.8}
-    # Drawn where a loss of this text has as many bits per byte
+    # Drawn at the loss that has the same bits per byte on this text
     assert found.losses == pytest.approx({0: 2.0 * math.log(2) * BYTES, 10: 1.8 * math.log(2) * BYTES})
     assert "some Wikipedia" in found.summary and "bits per byte" in found.summary and "other articles" in found.summary
 
@@ -76,7 +76,7 @@ def test_settings_that_decide_how_the_loss_falls_must_be_the_same(tmp_path, monk
     ):
         for meta in (META, OTHER):
             assert find_reference(dataclasses.replace(cfg, **change), meta) is None, change
-    assert find_reference(with_preset(TrainConfig, "wikipedia"), META) is None  # there is none of it
+    assert find_reference(with_preset(TrainConfig, "wikipedia"), META) is None  # it has no reference
 
 
 def test_it_stands_beside_the_evaluations_it_has(tmp_path, monkeypatch, capsys):
@@ -134,7 +134,7 @@ def writer():
 
 
 def test_what_is_written_is_found_again(tmp_path, monkeypatch, writer):
-    """A run of the demo's settings, short for the sake of the test: its preset has two iterations here."""
+    """A run with the demo's settings. To keep the test short, the preset has two iterations here."""
     monkeypatch.setitem(PRESETS["demo"], "max_iters", 2)
     cfg = dataclasses.replace(with_preset(PrepareConfig, "demo"), data_dir=str(tmp_path / "data"), workers=1)
     prepare_data.prepare(cfg)

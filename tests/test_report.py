@@ -1,4 +1,4 @@
-"""What a run tells is true, readable, and on the disk."""
+"""A run's reports are true, readable, and on the disk."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
     assert [second[name] for name in columns] == [2, 131_072, 2.0, 4.4, 9e-4, 0.6, 65_536]  # 2 iterations in 2 seconds
     assert first["train_loss"] is None and first["tokens_per_second"] is None
     assert third["tokens_per_second"] == 4 * 65_536  # this row's own iteration
-    assert third["grad_norm"] is None  # float16 skipped the step; and it is JSON to every reader
+    assert third["grad_norm"] is None  # float16 skipped the step; null is JSON to every reader
     assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
     out = capsys.readouterr().out
     assert out.splitlines() == [
@@ -71,7 +71,7 @@ def test_resuming_cuts_the_rows_back(tmp_path):
     for iter in range(5):
         log.write_row(state(iter), evaluated=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"iter": 5, "tok')  # killed amid a row
+        file.write('{"iter": 5, "tok')  # killed in the middle of a row
     log = run_log(tmp_path, iter=3)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
     log.write_row(state(4), evaluated=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, write_splits
-from test_train import assert_same_end, full_disk, quick, tiny  # noqa: F401  (quick acts by itself)
+from test_train import assert_same_end, full_disk, quick, tiny  # noqa: F401  (quick is autouse)
 from torch.nn import functional as F
 
 import train
@@ -28,7 +28,7 @@ PROMPT = "<img src=x onerror=alert(2)>é"
 
 @pytest.fixture(scope="module")
 def text_data(tmp_path_factory):
-    """A data folder of TEXT, whose validation passage holds several-byte characters and script tags."""
+    """A data folder of TEXT, whose validation passage holds multi-byte characters and script tags."""
     tokens = np.frombuffer(TEXT.encode(), np.uint8).astype(np.uint16)
     folder = write_splits(tmp_path_factory.mktemp("text") / "data", {"train": np.tile(tokens, 3), "val": tokens})
     meta = json.loads((folder / "meta.json").read_text())
@@ -47,7 +47,7 @@ def run(text_data, tmp_path_factory):
 
 
 class Parsed(html.parser.HTMLParser):
-    """The tags of a page, and what its scripts and style hold."""
+    """The tags of a page, and the contents of its scripts and style."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -81,7 +81,7 @@ def parsed(path) -> Parsed:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it shows
+# Contents
 
 
 def test_the_page_shows_every_evaluation(run):
@@ -125,7 +125,7 @@ def test_surprises_are_those_of_transformers_on_the_export(run, tmp_path):
     model, _, _ = load_model(run / "last.pt")
     ids, block_size = list(TEXT.encode())[:101], model.config.block_size
     ours = surprise(model, ids)
-    begin, predicted, log_p = 0, 1, []  # by the rule in words: a full context keeps its newest half
+    begin, predicted, log_p = 0, 1, []  # the rule: a full context keeps its newest half
     while predicted < len(ids):
         window = ids[begin : begin + block_size]
         with torch.no_grad():
@@ -140,7 +140,7 @@ def test_surprises_are_those_of_transformers_on_the_export(run, tmp_path):
     torch.testing.assert_close(ours.p, p.topk(3).values, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(p.gather(1, ours.ids), ours.p, atol=1e-5, rtol=1e-4)
 
-    # In one window their mean is the loss that training and evaluating have
+    # Within one window their mean is the loss of training and evaluation
     window = torch.tensor([ids[: block_size + 1]])
     with torch.no_grad():
         loss = model(window[:, :-1], window[:, 1:])
@@ -185,7 +185,7 @@ def test_characters_that_tokens_cut_are_shown_whole():
         "\ufffdA",
         "",
         "\ufffd",
-    ]  # no UTF-8: nothing is lost
+    ]  # not UTF-8: nothing is lost
     assert (
         readable(b"\xf0\x9f\xa6", b"\x89") == "🦉"
         and readable(b"\xc3", b" ") == " "
@@ -291,7 +291,7 @@ def without_times(page: Parsed) -> tuple:
 @pytest.mark.parametrize("name", ["save", "after save"])
 @pytest.mark.parametrize("at", [8, 16])
 def test_killed_and_resumed_gives_the_same_page(text_data, tmp_path, monkeypatch, run, name, at):
-    """The end comes before last.pt is written, or between last.pt and the page."""
+    """The kill comes before last.pt is written, or between last.pt and the page."""
 
     class Killed(BaseException):
         pass
@@ -329,7 +329,7 @@ def test_a_new_run_begins_with_an_empty_page(text_data, tmp_path):
 
 
 def test_a_continuation_has_the_probabilities_it_was_drawn_from(run, tmp_path):
-    """Greedy in float32: of all tokens of the continuation none is likelier than the one that was taken."""
+    """Greedy in float32: at every place of the continuation, no token is likelier than the chosen one."""
     path = tmp_path / "text.html"
     options = [
         "--dtype",
@@ -371,7 +371,7 @@ def test_a_prompt_alone_is_measured(run, tmp_path):
 
 
 def test_attention_is_the_models(run):
-    """Against transformers' own, which computes it on request."""
+    """Compared with transformers, which returns attention on request."""
     model, tokenizer, _ = load_model(run / "last.pt")
     ids = list(TEXT.encode())[: model.config.block_size]
     weights = attention_weights(model, ids)

@@ -1,4 +1,4 @@
-"""sample/: its sentences were not made from frames, and what a model copies of them is found (benchmarks/copied.py)."""
+"""sample/: its sentences were not made from frames, and benchmarks/copied.py finds what a model copies from them."""
 
 import json
 import random
@@ -21,8 +21,8 @@ def frames(rows: list[dict]) -> Counter:
     """How often each sentence occurs once names, nouns and numbers are masked: `A young dog is called a puppy.` and
     `A young sheep is called a lamb.` both are `a young _ is called a _.`
 
-    Every word is masked but the 150 most frequent ones. Of these, titles, capitalised words inside a sentence, and numbers
-    are masked, too.
+    All words except the 150 most frequent ones are masked. Of these, titles, capitalised words inside a sentence, and
+    numbers are masked, too.
     """
     text = "\n".join(row["text"] for row in rows)
     count = Counter(word.lower() for word in WORD.findall(text))
@@ -32,7 +32,7 @@ def frames(rows: list[dict]) -> Counter:
     kept = {word for word, _ in count.most_common(150)} - titles - NUMBERS
 
     def mask(word: re.Match) -> str:
-        small = word[0].lower() if word.start() == 0 else word[0]  # a capital inside a sentence is that of a name
+        small = word[0].lower() if word.start() == 0 else word[0]  # a capital inside a sentence marks a name
         return small if small in kept else "_"
 
     return Counter(WORD.sub(mask, sentence) for sentence in SENTENCE_END.split(text) if sentence)
@@ -65,13 +65,13 @@ def test_the_articles_are_those_of_a_small_encyclopedia():
     assert len({row["title"] for row in ROWS}) == len({row["text"] for row in ROWS}) == len(ROWS)
     for row in ROWS:
         assert row["title"] == row["title"].strip() and 400 < len(row["text"]) < 3000, row["title"]
-        assert re.fullmatch(r"[\w ,.;:?'()–\-\n]+", row["text"]), row["title"]  # nothing but letters and plain marks
+        assert re.fullmatch(r"[\w ,.;:?'()–\-\n]+", row["text"]), row["title"]  # only letters and plain marks
         assert row["text"].endswith(".") and "  " not in row["text"], row["title"]
     assert 300_000 < sum(len(row["text"].encode()) for row in ROWS) < 500_000
 
 
 def test_its_words_are_few():
-    """A model of 0.8 million parameters learns a small vocabulary: 2,000 words are nineteen of twenty in the text."""
+    """A model of 0.8 million parameters learns a small vocabulary: 2,000 words make up 95 % of the text."""
     words = Counter(word.lower() for row in ROWS for word in WORD.findall(row["text"]))
     assert sum(count for _, count in words.most_common(2000)) > 0.95 * words.total()
 

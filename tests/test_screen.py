@@ -1,4 +1,4 @@
-"""Words on the screen fit 80 columns, and a command that is named works when it is pasted."""
+"""Output fits 80 columns, and a printed command works when it is pasted."""
 
 import dataclasses
 import math
@@ -128,12 +128,12 @@ def test_the_time_left_counts_the_iterations_and_the_evaluations():
 
 
 def in_a_terminal(*args, columns: int = 80) -> str:
-    """What a command shows in a terminal of so many columns."""
+    """A command's output in a terminal with this many columns."""
     import fcntl
     import termios
 
     main, other = pty.openpty()
-    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))  # which says that it has no rows
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))  # it reports 0 rows
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=REPO, stdin=other, stdout=other, stderr=other)
     os.close(other)
     shown = b""
@@ -225,7 +225,7 @@ def test_elsewhere_the_script_is_named_in_full(here, tmp_path, monkeypatch):
 
 def test_under_torchrun_so_does_the_next_run(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert screen.command("train.py", "demo").startswith("python ")  # started by something else
+    assert screen.command("train.py", "demo").startswith("python ")  # not started by torchrun
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert screen.command("train.py", "demo") == "torchrun --standalone --nproc-per-node 8 train.py --preset demo"
     assert screen.command("generate.py", "demo") == "python generate.py --preset demo"

@@ -13,7 +13,7 @@ from internals.windows import TokenStream
 
 def write_shards(folder, split, tokens, shard_tokens=100):
     writer = ShardWriter(folder, split, shard_tokens)
-    for start in range(0, len(tokens), 37):  # these pieces do not fit the shards
+    for start in range(0, len(tokens), 37):  # these pieces cross the ends of shards
         writer.write(tokens[start : start + 37])
     return writer.finish()
 

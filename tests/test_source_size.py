@@ -1,4 +1,4 @@
-"""internals/source_size.py: preset laptop takes a text of any size without a flag more."""
+"""internals/source_size.py: preset laptop takes a text of any size without further flags."""
 
 import gzip
 import json
@@ -131,7 +131,7 @@ def test_a_novel_needs_three_commands_and_no_flag_more(novel, tmp_path):
     assert splits["train"]["bytes"] + splits["val"]["bytes"] == 300_000
     assert splits["val"]["tokens"] == int(0.1 * (splits["train"]["tokens"] + splits["val"]["tokens"]))
     assert texts(data, "val")[0] == prose(300_000)[-splits["val"]["bytes"] :]
-    short = ["--max-iters", "1", "--tokens-per-iter", "512", "--eval-tokens", "512"]  # to save the test's time
+    short = ["--max-iters", "1", "--tokens-per-iter", "512", "--eval-tokens", "512"]  # to keep the test short
     result = run_script(
         "train.py", "--preset", "laptop", "--data-dir", data, "--out-dir", runs, "--device", "cpu", *short
     )
@@ -158,7 +158,7 @@ def test_repeating_is_nothing_to_do_and_another_command_is_named(novel, tmp_path
         (["--preset", "wikipedia", "--val-fraction", "0.1"], "and with --max-tokens 60000000; give the same command"),
     ):
         assert_user_error(run_script(*laptop(out, novel, *flags)), message)
-    prepare(config(out, novel, "--vocab-size", "1024", "--val-fraction", "0.1"))  # the same, said by flags
+    prepare(config(out, novel, "--vocab-size", "1024", "--val-fraction", "0.1"))  # the same values, given as flags
     assert files(out) == before
 
 

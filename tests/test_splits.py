@@ -1,4 +1,4 @@
-"""prepare_data.py: how much is held out, of few documents, of unequal ones, and where --max-tokens ends."""
+"""prepare_data.py: the share held out of few or unequal documents, and where --max-tokens ends."""
 
 import json
 import random
@@ -80,7 +80,7 @@ def test_a_split_by_documents_that_is_good_is_not_touched(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", make_articles(1000))
     result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
     assert "whole documents" not in result.stdout
-    assert len(texts(tmp_path / "out", "val")) > 150  # which ends with a whole article
+    assert len(texts(tmp_path / "out", "val")) > 150  # texts() checks that it ends with a whole article
 
 
 @pytest.mark.parametrize("characters, preset", [(2000, "wikipedia"), (20_000, "wikipedia"), (90_000, "wikipedia-150m")])
@@ -156,7 +156,7 @@ def test_a_kill_between_the_last_two_notes(tmp_path):
     path = tmp_path / "out" / "progress.json"
     noted = json.loads(path.read_text())
     assert (noted["file"], noted["end"]) == (1, "source")
-    path.write_text(json.dumps({**noted, "end": ""}))  # all is read, and that is not noted yet
+    path.write_text(json.dumps({**noted, "end": ""}))  # everything is read, but not recorded yet
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     assert files(tmp_path / "out") == files(tmp_path / "once")
 

@@ -1,4 +1,4 @@
-"""How commands start and end: one line for what was foreseen, a traceback for a bug, whenever it comes."""
+"""How commands start and end: one line for a foreseen problem, a traceback for a bug, at any time."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ def test_ctrl_c_during_the_imports_is_one_line(script):
 
 
 def test_processes_beside_the_first_wait_for_it_to_speak():
-    """torchrun ends them meanwhile; one that is alone with its failure speaks after all."""
+    """torchrun ends them while they wait; a process that fails alone prints its message after all."""
     code = "from internals.start import UserError, run\ndef main(): raise UserError('mine alone')\nrun(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", code],

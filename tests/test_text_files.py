@@ -1,4 +1,4 @@
-"""internals/text_files.py: several sources are one text; names and files of odd kinds; separators."""
+"""internals/text_files.py: several sources are one text; odd names and files; separators."""
 
 import gzip
 import os
@@ -88,7 +88,7 @@ def test_end_of_text_without_the_flag_is_one_line(tmp_path):
     notes = [line for line in result.stdout.splitlines() if "--separator" in line]
     assert len(notes) == 1 and "a.txt, b.txt holds" in notes[0] and END_OF_TEXT in notes[0]
     result = run_script(*command(tmp_path / "out", tmp_path, "--separator", END_OF_TEXT))
-    assert_user_error(result, "--separator")  # another setting than that of the finished folder
+    assert_user_error(result, "--separator")  # the finished folder has another setting
 
 
 def test_a_separator_that_is_not_there_is_one_line(tmp_path):

@@ -21,7 +21,7 @@ def test_bytes_tokenizer_is_the_bytes():
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (257, 256)
 
 
-GPT2_ORIGINAL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of its encoder.py
+GPT2_ORIGINAL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # from its encoder.py
 
 
 ALPHABET = [*"abZ'stremvld019 .,=-\n\t\r", "  ", "\n\n", "'ll", "é", "ß", "東", "ก", "ั", "e\u0301", "\u00a0", "\u2003", "\u2028",
@@ -31,7 +31,7 @@ ALPHABET = [*"abZ'stremvld019 .,=-\n\t\r", "  ", "\n\n", "'ll", "é", "ß", "東
 def test_the_pattern_cuts_like_gpt2s_own():
     rng = random.Random(0)
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
-    rng.shuffle(pairs)  # merges in a random order: nearly every other cut would give other tokens
+    rng.shuffle(pairs)  # merges in a random order: nearly any other cut would change the tokens
     ranks = {token: rank for rank, token in enumerate([*(bytes([b]) for b in range(256)), *pairs])}
     ours, original = (
         tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

@@ -1,6 +1,6 @@
-"""`--tracker`: each store holds the rows of metrics.jsonl, after a kill and a resume, too; no tracker costs the run anything.
+"""`--tracker`: each store holds the rows of metrics.jsonl, even after a kill and a resume; no tracker disturbs the run.
 
-The stores are read back with the trackers' packages, or where these have no reader, byte by byte. Without the packages
+The stores are read back with the trackers' packages or, if these have no reader, byte by byte. Without the packages
 (`pip install -r requirements-trackers.txt`) those tests are skipped.
 """
 
@@ -103,7 +103,7 @@ def test_killed_and_resumed_the_store_holds_every_row(data_dir, tmp_path, straig
     while not (out_dir / "metrics.jsonl").exists() or (out_dir / "metrics.jsonl").read_text().count("\n") < 14:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    child.kill()  # after iteration 13: last.pt is at 10, and 11 to 13 come again
+    child.kill()  # after iteration 13: last.pt is at 10, and 11 to 13 are repeated
     child.wait()
     resumed = run_script("train.py", *arguments, "--resume", env=env)
     assert resumed.returncode == 0 and "continues without" not in resumed.stdout, resumed.stdout + resumed.stderr
@@ -134,7 +134,7 @@ def test_without_its_package_a_tracker_costs_one_line(data_dir, tmp_path, monkey
 
 
 class Recorder:
-    """A store that fails at a call, or never."""
+    """A store that fails at the call `fails`, or never."""
 
     late = trackers.RECENT
 
@@ -181,7 +181,7 @@ def test_a_tracker_that_joins_later_gets_every_row_and_a_new_run_a_new_name(data
     train.train(tiny(data_dir, tmp_path, max_iters=16, resume=True, tracker="wandb"))
     (store,) = stores.values()
     assert {row["iter"] for row in store.rows} == set(range(17))
-    train.train(tiny(data_dir, tmp_path, max_iters=18, resume=True, tracker="trackio"))  # another one: all rows
+    train.train(tiny(data_dir, tmp_path, max_iters=18, resume=True, tracker="trackio"))  # another tracker gets all rows
     assert [row["iter"] for row in list(stores.values())[1].rows] == list(range(19))
     train.train(tiny(data_dir, tmp_path, max_iters=1, overwrite=True, tracker="trackio"))
     assert len(stores) == 3 and [row["iter"] for row in list(stores.values())[2].rows] == [0, 1]

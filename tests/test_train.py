@@ -1,4 +1,4 @@
-"""The training loop: stopped anywhere it goes on exactly, a fault costs nothing that was saved, every figure is true.
+"""The training loop: it resumes exactly from any stop, a fault costs nothing that was saved, every figure is true.
 
 More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_train.py -k kill
 """
@@ -38,7 +38,7 @@ TIMINGS = ("seconds", "tokens_per_second")
 
 
 def tiny(data_dir, out_dir, **changes) -> TrainConfig:
-    """A run of 20 iterations of 2 micro-steps, with dropout, over two and a half epochs, in a few milliseconds each."""
+    """A run of 20 iterations of 2 micro-steps, a few milliseconds each, with dropout, over two and a half epochs."""
     model = {f.name: changes.pop(f.name) for f in dataclasses.fields(ModelConfig) if f.name in changes}
     defaults = dict(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=16, vocab_size=257, dropout=0.1)
     settings = dict(
@@ -50,13 +50,13 @@ def tiny(data_dir, out_dir, **changes) -> TrainConfig:
 
 
 def metrics(out_dir) -> list[dict]:
-    """The rows of metrics.jsonl, without what a clock has measured."""
+    """The rows of metrics.jsonl, without the measured times."""
     rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def difference(a, b, where: str = "") -> str:
-    """Where two checkpoints first differ in a bit; empty where they do not."""
+    """The first place where two checkpoints differ in a bit; empty if they do not."""
     if isinstance(a, torch.Tensor):
         return "" if a.dtype == b.dtype and torch.equal(a, b) else where
     if isinstance(a, dict):
@@ -74,7 +74,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     for name in ("last.pt", "best.pt"):
         one, other = checkpoint.load(a / name), checkpoint.load(b / name)
         for saved in (one, other):
-            saved.pop("seconds", None)  # by the clock
+            saved.pop("seconds", None)  # a measured time
             saved.pop("config")  # --resume, --out-dir
         assert difference(one, other) == ""
     assert metrics(a) == metrics(b)
@@ -92,7 +92,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def straight(data_dir, tmp_path_factory) -> Path:
-    """The folder of the run that nothing happened to."""
+    """The folder of an undisturbed run."""
     out_dir = tmp_path_factory.mktemp("straight")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +129,7 @@ def test_a_reference_of_the_same_run_is_shown_beside_it(data_dir, tmp_path, stra
 
 
 def run_in_child(cfg: TrainConfig, iteration_seconds: float) -> None:
-    """Train in a process that may be killed, no quicker than a killer can follow."""
+    """Train in a process that may be killed, slowly enough for the kills to hit it."""
     report.plot = lambda *of_the_curves: None
     get_lr = train.get_lr
     train.get_lr = lambda it, cfg: (time.sleep(iteration_seconds), get_lr(it, cfg))[1]
@@ -150,11 +150,11 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
         child = context.Process(target=run_in_child, args=(cfg, 0.002))
         child.start()
         last = tmp_path / "killed" / "last.pt"
-        if kill > 0:  # the first kill may come before there is a checkpoint; then there is progress between two kills
+        if kill > 0:  # the first kill may come before there is a checkpoint; later ones wait for progress
             written = last.stat().st_mtime_ns if last.exists() else 0
             while child.is_alive() and not (last.exists() and last.stat().st_mtime_ns > written):
                 time.sleep(0.001)
-            if kill % 2:  # every other one in a save, or just behind it
+            if kill % 2:  # every other one in a save, or just after it
                 while child.is_alive() and not (tmp_path / "killed" / "last.pt.tmp").exists():
                     time.sleep(0.0002)
             else:
@@ -263,7 +263,7 @@ def test_resuming_names_what_changed_and_takes_it(data_dir, tmp_path, capsys, mo
     out = " ".join(capsys.readouterr().out.split())
     for words in ("weight_decay 0.1 -> 0.3", "tokens_per_iter 128 -> 256", "threads 1 -> 2"):
         assert words in out
-    assert groups[0].param_groups[0]["weight_decay"] == 0.3  # and not only said
+    assert groups[0].param_groups[0]["weight_decay"] == 0.3  # not only printed
     assert metrics(tmp_path)[-1]["tokens"] == 5 * 128 + 5 * 256
 
 
@@ -285,7 +285,7 @@ def run_command(data_dir, out_dir, *args) -> str:
 
 
 def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
-    """A forgotten flag changes nothing; a given one does; and what config.py has otherwise is said once."""
+    """A forgotten flag changes nothing, a given one does, and each difference from config.py is printed once."""
     out_dir = tmp_path / "run"
     run_command(data_dir, out_dir, *flags(data_dir, out_dir, max_iters=4)[2:], "--muon-lr-scale=3")
     assert "is finished (4 iterations)" in " ".join(run_command(data_dir, out_dir, "--resume").split())
@@ -307,11 +307,11 @@ def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
     assert "changed: max_iters 4 -> 6, weight_decay 0.1 -> 0.3" in out
     again = " ".join(run_command(data_dir, out_dir, "--auto-resume", "--max-iters=7", "--lr", "5e-3").split())
     assert "learning_rate 0.01 -> 0.005" in again
-    assert checkpoint.load(out_dir / "last.pt")["config"]["min_lr"] == 5e-4  # follows
+    assert checkpoint.load(out_dir / "last.pt")["config"]["min_lr"] == 5e-4  # follows --lr
 
 
 def test_a_last_pt_of_an_earlier_version_resumes(data_dir, tmp_path, monkeypatch):
-    """Fields that came later have what an earlier version computed: before Muon there was AdamW alone."""
+    """Fields added since then get the earlier behaviour: before Muon there was only AdamW."""
     train.train(tiny(data_dir, tmp_path / "straight", optimizer="adamw"))
     stop_at(monkeypatch, data_dir, tmp_path / "old", 7, optimizer="adamw")
     for name in ("last.pt", "best.pt"):
@@ -359,7 +359,7 @@ def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
 
 
 def test_evaluating_does_not_check_what_only_training_needs(data_dir, tmp_path, straight, capsys):
-    cfg = tiny(data_dir, straight, eval_only=True, batch_size=7)  # 128 tokens are no multiple of 7 windows
+    cfg = tiny(data_dir, straight, eval_only=True, batch_size=7)  # 128 tokens are not a multiple of 7 windows
     train.train(cfg)
     assert "nats per token" in capsys.readouterr().out
     short = write_data(tmp_path / "short", train_tokens=10)  # too few to train on
@@ -474,7 +474,7 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
 
 
 def full_disk(path: Path) -> None:
-    """From here on, what is written to `path` meets a full disk."""
+    """From here on, writing to `path` fails as on a full disk."""
     path.unlink(missing_ok=True)
     path.symlink_to("/dev/full")
 
@@ -521,7 +521,7 @@ def test_rows_that_cannot_be_written_wait_and_cost_nothing(data_dir, tmp_path, m
     monkeypatch.setattr(train, "get_lr", lambda it, cfg: (now.__setitem__(0, it + 1), get_lr(it, cfg))[1])
     monkeypatch.setattr("builtins.open", full)
     train.train(tiny(data_dir, tmp_path))
-    assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1  # said once
+    assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1  # printed once
     if until == 99:
         assert [row["iter"] for row in metrics(tmp_path)] == list(range(8))
         return
@@ -556,7 +556,7 @@ def test_a_disk_full_from_the_start(data_dir, tmp_path):
 
 
 def poison(monkeypatch, where: str, call: int) -> None:
-    """Make the loss, or a gradient, of the so many-th micro-step not a number."""
+    """Make the loss or a gradient NaN in micro-step `call`, counted from 0."""
     forward, calls = GPT.forward, iter(range(10**6))
 
     def poisoned(self, idx, targets=None, **rest):
@@ -667,12 +667,12 @@ def test_float16_gradients_that_no_scale_saves_stop_the_run(data_dir, tmp_path, 
 
 
 def little_memory(monkeypatch, sequences: int, training_only: bool = False) -> None:
-    """A device whose memory holds so many sequences in a micro-step: a first larger one slips through, a second not."""
+    """A device with memory for `sequences` in a micro-step. Of the larger ones, every second fails."""
     forward, larger = GPT.forward, itertools.count()
 
     def limited(self, idx, targets=None, **rest):
         if len(idx) > sequences and (self.training or not training_only) and next(larger) % 2 == 1:
-            torch.rand(1)  # an attempt that fails has used random numbers
+            torch.rand(1)  # a failed attempt has used random numbers
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return forward(self, idx, targets, **rest)
 
@@ -683,7 +683,7 @@ def little_memory(monkeypatch, sequences: int, training_only: bool = False) -> N
 def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     data_dir, tmp_path, monkeypatch, capsys, training_only
 ):
-    run = dict(dropout=0.0, optimizer="adamw")  # Muon's bfloat16 makes more of a rounding
+    run = dict(dropout=0.0, optimizer="adamw")  # Muon's bfloat16 amplifies rounding errors
     train.train(tiny(data_dir, tmp_path / "enough", **run))
     little_memory(monkeypatch, 1, training_only)
     capsys.readouterr()
@@ -691,7 +691,7 @@ def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     out = capsys.readouterr().out
     assert out.count("Out of memory") == 2 and "micro-steps of 1 sequence from here on, not 2" in out
     enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
-    # The biases of keys cancel in the softmax: their gradient is rounding alone, which Adam blows up to 1e-5 or so.
+    # The biases of keys cancel in the softmax: their gradient is only rounding, which Adam blows up to 1e-5 or so.
     torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
     for a, b in zip(metrics(tmp_path / "enough")[1:], metrics(tmp_path / "little")[1:], strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
@@ -746,7 +746,7 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
 def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
     data_dir, tmp_path, monkeypatch, straight, capsys
 ):
-    compile = torch.compile  # by its front half alone: no compiler of machine code is needed
+    compile = torch.compile  # only its front half runs: no compiler of machine code is needed
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
     train.train(tiny(data_dir, tmp_path, compile="on"))
     assert "compile    on\n" in capsys.readouterr().out
@@ -755,7 +755,7 @@ def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beside a run
+# --check and --eval-only
 
 
 def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, straight, capsys):
@@ -797,7 +797,7 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
     damaged = write_data(tmp_path / "damaged")
     shard = damaged / "train_000001.bin"
     content = bytearray(shard.read_bytes())
-    content[-1] ^= 1  # of the right size
+    content[-1] ^= 1  # the size stays right
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"train_000001.bin: is damaged"):
         train.train(tiny(damaged, tmp_path, check=True))
@@ -849,7 +849,7 @@ def test_micro_steps_make_the_gradient_of_one_large_step(data_dir, tmp_path):
 
 
 def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
-    """The whole of a short run, against a loop of its own that shares the model and the windows alone."""
+    """A whole short run, against a separate loop that shares only the model and the windows."""
     cfg = tiny(data_dir, tmp_path, dropout=0.0, optimizer="adamw", max_iters=10, grad_clip=0.5, eval_tokens=10**6)
     train.train(cfg)
     torch.manual_seed(cfg.seed)
@@ -883,7 +883,7 @@ def test_metrics_equal_a_plain_loop(data_dir, tmp_path):
     mean = sum(losses) / len(losses)
     assert rows[-1]["val_loss"] == pytest.approx(mean, abs=1e-5)
     assert rows[-1]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
-    assert rows[-1]["bits_per_byte"] == pytest.approx(mean / math.log(2), abs=1e-4)  # a byte a token, here
+    assert rows[-1]["bits_per_byte"] == pytest.approx(mean / math.log(2), abs=1e-4)  # a token is a byte here
 
 
 def test_validation_does_not_depend_on_the_batch_size(data_dir, tmp_path):
@@ -917,7 +917,7 @@ def test_help_shows_every_field():
 
 
 def test_every_field_is_read():
-    """No option that nothing reads."""
+    """Every option is read somewhere."""
     names = (
         "train.py",
         "internals/machine.py",
@@ -977,7 +977,7 @@ def test_a_run_outlives_its_listeners(data_dir, tmp_path, straight, redirection)
 @pytest.mark.skipif(os.name != "posix", reason="uses a pseudo-terminal")
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
 def test_a_run_outlives_its_terminal(data_dir, tmp_path, ignored):
-    """The terminal goes away: a hangup saves and ends. With nohup the run goes on, and SIGTERM still saves."""
+    """When the terminal closes, the hangup saves and ends the run. With nohup it continues, and SIGTERM still saves."""
     import pty
 
     slow = (
@@ -1002,7 +1002,7 @@ def test_a_run_outlives_its_terminal(data_dir, tmp_path, ignored):
     if ignored:
         saved = (out_dir / "last.pt").stat().st_mtime_ns
         while (out_dir / "last.pt").stat().st_mtime_ns == saved and time.monotonic() < deadline:
-            time.sleep(0.05)  # it goes on without its terminal
+            time.sleep(0.05)  # it continues without its terminal
         os.kill(process, signal.SIGTERM)
     _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 0

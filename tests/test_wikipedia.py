@@ -1,7 +1,7 @@
-"""internals/wikipedia.py: the hub's Wikipedia, with the hub's faults, and killed at random moments.
+"""internals/wikipedia.py: Wikipedia from the hub, with the hub's faults and with kills at random moments.
 
-Two variables make the last test larger: PREPARE_KILLS=50 is the number of kills, and WIKIPEDIA_SAMPLE_DIR together with
-TIKTOKEN_CACHE_DIR takes real articles.
+PREPARE_KILLS=50 sets the number of kills in the last test. With WIKIPEDIA_SAMPLE_DIR and TIKTOKEN_CACHE_DIR it then
+takes real articles.
 """
 
 import json
@@ -102,7 +102,7 @@ def test_the_hub(tmp_path, serve, hub_folder):
 
 
 def test_no_file_is_downloaded_that_max_tokens_do_not_reach(tmp_path, serve, hub_folder):
-    """Not by training the tokenizer either, where the first file holds its sample, as on the hub."""
+    """Training the tokenizer downloads no more either, if the first file holds its sample, as on the hub."""
     names = [{"name": str(path.relative_to(hub_folder))} for path in hub_folder.rglob("*.parquet")]
     order = [file["name"] for file in mixed(names)]
     write_parquet(hub_folder / order[0], make_articles(8000, seed=9))  # long enough: chunks are read ahead
@@ -120,7 +120,7 @@ def test_no_file_is_downloaded_that_max_tokens_do_not_reach(tmp_path, serve, hub
 
 @needs_wikipedia
 def test_preset_laptop_takes_english_wikipedia_and_needs_no_flag(tmp_path, serve, hub_folder):
-    """Real text, and a smaller sample for the tokenizer to save the test's time."""
+    """Real text, and a smaller sample for the tokenizer to keep the test short."""
     readme = hub_folder / "README.md"
     readme.write_text(readme.read_text().replace("simple", "en"))
     (hub_folder / "20231101.en").mkdir()
@@ -153,7 +153,7 @@ def test_faults_of_the_hub_are_overcome(tmp_path, serve, keep):
     )
     result = run_script(*code, env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
     assert result.returncode == 0, result.stderr
-    assert not handler.faults and not handler.unanswered  # each one happened
+    assert not handler.faults and not handler.unanswered  # every fault occurred
     assert "no answer in 5 s; trying again" in result.stderr
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
@@ -248,7 +248,7 @@ def test_kept_downloads_are_found_by_later_runs(tmp_path, serve):
 def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
     source = SimpleNamespace(files=[], download_folder=tmp_path)
     display = Display(config(tmp_path, "wikipedia"), source, Progress())
-    assert display.needed_for_downloads(10**18) == 10**18  # of the data folder's disk, which is checked with the shards
+    assert display.needed_for_downloads(10**18) == 10**18  # on the data folder's disk, which is checked with the shards
     source.download_folder = Path("/dev/shm")
     assert display.needed_for_downloads(1) == 0
     with pytest.raises(UserError, match=r"--keep-downloads: .* needed in /dev/shm"):
