@@ -109,7 +109,7 @@ class ModelConfig(Checked):
     n_inner: Count = 1536  # feed-forward dimensions (GPT-2: 4 times n_embd)
     block_size: Count = 256  # context: the most tokens that the model sees at once
     vocab_size: tyro.conf.Fixed[Count] = 50257  # the tokenizer's; train.py takes it from the data's meta.json
-    dropout: FractionOrAuto = 0.0  # probability; auto: 0, or where the run reads its text several times, 0.1 or 0.2
+    dropout: FractionOrAuto = 0.0  # probability; auto: 0, but 0.1 or 0.2 if the run reads its text several times
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,11 +139,11 @@ class PrepareConfig(DataDir):
     text_column: str = "text"  # of .parquet, .jsonl and .json: the column that holds the text
     encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
     separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
-    tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: one of its own, made from the source; or the tokenizer.json of another data folder
-    vocab_size: VocabSize | None = None  # of --tokenizer train: its tokens; None: 16,384, for laptop by the text's size
-    val_fraction: Share | None = None  # share held out; None: 0.005, of the sample 0.1, for laptop by the text's size
+    tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: a new one, trained on the source; or the tokenizer.json of another data folder
+    vocab_size: VocabSize | None = None  # tokens of --tokenizer train; None: 16,384 (laptop, demo: by the text's size)
+    val_fraction: Share | None = None  # share held out; None: 0.005 (sample: 0.1; laptop, demo: by the text's size)
     shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
-    max_tokens: Count | None = None  # stop after about so many, at an article's end or inside a long one; None: all
+    max_tokens: Count | None = None  # stop after about this many, at an article's end or inside a long one; None: all
     workers: Count | None = None  # tokenizing threads; None: one for each CPU core
     keep_downloads: bool = False  # of --source wikipedia: keep the downloaded files, in the Hugging Face cache (12 GB for en); later runs find them
     overwrite: bool = False  # delete the shards in data_dir and start again
@@ -155,14 +155,14 @@ class PrepareConfig(DataDir):
         require(self.source == () or all(self.source), "--source: names nothing; give wikipedia, sample, or a file")
         several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
         require(
-            not several_with_hub, "--source wikipedia: cannot be one text with files; prepare them into two folders"
+            not several_with_hub, "--source wikipedia: cannot be combined with files; prepare each into its own folder"
         )
         require(self.tokenizer != "", "--tokenizer: is empty; give gpt2, bytes, train or a tokenizer.json")
         require(
             self.vocab_size is None or self.tokenizer == "train",
-            f"--vocab-size {self.vocab_size}: only --tokenizer train takes it; other tokenizers have a size",
+            f"--vocab-size {self.vocab_size}: only for --tokenizer train; other tokenizers have a fixed size",
         )
-        require(self.show == () or all(self.show), "--show: names no token; give the number of one, from 0")
+        require(self.show == () or all(self.show), "--show: names no token; give token numbers, counted from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)
             require(value.encode("utf-8", "ignore").decode() == value, f"--{name.replace('_', '-')}: is not UTF-8")
@@ -213,15 +213,15 @@ class TrainConfig(Compute, DataDir):
     resume: bool = False  # continue from out_dir/last.pt with its settings; flags that are given change them
     auto_resume: bool = False  # continue if there is a run in out_dir, else start one: one command for a scheduler
     overwrite: bool = False  # delete the run in out_dir and start again
-    check: bool = False  # try everything, say what the run will take and whether it fits, write nothing
+    check: bool = False  # test the setup, report whether the run fits and how long it takes, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
-    config: FilePath = ""  # start with the settings in this config.json of another run (its folders aside)
-    init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id); it has the sizes
+    config: FilePath = ""  # start with the settings in this config.json of another run (except its folders)
+    init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id), with its sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
-    max_minutes: Positive | None = None  # of a new run: sets max_iters so that the whole command takes so long
-    max_epochs: Positive | None = None  # of a new run: lowers max_iters to at most so many passes over the text
-    batch_size: CountOrAuto = 64  # sequences for one device in one micro-step, at most; auto: what its memory holds
+    max_minutes: Positive | None = None  # of a new run: sets max_iters so that the whole command takes this long
+    max_epochs: Positive | None = None  # of a new run: lowers max_iters to at most this many passes over the text
+    batch_size: CountOrAuto = 64  # most sequences per device and micro-step; auto: as many as fit into GPU memory
     tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
@@ -304,10 +304,10 @@ class TrainConfig(Compute, DataDir):
 
 @dataclass(frozen=True)
 class GenerateConfig(Compute, CheckpointFile):
-    prompt: str = ""  # the text to continue; -: what stdin has; empty: a new article, from end-of-text
+    prompt: str = ""  # the text to continue; -: read it from stdin; empty: a new article, from end-of-text
     interactive: bool = False  # ask for prompts, one after another
     max_new_tokens: Natural = 200  # tokens to generate, at most
-    temperature: Rate = 0.8  # below 1 bolder in the likely, above 1 wilder; 0: always the likeliest token
+    temperature: Rate = 0.8  # below 1 favours likely tokens, above 1 unlikely ones; 0: always the likeliest token
     top_k: Count | None = 200  # sample among the k likeliest tokens; None: all
     top_p: Probability = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: Count = 1  # continuations of the prompt
@@ -316,7 +316,7 @@ class GenerateConfig(Compute, CheckpointFile):
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     stream: bool = True  # --no-stream: print the text when it is complete
     json: bool = False  # print JSON lines, one for each sample, instead of text
-    html: FilePath = ""  # also write a page: the text with each token's probability, a short one with attention
+    html: FilePath = ""  # also write an HTML page with each token's probability and, for short texts, attention
 
     def __post_init__(self):
         super().__post_init__()
@@ -331,7 +331,7 @@ class GenerateConfig(Compute, CheckpointFile):
 
 @dataclass(frozen=True)
 class ExportConfig(CheckpointFile):
-    out_dir: Folder = tyro.MISSING  # the folder to make; must be new, or empty
+    out_dir: Folder = tyro.MISSING  # the folder to create; must not exist yet
     format: Literal["hf", "gguf"] = "hf"  # hf: a Hugging Face GPT-2 folder; gguf: model.gguf for llama.cpp
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the weights; 16 bits halve the files
 

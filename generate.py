@@ -63,12 +63,12 @@ def main(cfg: GenerateConfig) -> None:
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
-    with enough_memory(f"--checkpoint {cfg.checkpoint}: too large for the memory"):
+    with enough_memory(f"--checkpoint {cfg.checkpoint}: does not fit into memory"):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
     if cfg.seed is None:
-        say(f"For the same text again, add --seed {seed}")
+        say(f"To get the same text again, add --seed {seed}")
     writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
     if cfg.interactive:
         interact(writer.answer)
@@ -145,7 +145,7 @@ class Writer:
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, self.generator)
         streams = [TextStream(self.tokenizer, cfg.stop, cfg.ignore_eot) for _ in range(cfg.num_samples)]
         steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
-        with enough_memory(f"--num-samples {cfg.num_samples}: too many for the memory; take fewer"):
+        with enough_memory(f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"):
             if cfg.json:
                 print_json(prompt, self.generator.initial_seed(), steps)
             else:
@@ -153,17 +153,17 @@ class Writer:
         if self.page:
             drawn = f"temperature {cfg.temperature:g}, top-k {cfg.top_k}, top-p {cfg.top_p:g}, seed {self.generator.initial_seed()}"
             self.page.write(drawn if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
-            say(f"Page of this text, for a browser: {cfg.html}")
+            say(f"Open this page in a browser: {cfg.html}")
 
 
 def interact(answer: Callable[[str], None]) -> None:
-    """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D leaves."""
+    """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D quits."""
     with contextlib.suppress(ImportError):  # Windows' Python lacks it, but Windows' terminal keeps a history
         import readline  # noqa: F401  (importing it gives input() a history and line editing)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is not UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        say("Enter continues your text, Ctrl-C stops it, Ctrl-D leaves.")
+        say("Enter continues your text, Ctrl-C stops it, Ctrl-D quits.")
     while True:
         try:
             answer(input("> " if terminal else ""))

@@ -1,11 +1,11 @@
 """Turn Wikipedia, or any text, into token shards: source -> articles -> tokens -> shards.
 
     python prepare_data.py                                  all of English Wikipedia, from the Hugging Face hub
-    python prepare_data.py --max-tokens 1_100_000_000       a fair quarter of it, enough for the default training run
-    python prepare_data.py --preset laptop                  one file of it and a tokenizer of its own, for two CPU cores
+    python prepare_data.py --max-tokens 1_100_000_000       about a quarter of it, enough for the default training run
+    python prepare_data.py --preset laptop                  one file of it, with its own tokenizer, for two CPU cores
     python prepare_data.py --preset demo                    the embedded sample
     python prepare_data.py --source my_texts --data-dir data/my_texts
-    python prepare_data.py --language hi --tokenizer train --data-dir data/hindi    with a vocabulary of its own
+    python prepare_data.py --language hi --tokenizer train --data-dir data/hindi    with its own tokenizer
 
 Stop it whenever you like: the same command resumes where it stopped.
 """
@@ -71,7 +71,7 @@ def prepare(cfg: PrepareConfig) -> None:
     if cfg.show:
         show_tokens(data_dir, list(chain.from_iterable(cfg.show)))
         return
-    held = f"--data-dir {data_dir}: another prepare_data.py is at work there; wait until it ends"
+    held = f"--data-dir {data_dir}: another prepare_data.py is running there; wait until it ends"
     try:
         with (
             writing(f"--data-dir {data_dir}", "the same command resumes where it stopped"),
@@ -80,7 +80,7 @@ def prepare(cfg: PrepareConfig) -> None:
             prepare_locked(cfg, data_dir)
     except KeyboardInterrupt as error:
         again = given_command(without="--overwrite")
-        raise UserError(f"stopped; what is done is kept. Continue: {again}") from error
+        raise UserError(f"stopped; finished work is kept. Continue: {again}") from error
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
@@ -120,7 +120,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     except UserError as error:
         if not progress.tokens:
             raise
-        hint = "what is done is kept for the same command; another source or other flags need --overwrite"
+        hint = "the same command keeps the finished work; a different source or flags need --overwrite"
         raise UserError(f"{error} ({hint})") from error
 
     # 4. The result
@@ -142,7 +142,7 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
         raise UserError("--keep-downloads: only --source wikipedia is downloaded; leave the flag out")
     if cfg.separator and ".txt" not in kinds:
         raise UserError(
-            "--separator: the source has no .txt file, and other formats have documents; leave the flag out"
+            "--separator: the source has no .txt file, and other formats already separate documents; leave the flag out"
         )
     return source
 
@@ -173,9 +173,7 @@ def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> s
     else:
         text = given_tokenizer(cfg.tokenizer)
     if progress.tokens and progress.tokenizers[-1] != sha256_of(text):
-        raise UserError(
-            f"{path}: is missing, and cannot be made again; put it back, or give --overwrite to start again"
-        )
+        raise UserError(f"{path}: is missing and cannot be recreated; restore it, or give --overwrite to start again")
     progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, sha256_of(text)]))
     progress.save(path.with_name("progress.json"), cfg, source)
     write_text(path, text)
@@ -307,7 +305,7 @@ class Pipeline:
                 f"--source {' '.join(self.cfg.sources)}: holds no text ({self.progress.empty} empty articles)"
             )
         if not self.progress.tail and (reason := self.progress.missed_share(self.cfg.held_out)):
-            print(f"{reason}; so the end of the text is held out instead")
+            print(f"{reason}; the end of the text is held out instead")
             self.start_again_with_tail()
         if self.progress.tail and self.progress.splits["val"].tokens == 0:
             self.hold_out_tail()

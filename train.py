@@ -246,8 +246,8 @@ def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     if not math.isfinite(val_loss):
         raise UserError(
-            f"the validation loss at iteration {state.iter} is {val_loss}; {run.out_dir}/last.pt holds the run as it was "
-            "before. Continue from there with --resume and a lower --learning-rate, or --dtype float32"
+            f"the validation loss at iteration {state.iter} is {val_loss}; {run.out_dir}/last.pt holds the last saved "
+            "state. Continue from there with --resume and a lower --learning-rate, or --dtype float32"
         )
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
@@ -264,8 +264,8 @@ def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> N
     best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
     state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
     now = len(run.val_windows) * block_size
-    run.machine.print(f"best.pt was chosen on {before * block_size:,} tokens of validation, not {now:,};")
-    run.machine.print(f"on these its loss is {state.best_val_loss:.4f}")
+    run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")
+    run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
 
 
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
@@ -275,7 +275,7 @@ def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
     try:
         return load_tokenizer(run.tokenizer)
     except UserError as error:
-        run.machine.print(f"Evaluations show no text: {error}")
+        run.machine.print(f"No sample text: {error}")
         return None
 
 

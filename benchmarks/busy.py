@@ -1,4 +1,4 @@
-"""Training and generating on a quiet CPU and beside one busy process, by how long OpenMP's threads spin while they wait.
+"""Training and generating on a quiet CPU and next to a busy process, for several spin times of waiting OpenMP threads.
 
     python benchmarks/busy.py [--spins default 0 1000 10000] [--seconds 5] [--rounds 3]
 

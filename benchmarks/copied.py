@@ -1,4 +1,4 @@
-"""How much of a model's samples stands word for word in the text that it was trained on.
+"""The share of a model's samples that is copied word for word from its training text.
 
     python train.py --preset demo
     python benchmarks/copied.py checkpoints/demo

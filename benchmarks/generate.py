@@ -4,8 +4,8 @@
 
 The default model (6 layers, 6 heads, 384 dimensions, context 256, GPT-2's vocabulary) with random weights continues a
 prompt of 8 tokens by 200, sampled with generate.py's defaults. All candidates run in this process, in turn, 9 rounds,
-with the number of threads that PyTorch takes (OMP_NUM_THREADS sets it). How long idle threads spin is the environment's,
-which nobody sets here; GOMP_SPINCOUNT=1500 is what the commands set (benchmarks/busy.py).
+with the number of threads that PyTorch takes (OMP_NUM_THREADS sets it). The environment decides how long idle threads
+spin; the benchmark does not set it. The commands set GOMP_SPINCOUNT=1500 (benchmarks/busy.py).
 
 The first table shows the median speed, and of the ratio within a round the median and both ends. A machine that slows
 down for a while hardly changes these ratios. "Not packed" is the same code without `pack_weights`. The limit is the speed

@@ -1,6 +1,6 @@
 """All figures that need a GPU, in parts of less than 8 minutes each.
 
-    python benchmarks/gpu.py --source DIR --nanogpt DIR                       every part that is left, one after another
+    python benchmarks/gpu.py --source DIR --nanogpt DIR                       all remaining parts, in order
     python benchmarks/gpu.py --source DIR --nanogpt DIR --part matrix-rate    some of them
 
 DIR are a folder of Wikipedia's parquet files and a checkout of nanoGPT. The results of a part are kept in
@@ -62,8 +62,8 @@ class Gpu:
     source: str | None = None  # what prepare_data.py --source takes; needed until the part `data` is done
     nanogpt: str | None = None  # folder of a checkout of nanoGPT; None: without its figures
     part: tuple[str, ...] = ()  # only these parts; none: all that are left
-    tokens: int = 150_000_000  # training tokens of the races, at most: 4 epochs of the text are the other limit
-    piece_minutes: float = 6.0  # of training, before a run stops until the next start
+    tokens: int = 150_000_000  # training tokens of a race, at most; never more than 4 epochs of the text
+    piece_minutes: float = 6.0  # minutes of training per start; the next start continues
     out: str = "checkpoints/gpu"  # folder for data, runs and figures
     small: bool = False  # tiny, on the CPU, to see that every part runs
 
@@ -112,7 +112,7 @@ def main() -> None:
         write_text(folder / "summary.md", gpu_summary.markdown(kept(folder), machine))
     print(f"\n{progress(args, folder)}\nAll figures: {folder / 'summary.md'}")
     if failed:
-        raise UserError(f"{', '.join(failed)}: failed, as told above; started again, they are tried again")
+        raise UserError(f"{', '.join(failed)}: failed, see above; start again to retry them")
 
 
 def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:

@@ -6,7 +6,7 @@
     without   the same as if gigatoken were not installed
     gigatoken gigatoken alone, all articles in one call, already in memory, with as many threads
     tiktoken  tiktoken alone, as it comes, on the same articles, already in memory, in as many processes
-    limit     the same with the pattern of internals/tokenizer.py, which cuts alike and is faster
+    limit     the same with the pattern of internals/tokenizer.py, which gives the same pieces faster
     usual     load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
 
 `ours`, `without` and `usual` include the start of Python, the others do not. `--times 4` makes that a small part. All are

@@ -49,7 +49,7 @@ class Comparison:
     n_layer: int | None = None  # number of layers, if not the preset's
     vocab_size: int = ModelConfig.vocab_size  # tokens of the vocabulary
     out: str | None = None  # file for the figures, as JSON
-    only: tuple[str, ...] = ()  # competitors by the beginnings of their names; empty: all
+    only: tuple[str, ...] = ()  # competitors whose names begin with these; empty: all
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def main() -> None:
     if args.out:
         write_json(args.out, results)
     if missing := [name for name in competitors(args) if name not in results]:
-        raise UserError(f"{', '.join(missing)}: failed, as told above")
+        raise UserError(f"{', '.join(missing)}: failed, see above")
 
 
 if __name__ == "__main__":

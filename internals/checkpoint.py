@@ -44,7 +44,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: has checkpoint format {checkpoint['format']}, but this version reads {FORMAT}")
     if missing := REQUIRED - checkpoint.keys():
-        raise UserError(f"{path}: is damaged (without {', '.join(sorted(missing))})")
+        raise UserError(f"{path}: is damaged (missing: {', '.join(sorted(missing))})")
     return checkpoint
 
 
@@ -90,7 +90,8 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
     except Exception as error:  # zip, pickle, torch, JSON and safetensors each have their own errors for a damaged file
         if is_memory_error(error):
             message = (
-                f"does not fit into the memory ({first_line(error)}); close other programs or take a larger machine"
+                f"does not fit into memory ({first_line(error)}); close other programs or "
+                "use a machine with more memory"
             )
         elif cause := refusal_to_read(path, error):
             message = f"cannot be read ({cause.strerror or first_line(cause)})"
@@ -162,5 +163,5 @@ def fitting(message: str) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         if is_memory_error(error):
-            raise UserError(f"the model does not fit into the memory ({first_line(error)})") from error
+            raise UserError(f"the model does not fit into memory ({first_line(error)})") from error
         raise UserError(f"{message} ({first_line(error)})") from error

@@ -45,7 +45,7 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
             reason = compile_problem(error)
     model.zero_grad()
     failed = machine.gather(torch.tensor([bool(reason)])).any().item()
-    return (model, f"off, since it failed here ({reason or 'in another process'})") if failed else (compiled, "on")
+    return (model, f"off, because compiling failed ({reason or 'in another process'})") if failed else (compiled, "on")
 
 
 def compile_problem(error: Exception) -> str:

@@ -76,7 +76,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"--device cuda: {obstacle.found}; {obstacle.advice}")
     mps = torch.backends.mps.is_available()
     if name == "mps" and not mps:
-        raise UserError(f"--device mps: PyTorch {torch.__version__} finds none here; take --device auto")
+        raise UserError(f"--device mps: PyTorch {torch.__version__} finds no such device; use --device auto")
     if name == "auto":
         name = "cuda" if not obstacle else "mps" if mps else "cpu"
     return torch.device(name)
@@ -128,12 +128,12 @@ def explain(complaint: str) -> Obstacle:
     if "no NVIDIA driver" in complaint:
         if not driver:
             return Obstacle(f"{pytorch} finds no NVIDIA driver", get_driver, False)
-        advice = "in a container, start it with --gpus all; elsewhere, install the driver anew"
+        advice = "in a container, start it with --gpus all; elsewhere, reinstall the driver"
         return Obstacle(f"{pytorch} cannot reach {driver}", advice, True)
     if hidden is not None and "No CUDA GPUs" in complaint:
         advice = "unset it, or give it the number of a card (0 is the first)"
         return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
-    advice = "if nvidia-smi does not list the card either, restart the machine or install the driver anew"
+    advice = "if nvidia-smi does not list the card either, restart the machine or reinstall the driver"
     return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
 
 
@@ -164,7 +164,7 @@ def missing_kernels() -> Obstacle | None:
     elif capability >= (5, 0):
         advice = f"{install('cu126')} has kernels for it"
     else:
-        advice = "it is too old for the PyTorch that this project needs; take --device cpu"
+        advice = "it is too old for the PyTorch that this project needs; use --device cpu"
     return Obstacle(found, advice, True)
 
 
@@ -237,13 +237,13 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
     """
     if name != "auto":
         if name == "float16" and device.type == "cpu":
-            raise UserError("--dtype float16: CPUs are a hundred times slower in it; take bfloat16 or float32")
-        return getattr(torch, name), "as asked"
+            raise UserError("--dtype float16: CPUs are a hundred times slower in it; use bfloat16 or float32")
+        return getattr(torch, name), "as requested"
     if device.type == "cuda":
         # is_bf16_supported() also says yes to GPUs that only emulate it: ask for the hardware's generation.
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
-            return torch.bfloat16, f"compute capability {major}.{minor} has it"
+            return torch.bfloat16, f"supported by compute capability {major}.{minor}"
         return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
     if device.type == "cpu":
         cpu = cpu_kernels.capabilities()

@@ -73,9 +73,7 @@ def find_files(sources: tuple[str, ...], sample: Path) -> Found:
     chosen = walk.choose(paths, alone=[Path(source).expanduser() for source in sources])
     if not chosen:
         reasons = Found(root, [], walk.left_out).reasons()
-        raise UserError(
-            f"--source {' '.join(sources)}: holds no file of text ({reasons or 'it is empty'}); give {KNOWN}"
-        )
+        raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons or 'it is empty'}); give {KNOWN}")
     refuse_pairs(chosen, root)
     return Found(root, chosen, walk.left_out)
 
@@ -205,11 +203,11 @@ class Walk:
         chosen = []
         for path, kind in types.items():
             if kind == ".json" and others and not any(os.path.abspath(path) == os.path.abspath(a) for a in alone):
-                self.left_out[".json beside other text (give it as a --source of its own)"] += 1
+                self.left_out[".json beside other text (give it as a separate --source)"] += 1
             elif kind:
                 chosen.append(path)
             else:
-                self.left_out["".join(path.suffixes[-2:]).lower() or "without an ending"] += 1
+                self.left_out["".join(path.suffixes[-2:]).lower() or "without an extension"] += 1
         return chosen
 
 

@@ -132,7 +132,7 @@ def check(model: nn.Module, reference: GPT2) -> None:
         ours = copy.deepcopy(model).double()(idx[None])[0]
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
-            raise UserError("the memory is too small to check the exported files; take a larger machine") from error
+            raise UserError("too little memory to check the exported files; use a machine with more memory") from error
         raise something_else(f"they cannot be compared in float64: {first_line(error)}") from error
     if ours.shape != theirs.shape:
         raise something_else(f"its logits are {tuple(ours.shape)}, those of GPT-2 {tuple(theirs.shape)}")
@@ -144,6 +144,6 @@ def check(model: nn.Module, reference: GPT2) -> None:
 
 def something_else(reason: str) -> UserError:
     return UserError(
-        f"the model computes something else than GPT-2 ({reason}); other tools would read its files wrongly, so nothing was "
-        "written. docs/export.md says what can be exported"
+        f"the model does not compute what GPT-2 computes ({reason}); other tools would read its files wrongly, so "
+        "nothing was written. docs/export.md says what can be exported"
     )

@@ -63,7 +63,7 @@ class TextPage:
         except OSError as error:
             raise UserError(f"--html {path}: cannot be read ({error.strerror}); name another file") from error
         if not free:
-            raise UserError(f"--html {path}: is there, and not a page of this command; name another file")
+            raise UserError(f"--html {path}: exists and was not written by this command; name another file")
 
     def write(self, sampling: str, prompt: Sequence[int], samples: Sequence[Sequence[int]]) -> None:
         """Write the page.

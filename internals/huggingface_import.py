@@ -88,7 +88,7 @@ def read_config(source: str) -> ModelConfig:
         found["activation_function"] = ARCHITECTURE["activation_function"]
     for key, value in ARCHITECTURE.items():
         if found.get(key, value) != value:
-            raise UserError(f"{source}: its config.json says {key} = {found[key]!r}; only {value!r} is computed here")
+            raise UserError(f"{source}: its config.json says {key} = {found[key]!r}; only {value!r} is supported")
     sizes = {name: read_size(source, found, names, default) for name, (names, default) in SIZES.items()}
     if sizes["n_inner"] is None:
         sizes["n_inner"] = 4 * sizes["n_embd"]
@@ -196,7 +196,7 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
         if names:
             raise UserError(f"{source}: {len(names)} tensors are {problem}: {min(names)} among them")
     if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
-        raise UserError(f"{source}: its output head is not tied to its embedding; only such models are computed here")
+        raise UserError(f"{source}: its output head is not tied to its embedding; only tied heads are supported")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     shapes["transformer.wte.weight"] = torch.Size([rows, config.n_embd])
     fitted = {name: fit_tensor(source, name, tensor, shapes[name]) for name, tensor in weights.items()}
@@ -242,7 +242,7 @@ def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor: `{"transformer.wte.weight": "model-00001-of-00002.safetensors", ...}`."""
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise UserError(f"{path}: is damaged (without a weight_map, the file of each tensor)")
+        raise UserError(f"{path}: is damaged (weight_map, the file of each tensor, is missing)")
     for file in files.values():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
             raise UserError(f"{path}: is damaged ({file!r} is not the name of a safetensors file beside it)")

@@ -150,6 +150,6 @@ def make_machine(cfg: TrainConfig) -> Machine:
         dtypes = [dtype] * processes
         dist.all_gather_object(dtypes, dtype)
         if len(set(dtypes)) > 1:
-            dtype, reason = torch.float32, "the processes' devices differ in their fastest one"
+            dtype, reason = torch.float32, "the processes' devices have different fastest dtypes"
     torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are any
     return Machine(device, dtype, reason, rank, processes)

@@ -69,7 +69,8 @@ def fit_minutes(
         iterations = min(tries)
     words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
-        f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed: time for {iterations:,} iterations"
+        f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; this "
+        f"leaves time for {iterations:,} iterations"
     )
     machine.print(wrap(words))
     return dataclasses.replace(cfg, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
@@ -92,7 +93,7 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
     shortest = choose_numbers(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
     minutes = math.ceil(10 * (passed + timing.of_run(shortest)) / (1 - MARGIN) / 60) / 10
     raise UserError(
-        f"--max-minutes {cfg.max_minutes:g}: is too short. An iteration takes {timing.iteration:.3g} s here, an evaluation "
+        f"--max-minutes {cfg.max_minutes:g}: too short. An iteration takes {timing.iteration:.3g} s here, an evaluation "
         f"with its text, page and checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; give "
         f"at least --max-minutes {minutes:g}, or a smaller model"
     )

@@ -60,7 +60,7 @@ class MicroBatch:
     def _shrink(self) -> None:
         smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
         self.machine.print(
-            f"Out of memory: micro-steps of {plural(smaller, 'sequence')} from here on, not {self.size}; the same run."
+            f"Out of memory: micro-steps now have {plural(smaller, 'sequence')}, not {self.size}; the run is the same."
         )
         self.size = smaller
         self.model.zero_grad()

@@ -157,16 +157,14 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     )
     rows = {
         "speed": ", ".join(filter(None, speed)),
-        "memory": f"{size(memory.peak)} at the peak, of {size(memory.total)}"
-        if known
-        else "not measured on this device",
+        "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if known else "not measured on this device",
         "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations",
         "disk": f"{size(disk)} for checkpoints, half of it only while one is written",
     }
     if batch_size < run.batch_size:
         if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
-            rows["memory"] += "; the attempts that did not fit are counted, too"
-        rows["batch"] = f"--batch-size {run.batch_size} does not fit, {batch_size} does: training will take that"
+            rows["memory"] += ", including the attempts that did not fit"
+        rows["batch"] = f"--batch-size {run.batch_size} does not fit; training will use {batch_size}"
     return lines(rows)
 
 
@@ -185,7 +183,7 @@ def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
     obstacle, seconds = cuda_obstacle(), flops / cpu_flops(run.machine.dtype)
     raise UserError(
         f"--device auto: no GPU, and on this CPU the run would take about {about(seconds)} ({flops:.1e} floating-point "
-        f"operations). {obstacle.found}; {obstacle.advice}. --device cpu trains here all the same"
+        f"operations). {obstacle.found}; {obstacle.advice}. To train on this CPU anyway, give --device cpu"
     )
 
 
@@ -198,8 +196,8 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
     if tokens / epoch > MANY_EPOCHS:
         iters = max(1, 20 * epoch // cfg.tokens_per_iter)
         advice.append(
-            f"{tokens / epoch:,.0f} epochs: the run reads the same {epoch:,} tokens that often, and after about 20 times "
-            f"it only learns them by heart; prepare more text, or give --max-iters {iters:,}"
+            f"{tokens / epoch:,.0f} epochs: after about 20 passes over the same {epoch:,} tokens the model only "
+            f"memorises them; prepare more text, or give --max-iters {iters:,}"
             + (" and a smaller --tokens-per-iter" if iters < 100 else "")
         )
     if run.machine.device.type == "cpu":
@@ -224,12 +222,12 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
     usual = with_preset(ModelConfig, cfg.preset)
     if model.n_embd != usual.n_embd and model.n_inner == usual.n_inner != 4 * model.n_embd and not cfg.init_from:
         advice.append(
-            f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,}, where GPT-2 has "
-            f"4 times; give --n-inner {4 * model.n_embd}"
+            f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,} (GPT-2 "
+            f"uses 4 times); give --n-inner {4 * model.n_embd}"
         )
     if cfg.learning_rate > 0.03:
         advice.append(
-            f"--learning-rate {cfg.learning_rate:g} will most likely diverge; rates lie between 1e-4 and 1e-2"
+            f"--learning-rate {cfg.learning_rate:g} will most likely diverge; usual rates are between 1e-4 and 1e-2"
         )
     return advice
 

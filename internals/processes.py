@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from internals.start import FIRST_PROCESS_ENDED, UserError
 
-LOST_PROCESS = "another process of this run ended, and so does this one; --resume continues it"
+LOST_PROCESS = "another process of this run ended, so this one ends too; continue with --resume"
 # Seconds for a process to end by itself after another one has ended. More than the seconds for which a process lets
 # process 0 speak first (internals/start.py).
 GRACE = 5
@@ -50,8 +50,8 @@ def join_processes(device: torch.device) -> torch.device:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine finds no GPU of its own, there "
-                f"are {torch.cuda.device_count()}"
+                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU, there are only "
+                f"{torch.cuda.device_count()}; give at most that many processes"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

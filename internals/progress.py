@@ -248,8 +248,8 @@ class Display:
         if disk > free:
             fits = int(self.progress.tokens + 0.8 * free / 2)
             raise UserError(
-                f"--data-dir {self.cfg.data_dir}: {disk / 1e9:,.2f} GB more are needed there, and {free / 1e9:,.2f} GB "
-                f"are free; make room and give the same command, or start again with --overwrite --max-tokens {fits}"
+                f"--data-dir {self.cfg.data_dir}: needs {disk / 1e9:,.2f} GB more, but only {free / 1e9:,.2f} GB are "
+                f"free; make room and repeat the command, or start again with --overwrite --max-tokens {fits}"
             )
 
     def needed_for_downloads(self, size: int) -> int:
@@ -260,8 +260,8 @@ class Display:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise UserError(
-                f"--keep-downloads: {size / 1e9:,.2f} GB more are needed in {folder}, and {free / 1e9:,.2f} GB are free; "
-                "make room, or point HF_HOME to another disk, or leave the flag out"
+                f"--keep-downloads: needs {size / 1e9:,.2f} GB more in {folder}, but only {free / 1e9:,.2f} GB are "
+                "free; make room, or point HF_HOME to another disk, or leave the flag out"
             )
         return 0
 

@@ -37,8 +37,8 @@ class Reference:
     def summary(self) -> str:
         """The reference in words, for the start-up summary."""
         if self.same_text:
-            return f"this run on {self.description}: its losses beside yours"
-        return f"these settings on {self.description}: its bits per byte beside yours, which are of other articles"
+            return f"{self.description}; its losses are printed next to yours"
+        return f"{self.description}, on other articles; its bits per byte are printed next to yours"
 
     def beside(self, iter: int) -> str:
         """The reference at an iteration, for the line of an evaluation. Two texts compare only in bits per byte."""

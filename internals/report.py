@@ -136,7 +136,7 @@ def page_status(cfg: TrainConfig, row: dict[str, Any], running: bool) -> str:
     text = f"iteration {row['iter']:,} of {cfg.max_iters:,} · {duration(row['seconds'])} of training"
     if running and 0 < row["iter"] < cfg.max_iters:
         left = row["seconds"] / row["iter"] * (cfg.max_iters - row["iter"])
-        text += f", about {duration(left)} left without evaluations"
+        text += f", about {duration(left)} left, not counting evaluations"
     return f"{text} · {datetime.now():%Y-%m-%d %H:%M}"
 
 
@@ -288,7 +288,8 @@ class Rows:
             with contextlib.suppress(OSError):
                 os.rename(self.path, aside)
             tqdm.write(
-                f"{self.path} cannot be read ({first_line(error)}); it is now {aside.name}, and a new one begins"
+                f"{self.path} cannot be read ({first_line(error)}); it was renamed to {aside.name}, and a "
+                "new file is started"
             )
             return b""
 

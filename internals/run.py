@@ -146,8 +146,8 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, here))
     if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
         raise UserError(
-            f"--{given[0].replace('_', '-')}: is for a new run; the one in {cfg.out_dir} has {then.max_iters:,} iterations, and "
-            "--max-iters changes that"
+            f"--{given[0].replace('_', '-')}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
+            "iterations; change that with --max-iters"
         )
     resumed = dataclasses.replace(resumed, max_minutes=None, max_epochs=None)  # --auto-resume: they are for a new run
     changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
@@ -157,7 +157,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     kept = [
         f"kept from last.pt: {name} {plain(old)} (config.py: {plain(new)}); "
         + (
-            "another one needs another --out-dir"
+            "a different value needs another --out-dir"
             if name in (*vars(resumed.model), "optimizer", "init_from")
             else f"--{name.replace('_', '-')} {plain(new)} changes it"
         )
@@ -214,7 +214,7 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
     if cfg.resume or (cfg.auto_resume and last.exists()):
         saved = checkpoint.load(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
-            raise UserError(f"{last}: cannot be resumed from (without {', '.join(sorted(missing))})")
+            raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
     elif not (cfg.overwrite or cfg.check or cfg.eval_only):
         check_unused(Path(cfg.out_dir))
     if not (cfg.check or cfg.eval_only):
@@ -276,7 +276,7 @@ def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Mac
     """On a CPU, a resumed run with `--dtype auto` keeps the dtype that it began with, whatever this CPU is best at."""
     began = saved["machine"]
     if cfg.dtype == "auto" and machine.device.type == "cpu" and began["device"] == "cpu":
-        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), dtype_reason="as the run began")
+        return dataclasses.replace(machine, dtype=getattr(torch, began["dtype"]), dtype_reason="as in the run so far")
     return machine
 
 
@@ -300,13 +300,14 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
     if "optimizer" in changed:
         old, new = changed["optimizer"]
         raise UserError(
-            f"{last} was trained with --optimizer {old}, whose state {new} cannot use; give that, or another --out-dir"
+            f"{last} was trained with --optimizer {old}, whose state {new} cannot use; give --optimizer {old}, "
+            "or another --out-dir"
         )
     changed |= differences(saved["machine"], machine.describe(), machine.describe())
     words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_SETTINGS]
     if "max_iters" in changed:
         before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
-        words.append(f"learning rate {before:.2e} -> {after:.2e} here, as the cosine ends at {cfg.max_iters:,}")
+        words.append(f"learning rate {before:.2e} -> {after:.2e} because the cosine now ends at {cfg.max_iters:,}")
     return tuple(words)
 
 
@@ -390,7 +391,7 @@ def lock_run_folder(run: Run) -> Iterator[None]:
     if not run.machine.is_main:
         yield
         return
-    held = f"--out-dir {run.out_dir}: another training is at work there; give another --out-dir"
+    held = f"--out-dir {run.out_dir}: another training run is using it; give another --out-dir"
     with locked(run.out_dir, held):
         names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp", "run.html.tmp"]
         if run.resumed_at is None:

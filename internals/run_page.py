@@ -13,8 +13,8 @@ NAMES = {"training": "training", "validation": "validation", "rate": "learning r
 UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
 POINTS = 2_000  # of the training curve, at most
 
-OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared in bits per byte alone, and is drawn
-where this run's validation loss has as many."""
+OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared only in bits per byte, so it is
+drawn at the loss that gives the same bits per byte on this run's text."""
 
 BODY = """<header><h1>{title}</h1>
 <p class="status"><b>{state}</b> {status}</p></header>
@@ -23,7 +23,7 @@ BODY = """<header><h1>{title}</h1>
 <svg id="chart" role="img" aria-label="Losses and learning rate over the iterations"></svg>
 <ul id="reading" aria-live="polite"></ul>
 <p class="note">The loss is the mean surprise at the next token, in nats: training measures it on the text of the step,
-validation on text that the model never trains on. A guess among all {vocab_size:,} tokens would have {blind:.2f}; lower is
+validation on text that the model never trains on. Guessing among all {vocab_size:,} tokens gives {blind:.2f}; lower is
 better.{reference}</p>
 <p class="note">The learning rate is how far each step moves the weights. It rises at first, when gradients are large and
 erratic, and then falls, so that the model settles.</p></section>

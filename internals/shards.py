@@ -180,7 +180,7 @@ def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
         return meta["tokenizer"]
     path, advice = (
         Path(data_dir) / TOKENIZER_FILE,
-        "put it back, or prepare the data again (prepare_data.py --overwrite)",
+        "restore it, or prepare the data again (prepare_data.py --overwrite)",
     )
     try:
         text = path.read_bytes().decode()

@@ -22,7 +22,7 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
         signal.signal(number, signal.SIG_DFL)
         if machine.is_main:
             with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
-                os.write(2, b"\nStopping: this iteration is finished and saved first. Once more to stop at once.\n")
+                os.write(2, b"\nStopping after this iteration, which is saved. Repeat to stop at once.\n")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]

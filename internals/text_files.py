@@ -113,7 +113,10 @@ class LocalFiles(Source):
         text = f"{self.name}: {counted(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
         text += f"; {self.left_out}" if self.left_out else ""
         if self.undivided and self.options.separator:
-            text += f"\nnote: {listed(self.undivided)}: no --separator is in there, so each such file is one document"
+            text += (
+                f"\nnote: {listed(self.undivided)}: the --separator does not occur there, so each of these "
+                "files is one document"
+            )
         elif self.undivided:
             text += (
                 f"\nnote: {listed(self.undivided)} holds the characters {END_OF_TEXT}, which are taken as text; "

@@ -53,7 +53,7 @@ def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
         except (OSError, ValueError) as error:  # the cache cannot be read or written, or the file is another one
             raise UserError(f"{VOCABULARY}: could not be read or stored ({error}); {VOCABULARY_ADVICE}") from error
         return tiktoken.Encoding(**{**encoding, "pat_str": GPT2_PATTERN})
-    raise UserError(f"no tokenizer is called {tokenizer!r}: there are {' and '.join(NAMES)}, and own ones")
+    raise UserError(f"there is no tokenizer {tokenizer!r}; give gpt2, bytes or a tokenizer.json")
 
 
 def is_json(tokenizer: str) -> bool:

@@ -94,7 +94,7 @@ class HubWikipedia(Source):
             if count and len(paths) == int(count[1]):
                 return {"commit": commit, "files": mixed([cached_file(self.config, path) for path in paths])}
         raise UserError(
-            f"{REPOSITORY} {self.config}, revision {revision}: is not whole in the cache ({cache.parent}), and HF_HUB_OFFLINE "
+            f"{REPOSITORY} {self.config}, revision {revision}: is incomplete in the cache ({cache.parent}), and HF_HUB_OFFLINE "
             "is set; go online and unset it"
         )
 
@@ -216,7 +216,7 @@ def is_whole(path: Path, file: SourceFile) -> bool:
 
 def ask_hub(what: str, action: Callable[[], T]) -> T:
     """The result of `action`, tried several times while the network or the hub fails."""
-    advice = "what is done is kept: give the same command when the network is back"
+    advice = "finished work is kept; repeat the command when the network is back"
     return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
 
 

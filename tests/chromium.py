@@ -89,7 +89,7 @@ class Browser:
     def wait_until(self, script: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
         while not self.run(script):
-            assert time.monotonic() < end, f"not within {seconds} s: {script}"
+            assert time.monotonic() < end, f"still false after {seconds} s: {script}"
             time.sleep(0.05)
 
     def show(self, width: int, height: int = 900, dark: bool = False, touch: bool = False) -> None:

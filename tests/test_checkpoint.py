@@ -74,7 +74,7 @@ def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path):
         ([1, 2], "is not a checkpoint written by this project"),
         ({"model": {}}, "is not a checkpoint written by this project"),
         ({"format": 2}, "has checkpoint format 2, but this version reads 1"),
-        ({"format": 1, "model": {}, "config": {}}, r"is damaged \(without iter, tokenizer, tokens, val_loss\)"),
+        ({"format": 1, "model": {}, "config": {}}, r"is damaged \(missing: iter, tokenizer, tokens, val_loss\)"),
     ):
         torch.save(value, path)
         with pytest.raises(UserError, match=message):

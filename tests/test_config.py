@@ -43,7 +43,7 @@ def test_help_shows_every_field_with_its_comment_and_default(script):
     assert shown.returncode == 0, shown.stderr
     text = unboxed(shown.stdout)
     for name, comment in flags(COMMANDS[script]).items():
-        assert comment, f"{name} has no comment beside it"
+        assert comment, f"{name} has no comment on its line"
         flag = name.replace("_", "-")
         assert re.search(rf"--(no-)?{flag}\b", text), f"--{flag} is not in {script} --help"
         assert " ".join(comment.split()) in text, f"the comment of {name} is not in {script} --help"

@@ -22,7 +22,7 @@ PROCESSORS = {
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="needs oneDNN, and a processor on which it computes in bfloat16",
+    reason="needs oneDNN and a processor that it supports in bfloat16",
 )
 
 
@@ -37,7 +37,7 @@ def is_packed(model: GPT) -> bool:
     return PackedLinear in kinds
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux's own description of the processor")
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs /proc/cpuinfo")
 def test_the_processor_is_what_the_system_says():
     with open("/proc/cpuinfo") as file:
         text = file.read()

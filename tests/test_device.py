@@ -40,10 +40,10 @@ def test_auto_dtype_on_a_cpu_follows_from_its_instructions(monkeypatch, processo
     assert device.resolve_dtype("auto", cpu, generating=True)[0] == generating
     with pytest.raises(UserError, match="--dtype float16: CPUs are"):
         device.resolve_dtype("float16", cpu)
-    assert device.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as asked")
+    assert device.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as requested")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs Linux's own description of the processor")
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs /proc/cpuinfo")
 def test_an_older_pytorch_tells_the_same_processors_apart(monkeypatch):
     cpu_kernels.capabilities.cache_clear()
     newer = [device.resolve_dtype("auto", torch.device("cpu"), generating=generating) for generating in (False, True)]
@@ -112,7 +112,7 @@ def test_a_machine_without_a_card_is_told_only_when_it_asks(monkeypatch, complai
     assert device.unused_card("auto", device.resolve_device("auto")) == ""
     with pytest.raises(UserError, match=r"--device cuda: PyTorch .*for an NVIDIA card, install its driver"):
         device.resolve_device("cuda")
-    with pytest.raises(UserError, match=r"--device mps: PyTorch .* finds none here"):
+    with pytest.raises(UserError, match=r"--device mps: PyTorch .* finds no such device"):
         device.resolve_device("mps")
 
 
@@ -165,7 +165,7 @@ OLD, NEW, FUTURE = ("NVIDIA GeForce GTX 1080 Ti", (6, 1)), ("NVIDIA GeForce RTX 
         ),
         ([OLD, NEW], None, ["GPU 0, NVIDIA GeForce GTX", "; CUDA_VISIBLE_DEVICES=1 takes the NVIDIA GeForce RTX 4090"]),
         ([OLD, NEW], "3,5", ["; CUDA_VISIBLE_DEVICES=5 takes the NVIDIA GeForce RTX 4090"]),
-        ([("NVIDIA Tesla K80", (3, 7))], None, ["too old for the PyTorch that this project needs; take --device cpu"]),
+        ([("NVIDIA Tesla K80", (3, 7))], None, ["too old for the PyTorch that this project needs; use --device cpu"]),
         ([FUTURE], None, ["take a newer build: pip install"]),
     ],
 )
@@ -236,9 +236,7 @@ def test_the_commands_say_in_a_line_that_a_card_is_not_used(data_dir, tmp_path, 
     put_nvidia_smi(monkeypatch, tmp_path / "bin", "echo 'NVIDIA L4, 580.65.06'")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     run = tiny(data_dir, tmp_path / "run", device="auto", max_iters=2)
-    with pytest.raises(
-        UserError, match=r"--device auto: no GPU.*NVIDIA L4, driver 580.65.06.*--device cpu trains here"
-    ):
+    with pytest.raises(UserError, match=r"--device auto: no GPU.*NVIDIA L4, driver 580.65.06.*To train on this CPU"):
         train.train(dataclasses.replace(run, max_iters=10**10))
     assert not (tmp_path / "run").exists()
     line = "GPU not used: PyTorch "

@@ -129,7 +129,7 @@ GPT.forward = limited"""
     result, _ = run(torchrun(*command, script=with_fault(tmp_path, short)))
     assert result.returncode == 0, result.stderr
     for size, count in ((2, "2 sequences"), (1, "1 sequence")):
-        assert result.stdout.count(f"micro-steps of {count} from here on, not {2 * size}; the same run") == 1
+        assert result.stdout.count(f"micro-steps now have {count}, not {2 * size}; the run is the same") == 1
     for enough, little in zip(metrics(two[0]), metrics(tmp_path / "run"), strict=True):
         for name in ("train_loss", "val_loss"):
             assert little.get(name) == pytest.approx(enough.get(name), abs=1e-5)
@@ -189,7 +189,7 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
         output = launcher.communicate(timeout=60)[0].decode()
     finally:
         launcher.kill()
-    assert output.count("Stopped at iteration") == output.count("Stopping:") == 1, output
+    assert output.count("Stopped at iteration") == output.count("Stopping after") == 1, output
     (again,) = re.findall("Continue: (.*)", output)
     assert again.startswith("torchrun --standalone --nproc-per-node 2 ") and again.endswith("--resume"), again
     assert 0 < checkpoint.load(out_dir / "last.pt")["iter"] < 20

@@ -155,7 +155,7 @@ def test_tables_are_whole(page):
     """A table's rows are adjacent and have as many cells as its header; otherwise it does not render."""
     for block in re.findall(r"(?:^\|.*\n?)+", without_fences(TEXTS[page]), re.M):
         rows = block.splitlines()
-        assert len(rows) > 2 and re.fullmatch(r"[|\-: ]+", rows[1]), f"{page}: a table without a head: {rows[0]}"
+        assert len(rows) > 2 and re.fullmatch(r"[|\-: ]+", rows[1]), f"{page}: a table without a header: {rows[0]}"
         cells = [len(re.sub(r"`[^`]*`", "", row).split("|")) for row in rows]
         assert len(set(cells)) == 1, f"{page}: rows of {sorted(set(cells))} cells in the table of {rows[0]}"
 

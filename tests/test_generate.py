@@ -504,7 +504,7 @@ def test_json_lines(best):
         assert row["prompt"] == "abc" and row["tokens"] == 20
         assert row["tokens_per_second"] == pytest.approx(20 / row["seconds"], rel=0.05)
         assert (
-            f"For the same text again, add --seed {row['seed']}" in run.stderr
+            f"To get the same text again, add --seed {row['seed']}" in run.stderr
         )  # without --seed, the seed that was drawn is printed
     assert len({row["text"] for row in rows}) == 3
 
@@ -651,7 +651,7 @@ def test_a_model_too_large_for_the_device(best, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(generate, "pack_weights", fail)
-    with pytest.raises(UserError, match="too large for the memory"):
+    with pytest.raises(UserError, match="does not fit into memory"):
         generate.main(GenerateConfig(checkpoint=str(best), device="cpu"))
 
 

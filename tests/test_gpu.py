@@ -35,7 +35,7 @@ def assert_no_pages(stderr: str) -> None:
 def test_a_run_and_its_resume(demo, tmp_path):
     begun = run_on_fake_gpu(*demo, "--out-dir", tmp_path, "--max-iters", 2)
     assert begun.returncode == 0, begun.stderr
-    assert "device     NVIDIA GeForce RTX 4090, bfloat16 (compute capability 8.9 has it)" in begun.stdout
+    assert "device     NVIDIA GeForce RTX 4090, bfloat16 (supported by compute capability 8.9)" in begun.stdout
     resumed = run_on_fake_gpu(*demo, "--out-dir", tmp_path, "--max-iters", 4, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "at iteration 2; changed: max_iters 2 -> 4" in resumed.stdout
@@ -85,10 +85,10 @@ def test_a_run_waits_for_the_card_once_an_iteration_and_never_in_a_micro_step(de
 def test_out_of_memory_halves_the_batch_and_check_reports_the_peak_of_what_fits(demo, tmp_path):
     little = run_on_fake_gpu(*demo, "--check", "--out-dir", tmp_path, FAKEGPU_MIB=CONTEXT + 110)
     assert little.returncode == 0, little.stderr
-    assert "Out of memory: micro-steps of 16 sequences from here on, not 32; the same run." in little.stdout
-    assert "--batch-size 32 does not fit, 16 does" in " ".join(little.stdout.split())
+    assert "Out of memory: micro-steps now have 16 sequences, not 32; the run is the same." in little.stdout
+    assert "--batch-size 32 does not fit; training will use 16" in " ".join(little.stdout.split())
     enough = run_on_fake_gpu(*demo, "--check", "--out-dir", tmp_path, "--batch-size", 16)
-    peaks = [int(re.search(r"memory +(\d+) MiB at the peak", run.stdout)[1]) for run in (little, enough)]
+    peaks = [int(re.search(r"memory +peak (\d+) MiB", run.stdout)[1]) for run in (little, enough)]
     assert peaks[0] == peaks[1]
 
 
@@ -103,7 +103,9 @@ def test_a_card_that_others_fill_is_named(demo, tmp_path):
 def test_an_old_driver_ends_a_long_run_and_costs_a_short_one_a_line(demo, tmp_path):
     words = "needs a newer NVIDIA driver than this one, which is for CUDA 12.4; update the driver"
     long = run_on_fake_gpu(*demo, "--out-dir", tmp_path, "--max-iters", 1_000_000, FAKEGPU_DRIVER=12040)
-    assert_user_error(long, "--device auto: no GPU", words, "whl/cu126", "--device cpu trains here all the same")
+    assert_user_error(
+        long, "--device auto: no GPU", words, "whl/cu126", "To train on this CPU anyway, give --device cpu"
+    )
     assert not list(tmp_path.iterdir())
     short = run_on_fake_gpu(*demo, "--out-dir", tmp_path, "--max-iters", 1, FAKEGPU_DRIVER=12040)
     assert short.returncode == 0 and "device     cpu" in short.stdout, short.stderr
@@ -138,5 +140,5 @@ def test_without_a_c_compiler_a_run_says_so_and_continues(demo, tmp_path):
     options = ["--compile", "on", "--max-iters", 1, "--out-dir", tmp_path / "out"]
     result = run_on_fake_gpu(*demo, *options, PATH=tools, **caches)
     assert result.returncode == 0, result.stderr
-    (line,) = re.findall(r"compile (off, since .*?) model \d", " ".join(result.stdout.split()))
+    (line,) = re.findall(r"compile (off, because .*?) model \d", " ".join(result.stdout.split()))
     assert "Failed to find C compiler" in line and "it needs a C compiler and Python's headers" in line

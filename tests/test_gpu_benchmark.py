@@ -54,7 +54,7 @@ def test_competitors_that_fail_are_named_and_the_others_get_their_turn():
     result = run_script("benchmarks/train.py", "--device", "cuda", "--n-layer", 1, "--rounds", 1)
     assert result.returncode == 2
     message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("error: ") and message.endswith(": failed, as told above")
+    assert message.startswith("error: ") and message.endswith(": failed, see above")
     assert all(name in message for name in ("ours", "ours, eager", "transformers GPT-2"))
 
 

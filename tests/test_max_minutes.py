@@ -123,7 +123,8 @@ def test_the_iterations_follow_from_the_clock(data_dir, tmp_path, speed, monkeyp
     train.train(tiny(data_dir, tmp_path / "run", max_minutes=3.0, eval_interval=100, check=True))
     out = capsys.readouterr().out
     assert (
-        "and 30 s have passed: time for 128 iterations" in " ".join(out.split()) and "run        128 iterations" in out
+        "and 30 s have passed; this leaves time for 128 iterations" in " ".join(out.split())
+        and "run        128 iterations" in out
     )
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
 
@@ -155,7 +156,7 @@ def test_minutes_and_epochs_as_commands(data_dir, tmp_path):
     assert max_iters(run) == 2 * 61 * 16 // 128
     for flag in ("--max-minutes=1", "--max-epochs=1"):
         refused = run_script("train.py", "--data-dir", data_dir, "--out-dir", run, "--resume", flag)
-        assert_user_error(refused, flag.split("=")[0], "is for a new run", "15 iterations", "--max-iters")
+        assert_user_error(refused, flag.split("=")[0], "is only for a new run", "15 iterations", "--max-iters")
         again = run_command(data_dir, run, "--auto-resume", flag)
         assert "is finished (15 iterations)" in " ".join(again.split())
     longer = run_command(data_dir, run, "--resume", "--max-iters=17")

@@ -16,7 +16,7 @@ from internals.run_length import choose_numbers
 from internals.start import UserError
 from model import GPT
 
-CPU = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+CPU = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
 GPU = dataclasses.replace(CPU, device=torch.device("cuda"))
 
 

@@ -272,7 +272,7 @@ def tmpfs(tmp_path):
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
     if mount.returncode:
-        pytest.skip(reason="mounting a tmpfs takes root on Linux")
+        pytest.skip(reason="mounting a tmpfs needs root on Linux")
     yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
     subprocess.run(["umount", folder], check=True)
 
@@ -310,7 +310,7 @@ def test_a_disk_that_is_too_small_is_noticed_early(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))
     monkeypatch.setattr(progress, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match=r"GB more are needed.*--max-tokens"):
+    with pytest.raises(UserError, match=r"GB more, but only.*--max-tokens"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
 
@@ -325,7 +325,7 @@ def test_ctrl_c(tmp_path, seconds):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     words = shlex.join(["prepare_data.py", *map(str, command(tmp_path / "out", tmp_path / "a.parquet")[1:])])
-    assert stderr.strip().splitlines() == [f"error: stopped; what is done is kept. Continue: python {words}"]
+    assert stderr.strip().splitlines() == [f"error: stopped; finished work is kept. Continue: python {words}"]
 
 
 def wait_for(path, process):

@@ -193,7 +193,7 @@ run(lambda: generate.main(GenerateConfig(checkpoint=sys.argv[1], device="cpu")))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's own figures")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc/self/statm")
 def test_a_checkpoint_that_is_too_large_for_the_memory_is_not_called_damaged(tmp_path):
     config = ModelConfig(n_layer=2, n_head=2, n_embd=512, n_inner=8192, vocab_size=257)
     with checkpoint.WithoutInit():
@@ -224,7 +224,7 @@ def test_a_file_without_permission_says_so(places, tmp_path):
     [
         (OSError(116, "Stale file handle"), "cannot be read (Stale file handle)"),
         (TimeoutError(110, "Connection timed out"), "cannot be read (Connection timed out)"),
-        (MemoryError(), "does not fit into the memory"),
+        (MemoryError(), "does not fit into memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory"),
         (RuntimeError("PytorchStreamReader failed reading zip archive"), "is damaged, or not a checkpoint"),
     ],

@@ -41,7 +41,7 @@ def test_the_same_text_is_compared_in_nats_and_bits(tmp_path, monkeypatch):
     assert found.losses == {0: 5.6, 10: 5.1} and found.label == "reference"
     assert found.bits_per_byte == pytest.approx({0: 5.6 / math.log(2), 10: 5.1 / math.log(2)})  # a byte is a token
     assert found.beside(10) == "reference 5.100" and found.beside(5) == ""
-    assert found.summary == "this run on a pocket calculator, seed 1, 2026-01-01: its losses beside yours"
+    assert found.summary == "a pocket calculator, seed 1, 2026-01-01; its losses are printed next to yours"
 
 
 def test_another_text_is_compared_in_bits_per_byte_alone(tmp_path, monkeypatch):

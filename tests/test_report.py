@@ -15,7 +15,7 @@ from internals.reference import Reference
 from internals.run import Run, TrainState
 from model import GPT
 
-MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+MACHINE = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
 META = {
     "tokenizer": "bytes",
     "source": {},

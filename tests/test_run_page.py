@@ -112,7 +112,7 @@ def test_while_it_runs_the_page_reloads(text_data, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "run_page", lambda *args: (pages.append(Parsed(page := write(*args))), page)[1])
     train.train(tiny(text_data, tmp_path, max_iters=9))
     assert [page.data["running"] for page in pages] == [True, True, False, False]  # the last by RunLog.close
-    assert "running iteration 8 of 9" in pages[1].text and " left without evaluations" in pages[1].text
+    assert "running iteration 8 of 9" in pages[1].text and " left, not counting evaluations" in pages[1].text
     assert "finished" in pages[-1].text and " left" not in pages[-1].text.split("The run")[0]
 
 
@@ -418,9 +418,9 @@ def test_html_replaces_its_own_pages_and_no_other_file(run, tmp_path):
     notes.write_text("mine")
     for _ in range(2):
         assert run_script(*command, page).returncode == 0
-    assert_user_error(run_script(*command, notes), f"--html {notes}", "not a page of this command")
+    assert_user_error(run_script(*command, notes), f"--html {notes}", "was not written by this command")
     assert notes.read_text() == "mine"
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe")
-        assert_user_error(run_script(*command, tmp_path / "pipe"), "not a page of this command")
+        assert_user_error(run_script(*command, tmp_path / "pipe"), "was not written by this command")
         assert (tmp_path / "pipe").is_fifo()

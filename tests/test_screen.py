@@ -22,7 +22,7 @@ from internals.reference import Reference
 from internals.run import Run, resume_settings
 from internals.run_length import choose_numbers
 
-MACHINE = Machine(torch.device("cpu"), torch.float32, "as asked", rank=0, processes=1)
+MACHINE = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers

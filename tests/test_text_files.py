@@ -95,7 +95,7 @@ def test_a_separator_that_is_not_there_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("one <|end|> two " * 3000)
     (tmp_path / "b.txt").write_text("word " * 3000)
     result = run_script(*command(tmp_path / "out", tmp_path, "--separator", "<|end|>"))
-    assert "note: b.txt: no --separator is in there" in result.stdout
+    assert "note: b.txt: the --separator does not occur there" in result.stdout
 
 
 @posix

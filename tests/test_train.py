@@ -114,7 +114,7 @@ def test_a_reference_of_the_same_run_is_shown_beside_it(data_dir, tmp_path, stra
     (tmp_path / "wikipedia.json").write_text(json.dumps(run))
     train.train(tiny(data_dir, tmp_path / "same", seed=2))
     out = capsys.readouterr().out
-    assert "this run on a pocket calculator, seed 1" in out
+    assert "reference  a pocket calculator, seed 1" in out
     shown = {
         line.split("/")[0].strip(): line.partition("reference ")[2] for line in out.splitlines() if "  val " in line
     }
@@ -145,7 +145,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     long = dict(max_iters=3 * kills + 20, checkpoint_interval=1, eval_interval=4)
     cfg = tiny(data_dir, tmp_path / "killed", auto_resume=True, **long)
     rng = random.Random(0)
-    amid_a_save = 0
+    during_a_save = 0
     for kill in range(kills):
         child = context.Process(target=run_in_child, args=(cfg, 0.002))
         child.start()
@@ -164,7 +164,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        amid_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
+        during_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
     child = context.Process(target=run_in_child, args=(cfg, 0))
     child.start()
     child.join()
@@ -173,7 +173,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     assert_same_end(tmp_path / "killed", tmp_path / "straight")
     assert not list((tmp_path / "killed").glob("*.tmp"))
     with capfd.disabled():
-        print(f" [{kills} kills, {amid_a_save} of them amid a save]", end="")
+        print(f" [{kills} kills, {during_a_save} of them during a save]", end="")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -221,7 +221,7 @@ start.run(lambda: train.main(cli.parse(TrainConfig, "")), "Stopped.")
     assert before.returncode == 130 and "Traceback" not in before.stderr and "Stopped" in before.stderr, before.stderr
     assert not (tmp_path / "run").exists()
     twice = run_script("-c", source.format(twice=True))
-    assert twice.returncode == -signal.SIGINT and "Once more to stop at once" in twice.stderr, twice.stderr
+    assert twice.returncode == -signal.SIGINT and "Repeat to stop at once" in twice.stderr, twice.stderr
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 
 
@@ -248,7 +248,7 @@ def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path
         assert (tmp_path / "last.pt").read_bytes() == before
     train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True))
     out = capsys.readouterr().out
-    assert "max_iters 6 -> 12" in out and "learning rate" in out and "the cosine ends at 12" in out
+    assert "max_iters 6 -> 12" in out and "learning rate" in out and "the cosine now ends at 12" in out
     assert [row["iter"] for row in metrics(tmp_path)] == list(range(13))
 
 
@@ -272,7 +272,7 @@ def test_a_resumed_run_keeps_its_dtype(data_dir, tmp_path, monkeypatch, capsys):
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=2))
     monkeypatch.setattr("internals.cpu_kernels.capabilities", lambda: {})
     train.train(tiny(data_dir, tmp_path, dtype="auto", max_iters=3, resume=True))
-    assert "bfloat16 (as the run began)" in capsys.readouterr().out
+    assert "bfloat16 (as in the run so far)" in capsys.readouterr().out
     train.train(tiny(data_dir, tmp_path, dtype="float32", max_iters=4, resume=True))
     assert "dtype bfloat16 -> float32" in capsys.readouterr().out
 
@@ -299,7 +299,7 @@ def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
     for line in (
         "kept from last.pt: muon_lr_scale 3 (config.py: 4); --muon-lr-scale 4 changes it",
         "kept from last.pt: learning_rate 0.01 (config.py: 0.001); --learning-rate 0.001 changes it",
-        "kept from last.pt: n_layer 2 (config.py: 6); another one needs another --out-dir",
+        "kept from last.pt: n_layer 2 (config.py: 6); a different value needs another --out-dir",
     ):
         assert out.count(line) == 1, out
     for name in ("weight_decay", "max_iters", "vocab_size", "out_dir", "seed"):
@@ -343,7 +343,7 @@ def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monke
     train.train(tiny(data_dir, tmp_path, max_iters=8, eval_tokens=64))
     best = checkpoint.load(tmp_path / "best.pt")
     train.train(tiny(data_dir, tmp_path, max_iters=9, eval_tokens=256, resume=True))
-    assert "best.pt was chosen on 64 tokens of validation, not 256" in capsys.readouterr().out
+    assert "best.pt was chosen on 64 validation tokens;\nits loss on the 256 used now is " in capsys.readouterr().out
     cfg = tiny(data_dir, tmp_path)
     windows = ValidationWindows(TokenStream.open(data_dir, "val"), 16, 256)
     measured = train.evaluate(4, checkpoint.build_model(best), windows, make_machine(cfg))
@@ -434,7 +434,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(data_dir, tmp_path
 def test_two_trainings_do_not_share_a_folder(data_dir, tmp_path, monkeypatch):
     def another_begins(*args):
         monkeypatch.setattr(train, "evaluate", evaluate)
-        with pytest.raises(UserError, match="another training is at work there"):
+        with pytest.raises(UserError, match="another training run is using it"):
             train.train(tiny(data_dir, tmp_path))
         return evaluate(*args)
 
@@ -465,7 +465,7 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
         with pytest.raises(UserError, match=r"last.pt: is damaged"):
             train.train(tiny(data_dir, tmp_path, **again))
     (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
-    with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(without best_val_loss"):
+    with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(missing: best_val_loss"):
         train.train(tiny(data_dir, tmp_path, resume=True))
 
 
@@ -689,7 +689,7 @@ def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     capsys.readouterr()
     train.train(tiny(data_dir, tmp_path / "little", **run))
     out = capsys.readouterr().out
-    assert out.count("Out of memory") == 2 and "micro-steps of 1 sequence from here on, not 2" in out
+    assert out.count("Out of memory") == 2 and "micro-steps now have 1 sequence, not 2" in out
     enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
     # The biases of keys cancel in the softmax: their gradient is only rounding, which Adam blows up to 1e-5 or so.
     torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
@@ -721,7 +721,7 @@ def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, mon
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
     train.train(tiny(data_dir, tmp_path, compile="on"))
-    assert "compile    off, since it failed here (RuntimeError: no compiler)\n" in capsys.readouterr().out
+    assert "compile    off, because compiling failed (RuntimeError: no compiler)\n" in capsys.readouterr().out
     assert_same_end(tmp_path, straight)
 
 
@@ -739,7 +739,7 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
 
     monkeypatch.setattr(train, "load_tokenizer", unavailable)
     train.train(tiny(data_dir, tmp_path / "without", sample_prompt=prompt))
-    assert "Evaluations show no text: the gpt2 tokenizer's" in capsys.readouterr().out
+    assert "No sample text: the gpt2 tokenizer's" in capsys.readouterr().out
     assert_same_end(tmp_path / "without", straight)
 
 
@@ -762,8 +762,8 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     files = {path: path.read_bytes() for path in straight.iterdir()}
     train.train(tiny(data_dir, straight, check=True))
     out = capsys.readouterr().out
-    for words in ("device", "float32", "compile    off", "parameters", "2 micro-steps", "epochs", "at the peak", "tokens/s",
-                  "for 20 iterations", "for checkpoints", "All of this fits.\nTrain: python "):  # fmt: skip
+    for words in ("device", "float32", "compile    off", "parameters", "2 micro-steps", "epochs", "memory     peak",
+                  "tokens/s", "for 20 iterations", "for checkpoints", "All of this fits.\nTrain: python "):  # fmt: skip
         assert words in out
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
@@ -785,8 +785,8 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
         train.train(tiny(data_dir, tmp_path, check=True))
         out = capsys.readouterr().out
         out = " ".join(out.split())
-        assert "--batch-size 4 does not fit, 2 does" in out
-        assert os.name == "nt" or "the attempts that did not fit are counted, too" in out
+        assert "--batch-size 4 does not fit; training will use 2" in out
+        assert os.name == "nt" or "including the attempts that did not fit" in out
         little_memory(patch, 0)
         with pytest.raises(UserError, match="out of memory"):
             train.train(tiny(data_dir, tmp_path, check=True))

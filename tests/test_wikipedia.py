@@ -220,7 +220,7 @@ def test_offline_with_the_dataset_in_the_cache(tmp_path, serve, by):
     for path in cached:
         path.unlink()
     assert_user_error(
-        run_script(*hub_command(tmp_path / "other"), env=offline), "HF_HUB_OFFLINE", "not whole in the cache"
+        run_script(*hub_command(tmp_path / "other"), env=offline), "HF_HUB_OFFLINE", "incomplete in the cache"
     )
 
 
