@@ -18,6 +18,7 @@ TORCH_FROM := --extra-index-url $(BUILDS)/cpu --retries 1 --timeout 15
 endif
 
 .PHONY: demo test lint clean
+.DELETE_ON_ERROR:  # a virtual environment without pip, which Debian's python3 leaves behind, must not count as made
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py --preset demo
@@ -35,7 +36,7 @@ clean:
 	rm -rf .venv
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { echo "No virtual environment. On Debian and Ubuntu, first: sudo apt install python3-venv"; exit 1; }
 
 .venv/installed: .venv/bin/python requirements.txt constraints.txt
 	$(if $(TORCH_FROM),$(INSTALL) --no-deps torch $(TORCH_FROM))

@@ -163,7 +163,7 @@ def interact(answer: Callable[[str], None]) -> None:
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is not UTF-8 becomes U+FFFD
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        say("Enter continues your text, Ctrl-C stops it, Ctrl-D quits.")
+        say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")
     while True:
         try:
             answer(input("> " if terminal else ""))

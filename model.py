@@ -193,7 +193,7 @@ def rows_within(logits: int, weight: Tensor) -> int:
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """The mean cross-entropy of the logits `x @ weight.T`, which never exist as a whole.
+    """The mean cross-entropy of the logits `x @ weight.T`, of which at most `LOGITS_AT_ONCE` exist at a time.
 
     Args:
         x: (N, C) input of the output head, in float32 or autocast's dtype.

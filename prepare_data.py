@@ -1,7 +1,7 @@
 """Turn Wikipedia, or any text, into token shards: source -> articles -> tokens -> shards.
 
     python prepare_data.py                                  all of English Wikipedia, from the Hugging Face hub
-    python prepare_data.py --max-tokens 1_100_000_000       about a quarter of it, enough for the default training run
+    python prepare_data.py --max-tokens 1.2e9               about a quarter of it, enough for the default training run
     python prepare_data.py --preset laptop                  one file of it, with its own tokenizer, for two CPU cores
     python prepare_data.py --preset demo                    the embedded sample
     python prepare_data.py --source my_texts --data-dir data/my_texts

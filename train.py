@@ -3,7 +3,7 @@
     python train.py                               the default model on data/wikipedia
     python train.py --resume                      continue a stopped run, exactly
     python train.py --check                       will it fit, how long will it take? (writes nothing)
-    torchrun --nproc-per-node 8 train.py          the same run on eight GPUs, faster
+    torchrun --standalone --nproc-per-node 8 train.py    the same run on eight GPUs, faster
 
 `train` is the whole run, from top to bottom. The functions that it calls follow: one iteration, evaluation and sample
 text, and the command. Folders, checkpoints, devices and reports are in internals/.

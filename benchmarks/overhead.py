@@ -28,7 +28,7 @@ from internals import report
 from internals.cli import parse
 from internals.files import write_json
 from internals.machine import Machine
-from internals.run_length import with_dropout
+from internals.run_length import with_numbers
 from internals.shards import META_FORMAT, ShardWriter
 from model import GPT
 
@@ -121,11 +121,13 @@ def main() -> None:
     stopwatch = Stopwatch()
     rounds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = 1024 if cfg.preset == "demo" else 50_257
-        random_data(Path(folder) / "data", vocab_size, tokens=max(1_000_000, 20 * cfg.model.block_size))
+        vocab_size = 2048 if cfg.preset == "demo" else 50_257
+        tokens = max(1_000_000, 20 * cfg.model.block_size)
+        random_data(Path(folder) / "data", vocab_size, tokens)
+        shape = with_numbers(dataclasses.replace(cfg.model, vocab_size=vocab_size), tokens, epochs=1)
         cfg = dataclasses.replace(
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
-            eval_interval=cfg.max_iters, model=with_dropout(dataclasses.replace(cfg.model, vocab_size=vocab_size), epochs=1),
+            eval_interval=cfg.max_iters, model=shape,
         )  # fmt: skip
         short = dataclasses.replace(cfg, max_iters=2)
         for count in range(-1, ROUNDS):  # round -1 warms up

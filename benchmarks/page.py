@@ -7,6 +7,8 @@ Each evaluation measures the passage, adds the row and writes both files, as in 
 counted: an evaluation does that even without a page. An untrained model's surprises are the most expensive to write.
 """
 
+import contextlib
+import io
 import json
 import statistics
 import tempfile
@@ -22,14 +24,17 @@ if __name__ == "__main__":
     start.begin()  # sets how long waiting threads spin, before PyTorch is imported
 
 import numpy as np
+import tiktoken
 import tyro
 
-from config import TrainConfig
+import prepare_data
+from config import PrepareConfig, TrainConfig
 from internals import report, samples
 from internals.cli import with_preset
 from internals.machine import make_machine
 from internals.run import Run, TrainState
 from internals.run_length import choose_numbers
+from internals.shards import read_meta, read_tokenizer
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
 from model import GPT
@@ -41,8 +46,18 @@ class Page:
     evaluations: int = 30
 
 
+def preset_tokenizer(preset: str) -> tiktoken.Encoding:
+    """The tokenizer of the preset's data; trained on the embedded sample where the preset trains one."""
+    cfg = with_preset(PrepareConfig, preset)
+    if cfg.tokenizer != "train":
+        return load_tokenizer(cfg.tokenizer)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        prepare_data.prepare(replace(cfg, source=(("sample",),), data_dir=folder))
+        return load_tokenizer(read_tokenizer(folder, read_meta(folder)))
+
+
 def main(args: Page) -> None:
-    tokenizer = load_tokenizer("bytes" if args.preset == "demo" else "gpt2")
+    tokenizer = preset_tokenizer(args.preset)
     with open(common.REPO / "sample/articles.jsonl", encoding="utf-8") as file:
         text = "\n\n".join(json.loads(line)["text"] for line, _ in zip(file, range(20), strict=False))
     tokens = tokenizer.encode_ordinary(text)

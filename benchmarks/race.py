@@ -143,6 +143,8 @@ class NanoGPT:
     """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
     def __init__(self, name: str, folder: str, cfg: TrainConfig, text: Text):
+        self.tokens = np.concatenate(text.train.shards)
+        cfg = choose_numbers(cfg, len(self.tokens)).cfg
         self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
         self.text = text
         self.tokens_per_iter = cfg.tokens_per_iter
@@ -162,7 +164,6 @@ class NanoGPT:
         self.forward = torch.compile(self.model) if self.cuda else self.model
         if self.cuda:
             self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
-        self.tokens = np.concatenate(text.train.shards)
         self.rng = np.random.default_rng(cfg.seed)
         self.val_windows = ValidationWindows(text.val, c.block_size, cfg.eval_tokens)
 

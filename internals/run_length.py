@@ -1,4 +1,4 @@
-"""How long a new run is, and the numbers that `auto` stands for, which follow from that."""
+"""How long a new run is, and the numbers that `auto` stands for. They follow from the length and from the text."""
 
 import dataclasses
 import math
@@ -8,6 +8,9 @@ from config import ModelConfig, TrainConfig
 
 # `--dropout auto`, by how often the run reads its text: from so many times on, this probability.
 DROPOUT = {0: 0.0, 2: 0.1, 8: 0.2}
+# `--n-embd auto`, by the tokens of training text: from so many on, this width. 93,000 and 45 million tokens were tried
+# (docs/experiments.md), so the border is a guess.
+WIDTH = {0: 128, 500_000: 256}
 
 
 class Numbers(NamedTuple):
@@ -16,7 +19,7 @@ class Numbers(NamedTuple):
 
 
 def choose_numbers(cfg: TrainConfig, epoch_tokens: int) -> Numbers:
-    """`cfg` with a number for each `auto` that depends on the length of the run, and with `max_iters` at most `max_epochs`.
+    """`cfg` with a number for each `auto` that depends on the text or the run, and with `max_iters` at most `max_epochs`.
 
     Args:
         epoch_tokens: that the run reads in one pass over the training split.
@@ -29,11 +32,13 @@ def choose_numbers(cfg: TrainConfig, epoch_tokens: int) -> Numbers:
     if cfg.eval_interval == "auto":
         cfg = dataclasses.replace(cfg, eval_interval=tenth(cfg.max_iters))
         chosen.append(f"an evaluation every {cfg.eval_interval:,} (a tenth of the run)")
+    epochs = cfg.max_iters * cfg.tokens_per_iter / epoch_tokens
+    model = with_numbers(cfg.model, epoch_tokens, epochs)
+    if "auto" in (cfg.model.n_embd, cfg.model.n_inner):
+        chosen.append(f"{model.n_embd} dimensions, {model.n_inner:,} in the feed-forward layers")
     if cfg.model.dropout == "auto":
-        epochs = cfg.max_iters * cfg.tokens_per_iter / epoch_tokens
-        cfg = dataclasses.replace(cfg, model=with_dropout(cfg.model, epochs))
-        chosen.append(f"dropout {cfg.model.dropout:g} (the text is read {epochs:.2g} times)")
-    return Numbers(cfg, tuple(chosen))
+        chosen.append(f"dropout {model.dropout:g} (the text is read {epochs:.2g} times)")
+    return Numbers(dataclasses.replace(cfg, model=model), tuple(chosen))
 
 
 def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
@@ -49,17 +54,22 @@ def tenth(iterations: int) -> int:
     return round(number, -(len(str(number)) // 2))
 
 
-def with_dropout(model: ModelConfig, epochs: float) -> ModelConfig:
-    """`model` with a number for `--dropout auto`, where the text is read `epochs` times."""
-    if model.dropout != "auto":
-        return model
-    return dataclasses.replace(model, dropout=max(p for least, p in DROPOUT.items() if epochs >= least))
+def with_numbers(model: ModelConfig, epoch_tokens: float, epochs: float) -> ModelConfig:
+    """`model` with a number for each `auto`, where a text of `epoch_tokens` tokens is read `epochs` times."""
+    n_embd, n_inner, dropout = model.n_embd, model.n_inner, model.dropout
+    if n_embd == "auto":
+        width = max(size for least, size in WIDTH.items() if epoch_tokens >= least)
+        n_embd = math.ceil(width / model.n_head) * model.n_head
+    if n_inner == "auto":
+        n_inner = 4 * n_embd
+    if dropout == "auto":
+        dropout = max(p for least, p in DROPOUT.items() if epochs >= least)
+    return dataclasses.replace(model, n_embd=n_embd, n_inner=n_inner, dropout=dropout)
 
 
 def keep_numbers(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     """`cfg` with what a run that is resumed has for each `auto`. `settings` are that run's."""
     if cfg.eval_interval == "auto":
         cfg = dataclasses.replace(cfg, eval_interval=settings["eval_interval"])
-    if cfg.model.dropout == "auto":
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=settings["model"]["dropout"]))
-    return cfg
+    model = {name: settings["model"][name] for name, value in vars(cfg.model).items() if value == "auto"}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model))

@@ -153,7 +153,7 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
     with forgiving_streams(stdout_is_output):
         try:
             main()
-        except (UserError, ImportError, KeyboardInterrupt) as error:
+        except (UserError, ImportError, RuntimeError, KeyboardInterrupt) as error:
             status = report_end(error, interrupted)
             if status is None:
                 raise
@@ -168,6 +168,8 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         status, text = 2, f"error: {error}"
     elif isinstance(error, ModuleNotFoundError):
         status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
+    elif "busy or unavailable" in str(error):  # CUDA's words, on a card that an administrator set to one process
+        status, text = 2, "error: the GPU serves one process, and has one (see nvidia-smi); wait, or give --device cpu"
     else:
         return None
     if not first_process_has_spoken():

@@ -20,7 +20,7 @@ from internals import checkpoint, max_minutes, report, start
 from internals.cli import with_preset
 from internals.preflight import Timing
 from internals.run import resume_settings
-from internals.run_length import DROPOUT, choose_numbers, tenth
+from internals.run_length import DROPOUT, WIDTH, choose_numbers, tenth
 from internals.settings import differences
 from internals.start import UserError
 from model import GPT
@@ -293,6 +293,21 @@ def test_what_auto_chooses():
     assert choose_numbers(plain, 10) == (plain, ())
 
 
+def test_the_width_follows_from_the_text():
+    def shape(tokens: int, **sizes) -> tuple[int, int]:
+        model = ModelConfig(**{"n_head": 4, "n_embd": "auto", "n_inner": "auto", **sizes})
+        chosen = choose_numbers(TrainConfig(model=model), tokens).cfg.model
+        return chosen.n_embd, chosen.n_inner
+
+    assert list(WIDTH) == sorted(WIDTH) and 0 in WIDTH
+    assert [shape(n) for n in (1, 499_999, 500_000, 10**9)] == [(128, 512), (128, 512), (256, 1024), (256, 1024)]
+    assert shape(10**9, n_inner=300) == (256, 300)
+    assert shape(1, n_embd=96) == (96, 384)
+    assert shape(1, n_head=12) == (132, 528)  # a multiple of the heads
+    text = choose_numbers(with_preset(TrainConfig, "laptop"), 93_000).chosen
+    assert "128 dimensions, 512 in the feed-forward layers" in text
+
+
 @pytest.mark.parametrize(
     "field", [{"max_minutes": 0.0}, {"max_minutes": float("inf")}, {"max_epochs": -1.0}, {"eval_interval": 0}]
 )
@@ -303,19 +318,19 @@ def test_a_limit_must_be_a_positive_number(field):
 
 def test_a_run_stores_the_numbers_and_resumes_with_them(data_dir, tmp_path, monkeypatch, capsys):
     """With limits as in a preset: 5 epochs of 976 tokens are 38 iterations of 128, fewer than 100."""
-    auto = {"max_iters": 100, "max_epochs": 5.0, "eval_interval": "auto", "dropout": "auto"}
+    auto = {"max_iters": 100, "max_epochs": 5.0, "eval_interval": "auto", "dropout": "auto", "n_inner": "auto"}
     seen = []
     init = GPT.__init__
     monkeypatch.setattr(GPT, "__init__", lambda self, config: (seen.append(config.dropout), init(self, config))[1])
     train.train(tiny(data_dir, tmp_path / "auto", **auto))
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        "chosen 38 iterations (--max-epochs 5); an evaluation every 3 (a tenth of the run); dropout 0.1 (the text is read "
-        "5 times)"
+        "chosen 38 iterations (--max-epochs 5); an evaluation every 3 (a tenth of the run); 16 dimensions, 64 in the "
+        "feed-forward layers; dropout 0.1 (the text is read 5 times)"
     ) in out
     saved = checkpoint.load(tmp_path / "auto" / "last.pt")["config"]
     assert (saved["max_iters"], saved["eval_interval"], saved["model"]["dropout"]) == (38, 3, 0.1)
-    numbers = {"max_iters": 38, "eval_interval": 3, "dropout": 0.1}
+    numbers = {"max_iters": 38, "eval_interval": 3, "dropout": 0.1, "n_inner": 64}
     train.train(tiny(data_dir, tmp_path / "numbers", **numbers))
     assert_same_end(tmp_path / "auto", tmp_path / "numbers")
     train.train(tiny(data_dir, tmp_path / "auto", **{**auto, "max_iters": 40}, resume=True))

@@ -29,6 +29,19 @@ def test_a_bug_keeps_its_traceback():
         run(lambda: 1 / 0)
 
 
+def test_a_card_for_one_process_that_has_one_is_one_line(capsys):
+    def main():
+        raise RuntimeError(
+            "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA_DSA"
+        )
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: the GPU serves one process")
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
+
+
 def test_ctrl_c_says_what_the_command_says(capsys):
     def main():
         raise KeyboardInterrupt
