@@ -70,6 +70,19 @@ def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> Mo
     return replace(config, block_size=model_config.block_size, dropout=model_config.dropout)
 
 
+def refuse_other_flags(asked: ModelConfig, usual: ModelConfig, config: ModelConfig) -> None:
+    """Raise UserError if a flag asks for another model than that of `--init-from`.
+
+    Args:
+        asked: the command's; usual: without flags; config: the model's.
+    """
+    for name, value in vars(asked).items():
+        has = getattr(config, name)
+        if name not in ("block_size", "dropout", "vocab_size") and value not in (getattr(usual, name), has):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value}: the model of --init-from has {has}; leave {flag} out")
+
+
 def initial_model(source: str, tokenizer: str, model_config: ModelConfig) -> GPT:
     """The model that starts from `source`, float32 on the CPU. Arguments as for `initial_config`."""
     config = initial_config(source, tokenizer, model_config)

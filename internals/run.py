@@ -185,13 +185,7 @@ def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any
     elif cfg.init_from:
         model = pretrained.initial_config(cfg.init_from, read_tokenizer(cfg.data_dir, meta), model)
     if cfg.init_from:
-        usual = vars(with_preset(TrainConfig, cfg.preset).model)
-        for name, value in vars(cfg.model).items():
-            if name not in ("block_size", "dropout", "vocab_size") and value not in (usual[name], getattr(model, name)):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"{flag} {value}: the model of --init-from has {getattr(model, name)}; leave {flag} out"
-                )
+        pretrained.refuse_other_flags(cfg.model, with_preset(TrainConfig, cfg.preset).model, model)
     return dataclasses.replace(cfg, model=model)
 
 

@@ -76,7 +76,7 @@ def test_a_cpus_speed_is_a_rate():
 
 
 def start(machine=CPU, preset="wikipedia", resumed_at=None, **changes) -> None:
-    cfg = dataclasses.replace(with_preset(TrainConfig, preset), **changes)
+    cfg = choose_numbers(dataclasses.replace(with_preset(TrainConfig, preset), **changes), epoch_tokens=10**9).cfg
     with torch.device("meta"):
         model = GPT(cfg.model)
     preflight.refuse_long_run_on_cpu(Run(cfg, {}, machine, None, None, resumed_at), model)
@@ -86,7 +86,7 @@ def test_a_long_run_on_a_cpu_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
     obstacle = Obstacle("PyTorch finds no NVIDIA driver", "install one", driver=False)
     monkeypatch.setattr(preflight, "cuda_obstacle", lambda: obstacle)
-    words = r"no GPU, .* about 2\d days \(\d\.\de\+17 .*\)\. PyTorch finds no NVIDIA driver; install one\. --device cpu"
+    words = r"no GPU, .* about 2\d days \(\d\.\de\+17 .*\)\. PyTorch finds no NVIDIA driver; install one\. To train .* --device cpu"
     with pytest.raises(UserError, match=words):
         start()
     with pytest.raises(UserError, match="--device auto"):

@@ -55,7 +55,7 @@ def test_the_sample(tmp_path):
         assert counts["tokens"] == sum(s["tokens"] for s in counts["shards"]) < counts["bytes"] / 2.5
         for shard in counts["shards"]:
             assert shard["sha256"] == before[shard["file"]]
-    assert (meta["tokenizer"], meta["vocab_size"], meta["source"]["kind"]) == ("own", 1024, "sample")
+    assert (meta["tokenizer"], meta["vocab_size"], meta["source"]["kind"]) == ("own", 2048, "sample")
 
     again = run_script("prepare_data.py", "--preset", "demo", "--data-dir", folder)
     assert again.returncode == 0 and "finished" in again.stdout

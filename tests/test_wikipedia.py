@@ -251,7 +251,7 @@ def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
     assert display.needed_for_downloads(10**18) == 10**18  # on the data folder's disk, which is checked with the shards
     source.download_folder = Path("/dev/shm")
     assert display.needed_for_downloads(1) == 0
-    with pytest.raises(UserError, match=r"--keep-downloads: .* needed in /dev/shm"):
+    with pytest.raises(UserError, match=r"--keep-downloads: needs .* GB more in /dev/shm"):
         display.needed_for_downloads(10**18)
 
 
