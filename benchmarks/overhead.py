@@ -3,10 +3,11 @@
     python benchmarks/overhead.py --max-iters 20 --tokens-per-iter 8192 --batch-size 16 --checkpoint-interval 10
 
 It takes every flag of train.py. The bare loop has its batch on the device already. It only does forward, backward,
-clipping and the optimizer's step. train.py runs unchanged on random tokens in a temporary folder. Its seconds are the
-wall-clock time of the whole loop. They include the saves of last.pt (every --checkpoint-interval iterations, and at the
-end) and the rows of metrics.jsonl. Evaluations, with their sample and loss.png, are excluded because both loops would
-need them. The two take turns in this process for several rounds; the ratio is the median over the rounds.
+clipping and the optimizer's step. train.py runs unchanged in a temporary folder, with --preset demo on its text, else
+on random tokens. Its seconds are the wall-clock time of the whole loop. They include the saves of last.pt (every
+--checkpoint-interval iterations, and at the end) and the rows of metrics.jsonl. Evaluations, with their sample and
+loss.png, are excluded because both loops would need them. The two take turns in this process for several rounds; the
+ratio is the median over the rounds.
 """
 
 import contextlib
@@ -22,31 +23,35 @@ import common  # noqa: F401  (must come first: it decides which train.py is impo
 import numpy as np
 import torch
 
+import prepare_data
 import train
-from config import TrainConfig
+from config import ModelConfig, PrepareConfig, TrainConfig
 from internals import report
-from internals.cli import parse
+from internals.cli import parse, with_preset
 from internals.files import write_json
 from internals.machine import Machine
 from internals.run_length import with_numbers
-from internals.shards import META_FORMAT, ShardWriter
+from internals.shards import META_FORMAT, ShardWriter, read_meta
 from model import GPT
 
 ROUNDS = 9
 
 
-def random_data(folder: Path, vocab_size: int, tokens: int) -> None:
-    """Make a data folder of random tokens."""
+def make_data(folder: Path, preset: str, tokens: int) -> None:
+    """Make a data folder: the preset's, if it is of the embedded sample, else random tokens of gpt2's vocabulary."""
+    prepared = with_preset(PrepareConfig, preset)
+    if prepared.preset_source == "sample":
+        return prepare_data.prepare(dataclasses.replace(prepared, data_dir=str(folder)))
+    vocab_size = ModelConfig.vocab_size
     folder.mkdir()
     rng, splits = np.random.default_rng(0), {}
     for split, count in (("train", tokens), ("val", tokens // 10)):
         writer = ShardWriter(folder, split, shard_tokens=tokens)
         writer.write(rng.integers(0, vocab_size, count).astype(np.uint16))
         splits[split] = {"tokens": count, "bytes": count, "articles": 1, "shards": writer.finish()}
-    tokenizer = "bytes" if vocab_size == 257 else "gpt2"
     meta = {
         "format": META_FORMAT,
-        "tokenizer": tokenizer,
+        "tokenizer": "gpt2",
         "vocab_size": vocab_size,
         "source": {},
         "splits": splits,
@@ -121,9 +126,9 @@ def main() -> None:
     stopwatch = Stopwatch()
     rounds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        vocab_size = 2048 if cfg.preset == "demo" else 50_257
         tokens = max(1_000_000, 20 * cfg.model.block_size)
-        random_data(Path(folder) / "data", vocab_size, tokens)
+        make_data(Path(folder) / "data", cfg.preset, tokens)
+        vocab_size = read_meta(f"{folder}/data")["vocab_size"]
         shape = with_numbers(dataclasses.replace(cfg.model, vocab_size=vocab_size), tokens, epochs=1)
         cfg = dataclasses.replace(
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,

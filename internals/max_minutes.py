@@ -50,8 +50,12 @@ def fit_minutes(
         UserError: the time is too short.
     """
     machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
-    tries = []
-    for _ in range(2):  # the number of iterations decides `--dropout auto`, and dropout changes an iteration's time
+
+    def dropout(iterations: int) -> float:
+        return choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
+
+    # The number of iterations decides `--dropout auto`, and dropout changes an iteration's time
+    for attempt in range(2):
         timing = try_out(
             run, min(MEASURING * 60 * cfg.max_minutes, MOST_MEASURING), forward_backward, evaluate, sample_text
         )
@@ -59,14 +63,13 @@ def fit_minutes(
         seconds = (1 - MARGIN) * 60 * cfg.max_minutes - passed
         iterations = int(machine.gather(torch.tensor([iterations_within(seconds, cfg, epoch_tokens, timing)])).min())
         refuse_too_few(iterations, cfg, epoch_tokens, timing, passed)
-        tries.append(iterations)
-        dropout = choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
-        if dropout == run.cfg.model.dropout:
+        measured, needed = run.cfg.model.dropout, dropout(iterations)
+        if measured == needed:
             break
-        model = dataclasses.replace(run.cfg.model, dropout=dropout)
+        if attempt:  # each dropout leads to the other: as many iterations as need no more than the one measured last
+            iterations = bisect.bisect_right(range(1, iterations + 1), measured, key=dropout)
+        model = dataclasses.replace(run.cfg.model, dropout=needed)
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
-    else:  # each dropout leads to the other; the smaller number of iterations fits with both
-        iterations = min(tries)
     words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
         f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; this "

@@ -205,7 +205,7 @@ def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_ste
 
 @pytest.mark.parametrize(
     ("with_dropout", "without", "tried", "iterations"),
-    [(2.0, 1.0, [0.1], 24), (4.0, 3.8, [0.1, 0.0], 13), (4.0, 2.0, [0.1, 0.0], 12)],
+    [(2.0, 1.0, [0.1], 24), (4.0, 3.8, [0.1, 0.0], 13), (4.0, 2.0, [0.1, 0.0], 15)],
     ids=["at once", "the second time", "never"],
 )
 def test_the_speed_is_that_of_the_dropout_that_auto_chooses(
