@@ -93,7 +93,12 @@ def test_no_thread_of_the_process_group_outlives_a_run(data_dir, tmp_path):
     count = """
 import atexit
 def threads():
-    names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        try:
+            names.append(open(f"/proc/self/task/{task}/comm").read().strip())
+        except OSError:  # the thread has just ended
+            pass
     os.write(1, f"threads: {RANK} {[name for name in names if 'gloo' in name]}\\n".encode())
 atexit.register(threads)"""
     result, _ = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
