@@ -341,7 +341,7 @@ class ExportConfig(CheckpointFile):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The defaults above: 30.0 million parameters, 1.05 billion tokens, an hour on one RTX 4090 class GPU (calculated).
+    # The defaults above: 30.0 million parameters, 1.05 billion tokens, 40 minutes of an RTX 4090 (calculated).
     "wikipedia": {},
     # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens (all of Wikipedia); fits 24 GB, 15 hours of
     # an RTX 4090 (calculated).
