@@ -53,7 +53,7 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, (rows,) int64: fewer when sequences have ended, repeated when they fork."""
-        self.layers = [kv[:, rows] for kv in self.layers if kv is not None]
+        self.layers = [None if kv is None else kv[:, rows] for kv in self.layers]
 
 
 class CausalSelfAttention(nn.Module):

@@ -61,7 +61,7 @@ from internals.samples import printable
 from internals.screen import lines
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
-from internals.stopping import catch_signals
+from internals.stopping import catch_signals, end_like_ctrl_c
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
@@ -78,7 +78,8 @@ def train(cfg: TrainConfig) -> None:
     saved = load_resumable(cfg, machine)  # None: a new run
     run = open_run(cfg, machine, saved)
     if cfg.max_minutes and not saved:
-        cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
+        with end_like_ctrl_c():
+            cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
         run = open_run(cfg, machine, saved)
     cfg, machine = run.cfg, run.machine
     if saved and run.resumed_at >= cfg.max_iters:
@@ -106,7 +107,7 @@ def train(cfg: TrainConfig) -> None:
     # 3. The loop
     tokenizer = load_sample_tokenizer(run)
     micro_batch = MicroBatch(run.batch_size, model, machine)
-    measure_best_anew(run, state, micro_batch)
+    reevaluate_best(run, state, micro_batch)
     with (
         catch_signals(machine) as stop,
         lock_run_folder(run),
@@ -245,27 +246,29 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     if not math.isfinite(val_loss):
+        advice = f"continue from the last saved state, {run.out_dir}/last.pt, with --resume and a lower --learning-rate"
+        if state.iter == 0:
+            advice = "check the weights of --init-from"
         raise UserError(
-            f"the validation loss at iteration {state.iter} is {val_loss}; {run.out_dir}/last.pt holds the last saved "
-            "state. Continue from there with --resume and a lower --learning-rate, or --dtype float32"
+            f"the validation loss at iteration {state.iter} is {val_loss}; {advice}, or give --dtype float32"
         )
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
     return best
 
 
-def measure_best_anew(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
+def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
     """If a resumed run evaluates on other windows than before, evaluate best.pt on them: only losses on the same
-    windows can be compared."""
-    before = run.val_windows_before
-    if before is None or before == len(run.val_windows) or not (run.out_dir / "best.pt").exists():
-        return
-    block_size = run.cfg.model.block_size
-    best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
-    state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
-    now = len(run.val_windows) * block_size
-    run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")
-    run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
+    windows can be compared. If best.pt is gone, the next evaluation writes it."""
+    before, block_size = run.val_windows_before, run.cfg.model.block_size
+    if before is not None and not (run.out_dir / "best.pt").exists():
+        state.best_val_loss = math.inf
+    elif before not in (None, len(run.val_windows)):
+        best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
+        state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
+        now = len(run.val_windows) * block_size
+        run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")
+        run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
 
 
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
@@ -307,7 +310,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
-    cfg = with_batch_size(dataclasses.replace(cfg, model=model.config), machine)
+    eval_tokens = max(cfg.eval_tokens, model.config.block_size)  # ValidationWindows has at least one window
+    cfg = with_batch_size(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     tokens, row = len(windows) * model.config.block_size, validation_row(val_loss, meta)

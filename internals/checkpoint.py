@@ -33,12 +33,15 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read the checkpoint at `path`, with its tensors on the CPU. Runs no code from the file."""
+def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Read the checkpoint at `path`, with its tensors on the CPU. Runs no code from the file.
+
+    With `mmap`, tensors are only read when they are used: for callers that need the settings alone.
+    """
     path = Path(path)
     check_file(path)
     with reading(path, "is damaged, or not a checkpoint written by this project"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint written by this project")
     if checkpoint["format"] != FORMAT:

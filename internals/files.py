@@ -74,6 +74,12 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def nearest_folder(path: str | Path) -> Path:
+    """The folder `path`, or the nearest one above it that exists."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def sync_folder(folder: str | Path) -> None:
     """Make a rename in this folder survive a power cut. Windows has no such call, and needs none."""
     if os.name == "posix":

@@ -58,6 +58,7 @@ class Machine:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "processes": self.processes,
             "torch": str(torch.__version__),
+            "numpy": np.__version__,  # draws the order of the text, which a version may change
         }
 
     def print(self, text: str) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import math
 import tempfile
 import time
@@ -16,13 +17,13 @@ import torch
 from config import TrainConfig
 from internals import start
 from internals.compilation import training_model
-from internals.files import writing
+from internals.files import nearest_folder, writing
 from internals.memory import MicroBatch
 from internals.optimizer import make_optimizer
 from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
-from internals.run_length import choose_numbers, most_iterations
+from internals.run_length import choose_numbers, most_iterations, tenth
 from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -85,7 +86,14 @@ def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timin
     def needed(iterations: int) -> float:
         return timing.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
 
-    return bisect.bisect_right(range(1, 1 + max(0, int(seconds / timing.iteration))), seconds, key=needed)
+    # One iteration more takes longer, except where the evaluation interval follows the length and jumps: then there are
+    # fewer evaluations. So each stretch of lengths with the same interval is searched by itself.
+    most = 0
+    for _, stretch in itertools.groupby(range(1, 1 + max(0, int(seconds / timing.iteration))), key=tenth):
+        lengths = list(stretch)
+        if fitting := bisect.bisect_right(lengths, seconds, key=needed):
+            most = lengths[fitting - 1]
+    return most
 
 
 def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing: Timing, passed: float) -> None:
@@ -134,11 +142,10 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
     if machine.is_main:
         with contextlib.suppress(UserError):  # then the run has no sample text, and says so
             tokenizer = load_tokenizer(run.tokenizer)
-    path = run.out_dir.absolute()
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    parent = nearest_folder(run.out_dir)
     with (
-        writing(existing),
-        tempfile.TemporaryDirectory(dir=existing, prefix=".max-minutes-") as folder,
+        writing(parent),
+        tempfile.TemporaryDirectory(dir=parent, prefix=".max-minutes-") as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):

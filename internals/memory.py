@@ -21,8 +21,9 @@ T = TypeVar("T")
 class MicroBatch:
     """The number of sequences in a micro-step: `--batch-size`, or fewer once memory has run out.
 
-    There are more micro-steps when they are smaller, so the iteration stays the same, and so does the run. The size is
-    the same in all processes: if one runs out of memory, all take smaller micro-steps.
+    There are more micro-steps when they are smaller, so the iteration has the same text. Its gradient differs by
+    rounding, and with dropout by other random masks. The size is the same in all processes: if one runs out of memory,
+    all take smaller micro-steps.
     """
 
     def __init__(self, size: int, model: GPT, machine: Machine):
@@ -60,7 +61,7 @@ class MicroBatch:
     def _shrink(self) -> None:
         smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
         self.machine.print(
-            f"Out of memory: micro-steps now have {plural(smaller, 'sequence')}, not {self.size}; the run is the same."
+            f"Out of memory: micro-steps now have {plural(smaller, 'sequence')}, not {self.size}; the text is the same."
         )
         self.size = smaller
         self.model.zero_grad()

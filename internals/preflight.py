@@ -14,6 +14,7 @@ from torch import Tensor
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
 from internals.device import cuda_obstacle, held_by_others, unused_card
+from internals.files import nearest_folder
 from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
 from internals.report import utilisation
@@ -60,7 +61,7 @@ def preflight(
 ) -> None:
     """Verify the data, time an iteration and a piece of an evaluation, and print what the run will need.
 
-    Writes nothing to the disk. The optimizer's moments in `state` change.
+    Writes nothing. The optimizer's moments in `state` change.
 
     Raises:
         UserError: a shard is not what prepare_data.py wrote, or memory or disk is too small.
@@ -71,12 +72,17 @@ def preflight(
     micro_batch = MicroBatch(run.batch_size, state.model, machine)
     timing = micro_batch.retry_smaller(measure, run, state, forward, forward_backward, evaluate)
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
-    disk = 7 * weights  # best.pt 1, last.pt 3 (weights and AdamW's two moments), and a new last.pt beside the old one
+    values = [value for moments in state.optimizer.state.values() for value in moments.values()]
+    moments = sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
+    disk = weights + 2 * (weights + moments)  # best.pt, last.pt, and a new last.pt beside the old one
     machine.print(describe(run, state, timing, micro_batch.size, disk))
-    free = free_disk(run.out_dir.absolute())
+    free = free_disk(run.out_dir)
     if free < disk:
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
-    machine.print(f"All of this fits.\nTrain: {given_command(without='--check')}")
+    held = ""
+    if run.resumed_at is None and (run.out_dir / "last.pt").exists():
+        held = f"\n{cfg.out_dir} holds a run: add --overwrite to delete it, or give another --out-dir."
+    machine.print(f"All of this fits.{held}\nTrain: {given_command(without='--check')}")
 
 
 def measure(
@@ -151,7 +157,7 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     known = memory.peak and memory.total
     speed = (
         f"{rate:,.0f} tokens/s",
-        f"{timing.iteration:.2f} s an iteration",
+        f"{timing.iteration:.3g} s an iteration",
         f"{timing.evaluation:.1f} s an evaluation",
         utilisation(rate, state.model.flops_per_token(), run.machine),
     )
@@ -170,8 +176,7 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
 
 def free_disk(out_dir: Path) -> int:
     """Bytes for checkpoints: the free space there, and the checkpoints of an earlier run, which this one replaces."""
-    existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
-    return shutil.disk_usage(existing).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
+    return shutil.disk_usage(nearest_folder(out_dir)).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
 
 
 def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
@@ -194,7 +199,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
     tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
     epoch = run.train_windows.per_epoch * model.block_size
     if tokens / epoch > MANY_EPOCHS:
-        iters = max(1, 20 * epoch // cfg.tokens_per_iter)
+        iters = state.iter + max(1, 20 * epoch // cfg.tokens_per_iter)
         advice.append(
             f"{tokens / epoch:,.0f} epochs: after about 20 passes over the same {epoch:,} tokens the model only "
             f"memorises them; prepare more text, or give --max-iters {iters:,}"
@@ -203,7 +208,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
     if run.machine.device.type == "cpu":
         seconds = state.model.flops_per_token() * tokens / cpu_flops(run.machine.dtype)
         if seconds > LONG_SECONDS:
-            iters = max(1, int(cfg.max_iters * LONG_SECONDS / 2 / seconds))
+            iters = state.iter + max(1, int((cfg.max_iters - state.iter) * LONG_SECONDS / 2 / seconds))
             advice.append(
                 f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or about --max-iters {iters:,} "
                 "for half a day (--check measures it)"

@@ -55,9 +55,9 @@ def join_processes(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # The functions of this module take the process group of the time of import as a default argument. PyTorch would
-    # import it later by itself. The group would then live as long as the module, and so would the group's threads,
-    # which may abort the process while Python shuts down. Imported before there is a group, the module holds none.
+    # torch.distributed.nn.functional stores the process group of the moment in default arguments. PyTorch would import
+    # it later by itself: the group would never be freed, and its threads may abort the process while Python shuts down.
+    # Imported now, the module stores none.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     Watch.start()

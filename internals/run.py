@@ -9,9 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
-import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
+from internals.run_folder import RUN_FILES, check_own, check_unused
 from internals.run_length import choose_numbers, keep_numbers
 from internals.settings import differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
@@ -136,7 +136,9 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     last = Path(cfg.out_dir, "last.pt")
     if not (cfg.resume or cfg.auto_resume) or not last.exists():
         return Resumed(cfg, [])
-    saved = checkpoint.load(last)["config"]
+    if cfg.resume and cfg.config:
+        raise UserError("--config: is only for a new run; change the settings of one that is resumed by flags")
+    saved = checkpoint.load(last, mmap=True)["config"]
     preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
     data_dir = saved.get("data_dir", cfg.data_dir)
     usual = with_preset(TrainConfig, preset)
@@ -169,7 +171,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
 
 def plain(value: Any) -> str:
     """A setting as it is typed in a command."""
-    return f"{value:g}" if isinstance(value, float) else f"{value}" if value != "" else "''"
+    return shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
@@ -209,61 +211,14 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         saved = checkpoint.load(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
             raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
-    elif not (cfg.overwrite or cfg.check or cfg.eval_only):
+    elif not (cfg.overwrite or cfg.check):
         check_unused(Path(cfg.out_dir))
-    if not (cfg.check or cfg.eval_only):
+    if not cfg.check:
         check_own(Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1])
     if len(machine.gather(seen).unique()) > 1:
         raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
     return saved
-
-
-def check_own(out_dir: Path) -> None:
-    """Raise UserError if files that a run would replace are there, but were not written by a run."""
-    names = [
-        "config.json",
-        "last.pt",
-        "best.pt",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "loss.png",
-        "run.html",
-        "tracker.json",
-    ]
-    present = [name for name in (*names, *(f"{name}.tmp" for name in names[1:])) if os.path.lexists(out_dir / name)]
-    if present and not is_run_folder(out_dir):
-        raise UserError(
-            f"--out-dir {out_dir} holds {', '.join(present)}, not written by train.py; give another --out-dir, or move "
-            "what is there"
-        )
-
-
-def is_run_folder(out_dir: Path) -> bool:
-    """Whether train.py wrote the files there. The first that it writes is config.json."""
-    try:
-        if os.path.lexists(out_dir / "config.json"):
-            with_settings(TrainConfig(), json.loads((out_dir / "config.json").read_bytes()))
-        else:
-            checkpoint.load(next(out_dir / name for name in ("last.pt", "best.pt") if (out_dir / name).exists()))
-    except (OSError, TypeError, ValueError, KeyError, UserError, StopIteration):
-        return False
-    return True
-
-
-def check_unused(out_dir: Path) -> None:
-    """Raise UserError if a new run would delete what an earlier one made."""
-    if (out_dir / "last.pt").exists():
-        raise UserError(
-            f"--out-dir {out_dir} holds a run (last.pt); continue it with --resume, delete it with --overwrite, or give "
-            "another --out-dir"
-        )
-    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
-    best = out_dir / "best.pt"
-    if best.exists() and checkpoint.load(best)["iter"] > 0:
-        raise UserError(
-            f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
-        )
 
 
 def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
@@ -297,11 +252,18 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
             f"{last} was trained with --optimizer {old}, whose state {new} cannot use; give --optimizer {old}, "
             "or another --out-dir"
         )
+    if "init_from" in changed:
+        raise UserError(f"{last} did not start from {cfg.init_from}; leave --init-from out, or give another --out-dir")
+    done, last_iter = saved["iter"], saved["config"]["max_iters"]
+    if cfg.max_iters <= done < last_iter:
+        raise UserError(
+            f"--max-iters {cfg.max_iters:,}: the run in {cfg.out_dir} has done {done:,} iterations; give more"
+        )
     changed |= differences(saved["machine"], machine.describe(), machine.describe())
     words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_SETTINGS]
     if "max_iters" in changed:
-        before, after = saved["optimizer"]["param_groups"][0]["lr"], get_lr(saved["iter"], cfg)
-        words.append(f"learning rate {before:.2e} -> {after:.2e} because the cosine now ends at {cfg.max_iters:,}")
+        before, after = get_lr(done, with_settings(cfg, saved["config"])), get_lr(done, cfg)
+        words.append(f"learning rate {before:.2e} -> {after:.2e} here (the cosine now ends at {cfg.max_iters:,})")
     return tuple(words)
 
 
@@ -381,15 +343,23 @@ def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_run_folder(run: Run) -> Iterator[None]:
-    """Lock `out_dir` for this run. Deletes half-written files there and, for a new run, the files of an earlier one."""
+    """Lock `out_dir` for this run. Deletes half-written files there and, for a new run, the files of an earlier one.
+
+    Raises:
+        UserError: another command uses the folder, or has trained there since this one looked.
+    """
     if not run.machine.is_main:
         yield
         return
     held = f"--out-dir {run.out_dir}: another training run is using it; give another --out-dir"
     with locked(run.out_dir, held):
-        names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp", "run.html.tmp"]
+        names = [f"{name}.tmp" for name in RUN_FILES]
         if run.resumed_at is None:
-            names += ["last.pt", "best.pt", "metrics.jsonl", "samples.jsonl", "loss.png", "run.html", "tracker.json"]
+            if not run.cfg.overwrite:
+                check_unused(run.out_dir)
+            names += RUN_FILES
+        elif checkpoint.load(run.out_dir / "last.pt", mmap=True)["iter"] != run.resumed_at:
+            raise UserError(f"--out-dir {run.out_dir}: another command has trained there meanwhile; repeat this one")
         with writing(run.out_dir):
             for name in names:
                 (run.out_dir / name).unlink(missing_ok=True)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from config import ModelConfig, TrainConfig
 
-# `--dropout auto`, by how often the run reads its text: from so many times on, this probability.
+# --dropout auto. Passes over the text, at least: probability
 DROPOUT = {0: 0.0, 2: 0.1, 8: 0.2}
-# `--n-embd auto`, by the tokens of training text: from so many on, this width. 93,000 and 45 million tokens were tried
-# (docs/experiments.md), so the border is a guess.
+# --n-embd auto. Tokens of training text, at least: width. Only 93,000 and 45 million tokens were tried
+# (docs/experiments.md), so the threshold is a guess
 WIDTH = {0: 128, 500_000: 256}
 
 
@@ -22,7 +22,7 @@ def choose_numbers(cfg: TrainConfig, epoch_tokens: int) -> Numbers:
     """`cfg` with a number for each `auto` that depends on the text or the run, and with `max_iters` at most `max_epochs`.
 
     Args:
-        epoch_tokens: that the run reads in one pass over the training split.
+        epoch_tokens: tokens that one pass over the training split reads.
     """
     chosen = []
     most = most_iterations(cfg, epoch_tokens)

@@ -175,7 +175,8 @@ def command(script: str, preset: str, **flags: Any) -> str:
     """A command to paste into a shell. Flags that have the preset's value anyway are left out.
 
     `command("train.py", "demo", out_dir="my runs/1", resume=True)` gives
-    `python train.py --preset demo --out-dir 'my runs/1' --resume`.
+    `python train.py --preset demo --out-dir 'my runs/1' --resume`. A run that resumes takes its settings from last.pt,
+    so then only the folder, which the preset names, can be left out.
     """
     usual, words = with_preset(COMMANDS[script], preset), []
     if preset != TrainConfig.preset:
@@ -184,7 +185,9 @@ def command(script: str, preset: str, **flags: Any) -> str:
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif value != getattr(usual, name):  # a value that begins with a dash must not look like a flag
+        elif value != getattr(usual, name) or (
+            flags.get("resume") and name != "out_dir"
+        ):  # a value that begins with a dash must not look like a flag
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return started_with(script, words)
 

@@ -5,6 +5,7 @@ run(main)    the command itself: a foreseen problem ends in one line and exit st
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from typing import Any, TextIO
 # How many turns a waiting OpenMP thread keeps its core before it sleeps. PyTorch's default is so large that one other
 # busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
 SPINS = "1500"
+
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # a path that the system refuses
 
 BEGAN = time.monotonic()
 FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (internals/processes.py)
@@ -153,7 +156,7 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
     with forgiving_streams(stdout_is_output):
         try:
             main()
-        except (UserError, ImportError, RuntimeError, KeyboardInterrupt) as error:
+        except (UserError, ImportError, RuntimeError, OSError, KeyboardInterrupt) as error:
             status = report_end(error, interrupted)
             if status is None:
                 raise
@@ -168,6 +171,8 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         status, text = 2, f"error: {error}"
     elif isinstance(error, ModuleNotFoundError):
         status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
+    elif isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+        status, text = 2, f"error: {error.filename}: {error.strerror}; give a path that you may use"
     elif "busy or unavailable" in str(error):  # CUDA's words, on a card that an administrator set to one process
         status, text = 2, "error: the GPU serves one process, and has one (see nvidia-smi); wait, or give --device cpu"
     else:

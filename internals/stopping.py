@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from internals.machine import Machine
@@ -24,11 +24,29 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
             with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
                 os.write(2, b"\nStopping after this iteration, which is saved. Repeat to stop at once.\n")
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    with handling(handler, "SIGINT", "SIGTERM", "SIGHUP"):
+        yield stop
+
+
+@contextlib.contextmanager
+def end_like_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the command as Ctrl-C does, so that it removes its temporary files."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with handling(handler, "SIGTERM", "SIGHUP"):
+        yield
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]:
+    """Inside, `handler` takes these signals, except those that are ignored (or that Windows lacks)."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heeded}
     try:
-        yield stop
+        yield
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)

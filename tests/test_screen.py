@@ -257,11 +257,12 @@ def test_every_end_says_what_comes_next(here):
         "Page: checkpoints/demo/run.html",
         "Try: python generate.py --preset demo --prompt 'The history of'",
     ]
-    finished = Run(with_preset(TrainConfig, "demo"), META, MACHINE, None, None, resumed_at=1)
-    assert report.already_finished(finished).splitlines() == [
-        "The run in checkpoints/demo is finished (1 iteration).",
-        "Extend it: python train.py --preset demo --resume --max-iters 2",
-    ]
+    for done, words in ((1, "1 iteration"), (300, "300 iterations")):  # 600 is the preset's number, but not last.pt's
+        finished = Run(with_preset(TrainConfig, "demo"), META, MACHINE, None, None, resumed_at=done)
+        assert report.already_finished(finished).splitlines() == [
+            f"The run in checkpoints/demo is finished ({words}).",
+            f"Extend it: python train.py --preset demo --resume --max-iters {2 * done}",
+        ]
 
 
 def test_a_pasted_command_resumes_the_run_with_its_data_and_settings(data_dir, tmp_path):

@@ -1,5 +1,6 @@
 """How commands start and end: one line for a foreseen problem, a traceback for a bug, at any time."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -24,9 +25,23 @@ def test_a_foreseen_problem_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: the disk is full; make room\n"
 
 
+def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path):
+    def refuse():  # as Path.exists does where a folder may not be entered
+        raise PermissionError(errno.EACCES, "Permission denied", "/home/other/run")
+
+    for main in (refuse, lambda: os.stat(tmp_path / ("x" * 300))):
+        with pytest.raises(SystemExit) as exit:
+            run(main)
+        assert exit.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: /") and error.endswith("; give a path that you may use\n")
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+    with pytest.raises(FileNotFoundError):
+        run(lambda: os.stat("no such file"))
 
 
 def test_a_card_for_one_process_that_has_one_is_one_line(capsys):

@@ -26,9 +26,9 @@ from conftest import REPO, assert_user_error, run_script, write_data
 import config
 import train
 from config import ModelConfig, TrainConfig
-from internals import checkpoint, reference, report
+from internals import checkpoint, preflight, reference, report
 from internals.machine import make_machine
-from internals.run import Run, TrainState
+from internals.run import Run, TrainState, resume_settings
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -252,6 +252,22 @@ def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path
     assert [row["iter"] for row in metrics(tmp_path)] == list(range(13))
 
 
+def test_a_run_cannot_end_before_the_iteration_that_it_has_reached(data_dir, tmp_path, monkeypatch):
+    stop_at(monkeypatch, data_dir, tmp_path, 8)
+    for fewer in (5, 9):
+        with pytest.raises(UserError, match=rf"--max-iters {fewer}: the run in .* has done 9 iterations; give more"):
+            train.train(tiny(data_dir, tmp_path, resume=True, max_iters=fewer))
+
+
+def test_the_learning_rate_before_and_after_are_of_the_same_iteration(data_dir, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, data_dir, tmp_path, 9)
+    capsys.readouterr()
+    train.train(tiny(data_dir, tmp_path, resume=True, max_iters=40))
+    rates = [train.get_lr(10, tiny(data_dir, tmp_path, max_iters=iters)) for iters in (20, 40)]
+    words = f"learning rate {rates[0]:.2e} -> {rates[1]:.2e} here (the cosine now ends at 40)"
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_resuming_names_what_changed_and_takes_it(data_dir, tmp_path, capsys, monkeypatch):
     train.train(tiny(data_dir, tmp_path, max_iters=5))
     groups = []
@@ -352,6 +368,15 @@ def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monke
     assert last["best_val_loss"] != pytest.approx(best["val_loss"], abs=1e-4)
 
 
+def test_a_best_model_that_is_gone_is_written_anew(data_dir, tmp_path, monkeypatch):
+    stop_at(monkeypatch, data_dir, tmp_path, 8)
+    last = checkpoint.load(tmp_path / "last.pt")
+    checkpoint.save(tmp_path / "last.pt", last | {"best_val_loss": 0.0})  # so low that no later loss is better
+    (tmp_path / "best.pt").unlink()
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert checkpoint.load(tmp_path / "best.pt")["iter"] == 20
+
+
 @pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "RANK": "x"}])
 def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
     result = run_script("train.py", *flags(data_dir, tmp_path / "run"), env={**os.environ, **environment})
@@ -444,6 +469,24 @@ def test_two_trainings_do_not_share_a_folder(data_dir, tmp_path, monkeypatch):
     train.train(tiny(data_dir, tmp_path, max_iters=2, resume=True))  # the lock went with the run
 
 
+def test_a_run_that_ended_meanwhile_is_neither_deleted_nor_set_back(data_dir, tmp_path, monkeypatch, straight):
+    """Another command trains in the folder between this one's look at it and its lock."""
+    initial_model = train.initial_model
+
+    def another_trained(run: Run) -> GPT:
+        shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+        return initial_model(run)
+
+    stop_at(monkeypatch, data_dir, tmp_path, 8)
+    monkeypatch.setattr(train, "initial_model", another_trained)
+    with pytest.raises(UserError, match="another command has trained there meanwhile; repeat this one"):
+        train.train(tiny(data_dir, tmp_path, resume=True))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="holds a run"):
+        train.train(tiny(data_dir, tmp_path))
+    assert_same_end(tmp_path, straight)
+
+
 def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, straight):
     before = (straight / "last.pt").read_bytes()
     with pytest.raises(UserError, match=r"has another model \(--n-layer 2, now 3, --dropout 0.1, now 0.2\)"):
@@ -454,6 +497,11 @@ def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, st
     other = write_data(tmp_path / "text", train_tokens=1_200)
     with pytest.raises(UserError, match="was trained on other data"):
         train.train(tiny(other, straight, resume=True))
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_inner=32)
+    with pytest.raises(UserError, match="did not start from my/gpt2; leave --init-from out"):
+        train.train(tiny(data_dir, straight, resume=True, init_from="my/gpt2", **sizes))
+    with pytest.raises(UserError, match="--config: is only for a new run"):
+        resume_settings(tiny(data_dir, straight, resume=True, config=str(straight / "config.json")))
     assert (straight / "last.pt").read_bytes() == before
 
 
@@ -616,9 +664,14 @@ def test_best_is_the_best_across_a_stop(data_dir, tmp_path, monkeypatch):
 def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, monkeypatch):
     evaluations = iter([5.0, math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *args: next(evaluations))
-    with pytest.raises(UserError, match="validation loss at iteration 8 is nan"):
+    with pytest.raises(
+        UserError, match=r"validation loss at iteration 8 is nan; continue from .*/last.pt, with --resume"
+    ):
         train.train(tiny(data_dir, tmp_path))
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 5
+    monkeypatch.setattr(train, "evaluate", lambda *args: math.nan)
+    with pytest.raises(UserError, match="at iteration 0 is nan; check the weights of --init-from, or give --dtype"):
+        train.train(tiny(data_dir, tmp_path / "new"))
 
 
 @pytest.fixture
@@ -763,7 +816,8 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     train.train(tiny(data_dir, straight, check=True))
     out = capsys.readouterr().out
     for words in ("device", "float32", "compile    off", "parameters", "2 micro-steps", "epochs", "memory     peak",
-                  "tokens/s", "for 20 iterations", "for checkpoints", "All of this fits.\nTrain: python "):  # fmt: skip
+                  "tokens/s", "for 20 iterations", "for checkpoints", "All of this fits.\n",
+                  f"{straight} holds a run: add --overwrite to delete it", "\nTrain: python "):  # fmt: skip
         assert words in out
     train.train(tiny(data_dir, straight, eval_only=True))
     best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
@@ -771,12 +825,31 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     assert out.startswith("model ") and f"best.pt, iteration {best['iter']} data " in out
     assert "256 tokens of the validation split" in out and "float32 loss " in out
     assert out.endswith(f" {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte")
+    longer = tiny(data_dir, straight, eval_only=True, block_size=8, eval_tokens=8)  # the checkpoint's context is 16
+    train.train(longer)
+    assert "16 tokens of the validation split" in " ".join(capsys.readouterr().out.split())
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_check_knows_the_size_of_the_checkpoints(data_dir, tmp_path, monkeypatch, optimizer):
+    def size(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return sum(map(size, values))
+
+    seen = []
+    monkeypatch.setattr(preflight, "describe", lambda *args: seen.append(args[-1]) or "")
+    train.train(tiny(data_dir, tmp_path, optimizer=optimizer, check=True))
+    train.train(tiny(data_dir, tmp_path, optimizer=optimizer, max_iters=1))
+    best, last = (checkpoint.load(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert seen == [size(best["model"]) + 2 * (size(last["model"]) + size(last["optimizer"]["state"]))]
 
 
 def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys):
