@@ -385,8 +385,7 @@ def lock_run_folder(run: Run) -> Iterator[None]:
     if not run.machine.is_main:
         yield
         return
-    held = f"--out-dir {run.out_dir}: another training run is using it; give another --out-dir"
-    with locked(run.out_dir, held):
+    with locked(run.out_dir, "--out-dir", "another training run is using it; give another --out-dir"):
         names = ["last.pt.tmp", "best.pt.tmp", "loss.png.tmp", "run.html.tmp"]
         if run.resumed_at is None:
             names += ["last.pt", "best.pt", "metrics.jsonl", "samples.jsonl", "loss.png", "run.html", "tracker.json"]
