@@ -39,6 +39,7 @@ CountOrAuto = Annotated[int | Literal["auto"], Range("at least 1, or auto", lamb
 FractionOrAuto = Annotated[
     float | Literal["auto"], Range("at least 0 and below 1, or auto", lambda value: value == "auto" or 0 <= value < 1)
 ]
+ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
 Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
@@ -142,7 +143,7 @@ class PrepareConfig(DataDir):
     tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: a new one, trained on the source; or the tokenizer.json of another data folder
     vocab_size: VocabSize | None = None  # tokens of --tokenizer train; None: 16,384 (laptop, demo: by the text's size)
     val_fraction: Share | None = None  # share held out; None: 0.005 (sample: 0.1; laptop, demo: by the text's size)
-    shard_tokens: Count = 100_000_000  # tokens in a shard file (2 bytes each)
+    shard_tokens: ShardTokens = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: Count | None = None  # stop after about this many, at an article's end or inside a long one; None: all
     workers: Count | None = None  # tokenizing threads; None: one for each CPU core
     keep_downloads: bool = False  # of --source wikipedia: keep the downloaded files, in the Hugging Face cache (12 GB for en); later runs find them

@@ -24,6 +24,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the output cannot encode
     CFG = parse(PrepareConfig, __doc__)
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -40,10 +41,11 @@ import numpy as np
 from config import PrepareConfig
 from internals.articles import Tokens, tokenize
 from internals.bulk_encoding import bulk_encoder
+from internals.cli import with_preset
 from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
-from internals.files import locked, sha256, write_json, write_text, writing
+from internals.files import locked, sha256, sha256_of, write_json, write_text, writing
 from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, print_result, shard_settings
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
@@ -54,7 +56,6 @@ from internals.source_size import choose_by_size
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes, tokenizer_name
-from internals.tokenizer_json import sha256_of
 from internals.tokenizer_training import sample_texts, train_tokenizer
 from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
@@ -71,16 +72,9 @@ def prepare(cfg: PrepareConfig) -> None:
     if cfg.show:
         show_tokens(data_dir, list(chain.from_iterable(cfg.show)))
         return
-    held = f"--data-dir {data_dir}: another prepare_data.py is running there; wait until it ends"
-    try:
-        with (
-            writing(f"--data-dir {data_dir}", "the same command resumes where it stopped"),
-            locked(data_dir, held, LOCK_SECONDS),
-        ):
-            prepare_locked(cfg, data_dir)
-    except KeyboardInterrupt as error:
-        again = given_command(without="--overwrite")
-        raise UserError(f"stopped; finished work is kept. Continue: {again}") from error
+    held = "another prepare_data.py is running there; wait until it ends"
+    with writing(f"--data-dir {data_dir}"), locked(data_dir, "--data-dir", held, LOCK_SECONDS):
+        prepare_locked(cfg, data_dir)
 
 
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
@@ -95,7 +89,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         read_tokenizer(data_dir, meta)  # raises if it has been damaged
         for split in SPLITS:
             TokenStream.open(data_dir, split)  # raises if a shard has been damaged
-        folder.delete_notes()
+        folder.delete_unfinished()
         print(f"{data_dir} is finished: nothing to do (--overwrite starts again)\nNext: {command_to_train(cfg)}")
         return
     folder.refuse_foreign(own_tokenizer=cfg.tokenizer not in NAMES)
@@ -103,7 +97,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         load_tokenizer(given_tokenizer(cfg.tokenizer))  # before anything is written
 
     # 2. Where to begin
-    resumes = folder.noted is not None and not cfg.overwrite
+    resumes = folder.progress is not None and not cfg.overwrite
     progress = resume(cfg, source) if resumes else Progress(tail=source.has_few_documents())
     progress.resolved = source.resolve(progress.resolved)
     print(source.summary())
@@ -113,38 +107,57 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     print(bulk_encoder(pipeline.tokenizer).summary)
 
     # 3. Articles -> tokens -> shards
-    try:
+    with resumable(data_dir, progress):
         if not progress.end:
             pipeline.tokenize_source()
         pipeline.finish()
-    except UserError as error:
-        if not progress.tokens:
-            raise
-        hint = "the same command keeps the finished work; a different source or flags need --overwrite"
-        raise UserError(f"{error} ({hint})") from error
 
     # 4. The result
-    DataFolder(data_dir).delete_notes()
+    DataFolder(data_dir).delete_unfinished()
     print_result(cfg, progress)
 
 
+@contextlib.contextmanager
+def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
+    """End a stop or a failure inside the block with the command that continues, without the --overwrite that it began
+    with: once the old shards are deleted, that would delete the new ones."""
+    again = f"Continue: {given_command(without='--overwrite')}"
+    with writing(f"--data-dir {data_dir}", f"finished work is kept. {again}"):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise UserError(f"stopped; finished work is kept. {again}") from error
+        except UserError as error:
+            if not progress.tokens:
+                raise
+            kept = "Finished work is kept; another source or other flags need --overwrite"
+            raise UserError(f"{error}. {kept}. {again}") from error
+
+
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
-    is_hub = cfg.sources == ("wikipedia",)
-    source = (
-        HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads, cfg.max_tokens)
-        if is_hub
-        else LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
-    )
-    kinds = {".parquet"} if is_hub else {file_type(file.name) for file in source.files}
-    if cfg.encoding != PrepareConfig.encoding and kinds == {".parquet"}:
-        raise UserError(f"--encoding {cfg.encoding}: .parquet files are always UTF-8; leave the flag out")
-    if cfg.keep_downloads and not is_hub:
-        raise UserError("--keep-downloads: only --source wikipedia is downloaded; leave the flag out")
-    if cfg.separator and ".txt" not in kinds:
-        raise UserError(
-            "--separator: the source has no .txt file, and other formats already separate documents; leave the flag out"
-        )
+    if cfg.sources == ("wikipedia",):
+        source = HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads, cfg.max_tokens)
+        types = {".parquet"}
+    else:
+        hub_only = f"only for --source wikipedia, but the source is {' '.join(cfg.sources)}"
+        refuse_flags(cfg, ("language", "dump", "revision", "keep_downloads"), hub_only)
+        source = LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+        types = {file_type(file.name) for file in source.files}
+    if types == {".parquet"}:
+        refuse_flags(cfg, ("encoding",), ".parquet files are always UTF-8")
+    if types == {".txt"}:
+        refuse_flags(cfg, ("text_column",), ".txt files have no columns")
+    if ".txt" not in types:
+        refuse_flags(cfg, ("separator",), "the source has no .txt file, and other formats already separate documents")
     return source
+
+
+def refuse_flags(cfg: PrepareConfig, names: tuple[str, ...], reason: str) -> None:
+    """Raise UserError if one of these flags was given. `reason` says why it would be ignored."""
+    usual = with_preset(PrepareConfig, cfg.preset)
+    for name in names:
+        if getattr(cfg, name) != getattr(usual, name):
+            raise UserError(f"--{name.replace('_', '-')}: {reason}; leave the flag out")
 
 
 def resume(cfg: PrepareConfig, source: Source) -> Progress:
@@ -205,15 +218,21 @@ class Pipeline:
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
         self.tokenizer = tokenizer
+        self.shards: dict[str, ShardWriter] = {}
         self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
         self.open_shards()
 
     def open_shards(self) -> None:
         """Cut the splits to their lengths in the progress, and open them."""
+        self.close_shards()
         self.shards = {
             name: ShardWriter(self.data_dir, name, self.cfg.shard_tokens, split.tokens)
             for name, split in self.progress.splits.items()
         }
+
+    def close_shards(self) -> None:
+        for shards in self.shards.values():
+            shards.close()
 
     def commit(self) -> None:
         """Save the progress, so that a later run resumes here. Before the first token there is nothing to save."""
@@ -318,7 +337,7 @@ class Pipeline:
             **({"tokenizer_sha256": sha256_of(self.tokenizer)} if is_json(self.tokenizer) else {}),
             "end": self.progress.end,
             "empty": self.progress.empty,
-            "repaired": self.progress.repaired,
+            "repaired_files": self.progress.repaired_files,
             "splits": {
                 name: {**dataclasses.asdict(split), "shards": self.shards[name].finish()}
                 for name, split in self.progress.splits.items()
@@ -328,8 +347,6 @@ class Pipeline:
 
     def start_again_with_tail(self) -> None:
         """Prepare the source once more, all of it as training text. The tail is then held out from that."""
-        for shards in self.shards.values():
-            shards.close()
         self.progress.start_again()
         if self.cfg.trained_size:  # again: the old one was trained on the end of the text, too
             self.tokenizer = write_tokenizer(self.cfg, self.source, self.progress)
@@ -364,8 +381,7 @@ class Pipeline:
                 share = math.ceil(1000 * need / total) / 1000
                 better = share if split == "val" else 1 - share
                 hint = f"give a {flag} one, such as {better:g}, or more text" if share < 0.5 else "give more text"
-                for shards in self.shards.values():
-                    shards.close()
+                self.close_shards()
                 DataFolder(self.data_dir).delete()
                 self.progress.start_again()
                 raise UserError(

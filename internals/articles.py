@@ -11,7 +11,8 @@ import tiktoken
 
 from internals.bulk_encoding import Texts, bulk_encoder, encode
 from internals.reader import Chunk, is_utf8
-from internals.tokenizer import END_OF_TEXT, cut_tokens
+from internals.tokenizer import cut_tokens
+from internals.tokenizer_json import END_OF_TEXT
 
 FEW_IDS = 10  # with fewer different ids than this, they explain why a split misses its share
 
@@ -26,13 +27,15 @@ class Tokens:
     val: np.ndarray  # (articles,) bool: in the validation split
     ends: bool  # False: the next chunk continues the article
     empty: int  # articles without text, left out
-    repaired: int  # articles with invalid Unicode, replaced
-    characters: int = 0  # in all texts
-    replaced: int = 0  # of those, for invalid bytes
-    ids: frozenset[bytes] = frozenset()  # the ids or texts that decided the splits, cut short, at most FEW_IDS
+    characters: int  # in all texts
+    replaced: int  # of those, for invalid bytes
+    ids: frozenset[bytes]  # the ids or texts that decided the splits, cut short, at most FEW_IDS
 
     def up_to(self, room: int, limit: int, encoding: tiktoken.Encoding) -> tuple["Tokens", bool]:
-        """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`."""
+        """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`.
+
+        What is counted of the chunk as a whole (`empty`, `characters`, `replaced`, `ids`) stays, for messages only.
+        """
         ends = np.cumsum(self.lengths)
         last = int(np.searchsorted(ends, room))
         if self.ends and ends[last] - room <= limit:
@@ -55,9 +58,9 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
     """An article becomes its title, a blank line, its text (without a title: its text), and end-of-text."""
     articles = list(chunk.articles())
     kept = [article for article in articles if not (chunk.starts and chunk.ends and article.is_blank)]
-    texts, repaired, replaced = Texts([(article.heading, article.text) for article in kept]), 0, 0
+    texts, replaced = Texts([(article.heading, article.text) for article in kept]), 0
     if not is_utf8(texts.data):
-        texts, repaired, replaced = repair(texts)
+        texts, replaced = repair(texts)
     keys = [text if article.id is None else article.id for article, text in zip(kept, texts, strict=True)]
     tokens, lengths = encode(bulk_encoder(tokenizer), texts)
     if not chunk.ends:  # the document continues: no end-of-text yet
@@ -69,7 +72,6 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
         np.array([is_held_out(key, val_fraction) for key in keys], bool),
         chunk.ends,
         len(articles) - len(kept),
-        repaired,
         count_characters(texts),
         replaced,
         frozenset(islice(dict.fromkeys(key[:40] for key in keys), FEW_IDS)),
@@ -81,12 +83,11 @@ def count_characters(texts: Texts) -> int:
     return int(np.count_nonzero(starts)) - len(texts) * len(END_OF_TEXT)
 
 
-def repair(texts: Texts) -> tuple[Texts, int, int]:
-    """Replace each invalid byte with U+FFFD. Returns the texts, how many were repaired, and how many bytes replaced."""
+def repair(texts: Texts) -> tuple[Texts, int]:
+    """Replace each invalid byte with U+FFFD. Returns the texts, and how many bytes were replaced."""
     decoded = (text.decode("utf-8", "surrogateescape") for text in texts)
     pairs = [re.subn("[\udc80-\udcff]", "\ufffd", text) for text in decoded]
-    counts = [count for _, count in pairs]
-    return Texts([(text.encode(),) for text, _ in pairs]), sum(map(bool, counts)), sum(counts)
+    return Texts([(text.encode(),) for text, _ in pairs]), sum(count for _, count in pairs)
 
 
 def is_held_out(key: bytes, val_fraction: float) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UN
 from internals.start import UserError
 
 DOWNLOADS = ".downloads-in-progress"  # a name that no user gives to a folder
-OLD_DOWNLOADS = "downloads"  # of versions before November 2026
 BEGINNING = b'{\n  "format": '  # of our JSON files
 TOKENIZER_FILES = (TOKENIZER_FILE, f"{TOKENIZER_FILE}.tmp")
 TOKENIZER_BEGINNING = b'{\n  "version": "1.0",\n  "truncation": null'
@@ -25,13 +24,13 @@ class DataFolder:
     """The files of a data folder, and which of them are ours.
 
     Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them names,
-    and unfinished shards with our header. A missing or damaged file of ours does not stop the command; a foreign one
-    does.
+    and unfinished shards with our header. A missing file of ours, or a shard of ours that was cut short, does not stop
+    the command. A file that cannot be recognised as ours does.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.meta, self.noted = (own_json(path / name) for name in ("meta.json", "progress.json"))
+        self.meta, self.progress = (own_json(path / name) for name in ("meta.json", "progress.json"))
 
     def refuse_foreign(self, own_tokenizer: bool) -> None:
         """Raise UserError if a foreign file has a name that the command needs."""
@@ -60,11 +59,9 @@ class DataFolder:
         split, number, partial = SHARD_NAME.fullmatch(path.name).groups()
         if not path.is_file():
             return False
-        length = self.noted_length(split, int(number))
-        if partial:  # before November 2026 the header of an unfinished shard was zeros
-            return begins_as(path, UNFINISHED_HEADER) or (
-                self.noted is not None and (length > 0 or begins_as(path, bytes(HEADER_BYTES)))
-            )
+        length = self.recorded_length(split, int(number))
+        if partial:
+            return length > 0 or begins_as(path, UNFINISHED_HEADER)
         sizes = [HEADER_BYTES + 2 * entry["tokens"] for entry in self.meta_entries(split) if entry["file"] == path.name]
         if sizes:
             return path.stat().st_size == sizes[0] or has_magic(path)
@@ -73,7 +70,7 @@ class DataFolder:
     def tokenizers(self) -> list[str]:
         """The SHA-256 of each tokenizer.json that was written here."""
         finished = [self.meta["tokenizer_sha256"]] if self.meta and "tokenizer_sha256" in self.meta else []
-        return finished + list((self.noted or {}).get("tokenizers", []))
+        return finished + list((self.progress or {}).get("tokenizers", []))
 
     def is_own_tokenizer(self, path: Path) -> bool:
         return path.is_file() and sha256(path) in self.tokenizers()
@@ -83,11 +80,11 @@ class DataFolder:
             return self.meta["splits"][split]["shards"]
         return []
 
-    def noted_length(self, split: str, index: int) -> int:
+    def recorded_length(self, split: str, index: int) -> int:
         """Tokens of a shard according to `progress.json`; 0 if it names no such shard."""
         with contextlib.suppress(KeyError, TypeError):
-            size = self.noted["shard_tokens"]
-            return max(0, min(size, self.noted["splits"][split]["tokens"] - index * size))
+            size = self.progress["shard_tokens"]
+            return max(0, min(size, self.progress["splits"][split]["tokens"] - index * size))
         return 0
 
     def delete(self) -> None:
@@ -96,30 +93,24 @@ class DataFolder:
             is_shard = SHARD_NAME.fullmatch(path.name) and self.is_own_shard(path)
             if is_shard or (path.name == TOKENIZER_FILE and self.is_own_tokenizer(path)):
                 path.unlink()
-        self.delete_notes()
+        self.delete_unfinished()
         (self.path / "meta.json").unlink(missing_ok=True)
         self.meta = None
 
-    def delete_notes(self) -> None:
+    def delete_unfinished(self) -> None:
         """Delete our files that a finished folder does not need."""
-        Downloads.of(self.path, (self.noted or {}).get("resolved") or {}).delete_all()
+        Downloads(self.path).delete_all()
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
                 (self.path / name).unlink()
-        self.noted = None
+        self.progress = None
 
 
 class Downloads:
     """The subfolder of a data folder that keeps downloads until they are tokenized."""
 
-    def __init__(self, data_dir: Path, name: str, files: Iterable[str]):
-        self.data_dir, self.folder, self.files = data_dir, data_dir / name, list(files)
-
-    @classmethod
-    def of(cls, data_dir: Path, resolved: dict[str, Any]) -> "Downloads":
-        """The downloads of a source. `resolved` is its entry in `progress.json`."""
-        name = resolved.get("folder", OLD_DOWNLOADS) if resolved else DOWNLOADS
-        return cls(data_dir, name, (file["name"] for file in resolved.get("files", [])))
+    def __init__(self, data_dir: Path):
+        self.data_dir, self.folder = data_dir, data_dir / DOWNLOADS
 
     def delete(self, files: Iterable[str]) -> None:
         for name in files:
@@ -128,21 +119,8 @@ class Downloads:
                 path.unlink(missing_ok=True)
 
     def delete_all(self) -> None:
-        """Delete the files and the folder. The old folder may be the user's, so there only empty folders go."""
-        self.delete(self.files)
-        if self.folder.name == DOWNLOADS:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.files and not self.folder.is_symlink():
-            for folder in {parent for name in self.files for parent in folders_of(self.folder, name)}:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
-
-
-def folders_of(folder: Path, name: str) -> Iterator[Path]:
-    parents = list(Path(name).parents)[:-1]
-    return (folder / parent for parent in parents)
+        """Delete the folder and all in it. Links are not followed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def own_json(path: Path) -> dict[str, Any] | None:

@@ -41,6 +41,13 @@ class Block(NamedTuple):
     position: int  # bytes of the file on the disk read so far
 
 
+class Checked(NamedTuple):
+    """What a file that was read once is known to hold."""
+
+    found: bool  # the mark between documents that was looked for
+    text_bytes: int  # of text in UTF-8; of .jsonl and .json, all bytes
+
+
 def encoding_of(head: bytes, given: str) -> str:
     """The encoding of a file that begins with these bytes; `given` is --encoding."""
     name = codecs.lookup(given).name
@@ -117,14 +124,16 @@ def count(blocks: Iterable[Block]) -> Counts:
     return counts
 
 
-def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wanted: bytes) -> bool:
-    """Whether the file holds `wanted`. `blocks()` reads it, decompressed.
+def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wanted: bytes) -> Checked:
+    """Whether the file holds `wanted`, and the size of its text. `blocks()` reads it, decompressed.
 
     Raises:
         UserError: it is not text in its encoding.
     """
     strict, suspect, found, end = codecs.getincrementaldecoder("utf-8")("strict"), False, False, b""
+    size = 0
     for block in as_utf8(blocks(), given):
+        size += len(block.data)
         found = found or wanted in end + block.data
         end = block.data[-len(wanted) :]
         suspect = suspect or LONG_NUL_RUN in block.data or 20 * block.data.count(0) > len(block.data)
@@ -136,7 +145,7 @@ def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wan
     suspect = suspect or bool(strict.getstate()[0])  # the last character is incomplete
     if suspect or not codecs.lookup(given).name.startswith("utf-8"):
         refuse_other_encoding(name, blocks, given)
-    return found
+    return Checked(found, size)
 
 
 def refuse_other_encoding(name: str, blocks: Callable[[], Iterator[Block]], given: str) -> None:

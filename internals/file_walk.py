@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from internals.screen import plural
 from internals.start import UserError, first_line
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".txt")  # these may be compressed
@@ -36,11 +37,6 @@ def uncompressed(name: str) -> str:
     return stem if ending.lower() in COMPRESSIONS else name
 
 
-def is_packed(name: str) -> bool:
-    """Whether a text file is smaller on the disk than its text: compressed, or parquet."""
-    return uncompressed(name) != name or file_type(name) == ".parquet"
-
-
 @dataclass
 class Found:
     """The files of a source, in the order in which they are read."""
@@ -48,14 +44,17 @@ class Found:
     root: Path  # names of files are relative to it
     paths: list[Path]
     left_out: Counter[str] = field(default_factory=Counter)  # reason -> files
+    folders: int = 0  # left out, because a glob names them and not their files
 
     def reasons(self) -> str:
-        """`left out 3 files (2 hidden, 1 .png)`; empty if nothing is left out."""
-        if not self.left_out:
-            return ""
-        total = self.left_out.total()
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
-        return f"left out {total:,} file{'s' if total != 1 else ''} ({reasons})"
+        """`left out 3 files (2 hidden, 1 .png) and 1 folder`; empty if nothing is left out."""
+        parts = []
+        if self.left_out:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+            parts.append(f"{plural(self.left_out.total(), 'file')} ({reasons})")
+        if self.folders:
+            parts.append(f"{plural(self.folders, 'folder')} that the glob names (** takes the files in folders)")
+        return f"left out {' and '.join(parts)}" if parts else ""
 
 
 def find_files(sources: tuple[str, ...], sample: Path) -> Found:
@@ -68,14 +67,17 @@ def find_files(sources: tuple[str, ...], sample: Path) -> Found:
     found = [Found(sample.parent, [sample]) if source == "sample" else walk.find(source) for source in sources]
     root, paths = found[0].root, walk.each_once(path for part in found for path in part.paths)
     if len(found) > 1:
-        root = Path(os.path.commonpath([os.path.abspath(part.root) for part in found]))
+        try:
+            root = Path(os.path.commonpath([os.path.abspath(part.root) for part in found]))
+        except ValueError as error:  # two drives of Windows have no common folder
+            raise UserError("--source: the files are on several drives; copy them to one drive") from error
         paths = [Path(os.path.abspath(path)) for path in paths]
     chosen = walk.choose(paths, alone=[Path(source).expanduser() for source in sources])
     if not chosen:
-        reasons = Found(root, [], walk.left_out).reasons()
+        reasons = Found(root, [], walk.left_out, walk.folders).reasons()
         raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons or 'it is empty'}); give {KNOWN}")
     refuse_pairs(chosen, root)
-    return Found(root, chosen, walk.left_out)
+    return Found(root, chosen, walk.left_out, walk.folders)
 
 
 def refuse_pairs(paths: list[Path], root: Path) -> None:
@@ -95,6 +97,7 @@ class Walk:
 
     def __init__(self):
         self.left_out: Counter[str] = Counter()
+        self.folders = 0
 
     def find(self, source: str) -> Found:
         """The files of a file, a folder or a glob, of any type, sorted. Links to folders are followed."""
@@ -119,7 +122,8 @@ class Walk:
         paths = []
         for path in sorted(self.expand(pattern)) if glob.has_magic(str(pattern)) else []:
             if path.is_dir():
-                self.left_out["folder(s) that the glob names (** takes the files in them)"] += "**" not in pattern.parts
+                if "**" not in pattern.parts:
+                    self.folders += 1
             elif self.is_regular(path):
                 paths.append(path)
         if not paths:
@@ -156,8 +160,8 @@ class Walk:
         except OSError as error:
             reason = "it is a link to something that is gone" if path.is_symlink() else error
             raise unreadable(path, reason) from error
-        self.left_out["not a file (a pipe or a device)"] += not regular
-        self.left_out += Counter()  # drops zeros
+        if not regular:
+            self.left_out["not a file (a pipe or a device)"] += 1
         return regular
 
     def files_in(self, folder: Path) -> Iterator[Path]:

@@ -99,25 +99,34 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of(text: str) -> str:
+    """The SHA-256 of a text in UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @contextlib.contextmanager
-def locked(folder: str | Path, held: str, seconds: float = 0.0) -> Iterator[None]:
+def locked(folder: str | Path, flag: str, held: str, seconds: float = 0.0) -> Iterator[None]:
     """Keep other commands out of a folder, created if missing. The system releases the lock when the process ends.
 
     A file system without locks (some network and container file systems) only causes a warning.
 
     Args:
-        held: the UserError's text if another process has the lock.
+        flag: the flag that names the folder, for messages.
+        held: what to say if another process has the lock.
         seconds: how long to wait for it.
     """
-    with writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    with writing(f"{flag} {folder}"):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"{flag} {folder}: is a file; give a folder") from error
     descriptor = None
     try:
         descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + seconds
         while not lock_descriptor(descriptor, blocking=False):
             if time.monotonic() >= deadline:
-                raise UserError(held)
+                raise UserError(f"{flag} {folder}: {held}")
             time.sleep(0.1)
     except OSError as error:
         text = f"{folder} cannot be locked ({first_line(error)}): do not start a second command on it"

@@ -9,30 +9,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from internals import reader
+from internals.encodings import Checked
 from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, is_utf8
 from internals.start import UserError, first_line
 
 
 class ParquetReader(Reader):
-    COLUMNS = ("id", "title")
-
-    def check_content(self) -> bool:
+    def check_content(self) -> Checked:
         with pq.ParquetFile(self.opened()) as file:
             self.columns(file)
-        return False
+            return Checked(False, self.text_bytes(file.metadata))
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """The columns of an article: id, title and text."""
+        return ("id", self.options.title_column, self.options.text_column)
+
+    def text_bytes(self, metadata: pq.FileMetaData) -> int:
+        """Size of the titles and texts before compression."""
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        columns = (group.column(number) for group in groups for number in range(group.num_columns))
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in self.names[1:])
 
     def columns(self, file: pq.ParquetFile) -> list[str]:
         """The columns to read."""
         have, text = file.schema_arrow.names, self.options.text_column
         if text not in have:
             raise UserError(f"{self.name}: has no column {text!r}; give --text-column one of: {', '.join(have)}")
-        for name in (*self.COLUMNS, text):
+        for name in self.names:
             if have.count(name) > 1:
                 raise UserError(f"{self.name}: has {have.count(name)} columns called {name!r}; rename all but one")
         kind = file.schema_arrow.field(text).type
         if not is_text(kind):
             raise UserError(f"{self.name}: column {text!r} is not text ({kind}); give another --text-column")
-        return [column for column in (*self.COLUMNS, text) if column in have]
+        return [name for name in self.names if name in have]
 
     def chunks(self) -> Iterator[Chunk]:
         with pq.ParquetFile(self.opened()) as file:
@@ -45,11 +55,11 @@ class ParquetReader(Reader):
                     first = done
 
     def articles(self, chunk: Chunk) -> Iterator[Article]:
-        columns = [self.column(chunk, name) for name in (*self.COLUMNS, self.options.text_column)]
+        columns = [self.column(chunk, name) for name in self.names]
         for row in zip(*columns, strict=True):
             yield Article.from_row(*row)
 
-    def column(self, chunk: Chunk, name: str) -> list[Any]:
+    def column(self, chunk: Chunk, name: str | None) -> list[Any]:
         """A column as Python values; all None if the column is missing. Text stays as bytes, except in ids."""
         if name not in chunk.data.schema.names:
             return [None] * chunk.count

@@ -13,14 +13,13 @@ from tqdm import tqdm
 
 from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
-from internals.files import write_json
-from internals.screen import command_to_train, duration, wrap
+from internals.files import sha256_of, write_json
+from internals.screen import command_to_train, duration, plural, wrap
 from internals.settings import differences
 from internals.shards import META_FORMAT
 from internals.start import UserError
-from internals.text_files import FEW_DOCUMENTS, Source, counted, listed
+from internals.text_files import FEW_DOCUMENTS, Source, listed
 from internals.tokenizer import given_tokenizer, is_json
-from internals.tokenizer_json import sha256_of
 
 SPLITS = ("train", "val")
 MEASURE_SECONDS = 3.0  # of tokenizing, before the whole run's needs are estimated
@@ -42,8 +41,7 @@ class Progress:
     end: str = ""  # what ended the text: "source" (all of it is done) or "max_tokens"; empty: not ended yet
     splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
     empty: int = 0  # articles without text, left out
-    repaired: int = 0  # articles with invalid Unicode, replaced
-    repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> characters replaced, characters
+    repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> invalid characters replaced, all
     tail: bool = False  # the end of the text is held out, not whole documents
     cut: str = ""  # the file whose document --max-tokens cut
     ids: list[str] = field(default_factory=list)  # different ids seen, while they are few
@@ -65,10 +63,9 @@ class Progress:
         return self.splits["val"].tokens / max(1, self.tokens)
 
     def add_text(self, name: str, new: Tokens) -> None:
-        """Count the empty and repaired articles in a chunk of the file `name`, and collect its ids."""
+        """Count the empty articles and replaced characters in a chunk of the file `name`, and collect its ids."""
         name = as_utf8_name(name)
         self.empty += new.empty
-        self.repaired += new.repaired
         if name != self.reading:
             self.reading, self.characters = name, 0
         self.characters += new.characters
@@ -86,7 +83,7 @@ class Progress:
         does no harm.
         """
         if self.documents < FEW_DOCUMENTS:
-            return f"{counted(self.documents, 'document')} are too few to choose from"
+            return f"{plural(self.documents, 'document')} are too few to choose from"
         of_documents = self.splits["val"].articles / self.documents
         too_many = self.held_out > max(1.5 * wanted, wanted + 0.02)
         if abs(of_documents - wanted) <= wanted / 2 and self.held_out >= wanted / 2 and not too_many:
@@ -104,31 +101,23 @@ class Progress:
             setattr(self, name, value)
 
     def save(self, path: Path, cfg: PrepareConfig, source: Source) -> None:
-        values = dataclasses.asdict(self)
-        if not self.resolved:
-            del values["resolved"]
-        write_json(path, {"format": META_FORMAT, "source": source.identity, **shard_settings(cfg), **values})
+        settings = {"format": META_FORMAT, "source": source.identity, **shard_settings(cfg)}
+        write_json(path, settings | dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path, cfg: PrepareConfig, source: Source) -> "Progress":
         try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
-            check_same(cfg, source, noted, "is half done,")
-            values = {name: noted[name] for name in ("file", "row", "end", "empty", "repaired")}
-            newer = (
-                "repaired_files",
-                "tail",
-                "cut",
-                "ids",
-                "reading",
-                "characters",
-                "tokenizers",
-            )  # missing in folders that the versions of November 2026 began
-            values |= {name: noted[name] for name in newer if name in noted}
-            splits = {name: Split(**noted["splits"][name]) for name in SPLITS}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            check_same(cfg, source, saved, "is half done,")
+            values = {one.name: saved[one.name] for one in dataclasses.fields(cls)}
+            values["splits"] = {name: Split(**saved["splits"][name]) for name in SPLITS}
+        except KeyError as error:
+            raise UserError(
+                f"{path}: was written by another version (it has no {error}); give --overwrite to start again"
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is damaged ({error}); delete it and the *.bin.partial files beside it") from error
-        return cls(**values, splits=splits, resolved=noted.get("resolved", {}))
+        return cls(**values)
 
 
 def as_utf8_name(name: str) -> str:
@@ -170,17 +159,19 @@ def tokenizer_flags(settings: dict[str, Any]) -> str:
     return f"a --tokenizer of SHA-256 {settings['tokenizer_sha256'][:8]}"
 
 
-def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state: str) -> None:
+def check_same(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state: str) -> None:
     """Raise UserError if the folder was begun with other settings or another source."""
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
-    changes = differences(noted, others, defaults=shard_settings(PrepareConfig()))
+    changes = differences(saved, others, defaults=shard_settings(PrepareConfig()))
     differs = [begun_with(f"--{name.replace('_', '-')}", old, new) for name, (old, new) in changes.items()]
-    if not tokenizer.items() <= noted.items():
-        differs.insert(0, f"with {tokenizer_flags(noted)}, not {tokenizer_flags(tokenizer)}")
-    if not source.identity.items() <= noted["source"].items():
-        other = f"from another source ({describe(noted['source'])}, not {describe(source.identity)})"
-        differs = [other] if cfg.by_size else [other, *differs]  # settings that follow from its size were not flags
+    if not tokenizer.items() <= saved.items():
+        differs.insert(0, f"with {tokenizer_flags(saved)}, not {tokenizer_flags(tokenizer)}")
+    if cfg.by_size and "max_tokens" in changes:  # settings that follow from the size of the text were not flags
+        differs = [begun_with("--max-tokens", *changes["max_tokens"])]
+    if not source.identity.items() <= saved["source"].items():
+        other = f"from another source ({describe(saved['source'])}, not {describe(source.identity)})"
+        differs = [other] if cfg.by_size else [other, *differs]
     if differs:
         raise UserError(
             f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "
@@ -190,9 +181,10 @@ def check_same(cfg: PrepareConfig, source: Source, noted: dict[str, Any], state:
 
 def begun_with(flag: str, old: Any, new: Any) -> str:
     """A changed setting in words: `with --encoding cp1252, not utf-8`, or `without --max-tokens` if it was left out."""
-    if old is None:
+    then, now = (str(value) if str(value).isprintable() else repr(value) for value in (old, new))
+    if old in (None, ""):
         return f"without {flag}"
-    return f"with {flag} {old}" + ("" if new is None else f", not {new}")
+    return f"with {flag} {then}" + ("" if new in (None, "") else f", not {now}")
 
 
 def describe(source: dict[str, Any]) -> str:
@@ -201,7 +193,7 @@ def describe(source: dict[str, Any]) -> str:
     what = (
         "the sample"
         if source["kind"] == "sample"
-        else f"{counted(source['files'], 'file')} of {source['bytes']:,} bytes"
+        else f"{plural(source['files'], 'file')} of {source['bytes']:,} bytes"
     )
     return f"{what}, SHA-256 {source['sha256'][:8]}"
 
@@ -239,7 +231,7 @@ class Display:
         seconds, disk = left / max(1.0, tokens_per_second), 2 * left
         text = f"needs about {2 * total / 1e9:,.2f} GB of disk for {total / 1e6:,.0f} million tokens"
         if passing := self.source.peak_bytes:
-            download = left * position // max(1, self.progress.tokens)
+            download = min(left * position // max(1, self.progress.tokens), self.source.missing_bytes)
             seconds = max(seconds, download * self.source.seconds_per_byte)
             disk += self.needed_for_downloads(passing - self.source.bytes_on_disk)
             text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
@@ -249,12 +241,13 @@ class Display:
             fits = int(self.progress.tokens + 0.8 * free / 2)
             raise UserError(
                 f"--data-dir {self.cfg.data_dir}: needs {disk / 1e9:,.2f} GB more, but only {free / 1e9:,.2f} GB are "
-                f"free; make room and repeat the command, or start again with --overwrite --max-tokens {fits}"
+                f"free; make room, or start again with --overwrite --max-tokens {fits}"
             )
 
     def needed_for_downloads(self, size: int) -> int:
         """Bytes of the data folder's disk that such downloads take. Raises UserError if their own disk is too small."""
         folder = self.source.download_folder
+        folder = next(path for path in (folder, *folder.parents) if path.exists())  # nothing may be there yet
         if folder.stat().st_dev == Path(self.cfg.data_dir).stat().st_dev:
             return size
         free = shutil.disk_usage(folder).free
@@ -272,13 +265,13 @@ def print_result(cfg: PrepareConfig, progress: Progress) -> None:
         cut = f" inside a document of {progress.cut}" if progress.cut else ""
         print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")
     if progress.empty:
-        print(f"left out {counted(progress.empty, 'article')} without text")
-    if progress.repaired:
+        print(f"left out {plural(progress.empty, 'article')} without text")
+    if progress.repaired_files:
         names = [f"{name} ({100 * bad / total:.2g}%)" for name, (bad, total) in progress.repaired_files.items()]
-        where = f"{counted(progress.repaired, 'article')} of {counted(len(names), 'file')}"
+        where = plural(len(names), "file")
         text = f"replaced invalid Unicode with U+FFFD in {where} (share of the characters): {listed(names, limit=10)}"
         print(wrap(text, indent="  "))
     for name, split in progress.splits.items():
-        print(f"{name}: {split.tokens:,} tokens, {counted(split.articles, 'article')}, {split.bytes:,} bytes of text")
+        print(f"{name}: {split.tokens:,} tokens, {plural(split.articles, 'article')}, {split.bytes:,} bytes of text")
     print(f"held out {100 * progress.held_out:.3g}% of the tokens (--val-fraction {cfg.held_out:g})")
     print(f"Next: {command_to_train(cfg)}")

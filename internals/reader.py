@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from internals.encodings import Block, as_utf8, check_text
+from internals.encodings import Block, Checked, as_utf8, check_text
 from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
 from internals.tokenizer_json import END_OF_TEXT
@@ -29,6 +29,11 @@ class ReadOptions:
     encoding: str = "utf-8"
     separator: str = ""
     tokenizer: str = "bytes"  # a cut in a long document must not change its tokens; with bytes it never does
+
+    @property
+    def title_column(self) -> str | None:
+        """The column of the title. None if it is the text itself, which would otherwise come twice."""
+        return None if self.text_column == "title" else "title"
 
 
 class Article(NamedTuple):
@@ -112,8 +117,8 @@ class Reader:
     name: str
     options: ReadOptions
 
-    def check(self) -> bool:
-        """Whether the file holds `wanted`. Raises UserError if its content does not match its name."""
+    def check(self) -> Checked:
+        """Whether the file holds `wanted`, and its size. Raises UserError if its content does not match its name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
                 if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -127,7 +132,7 @@ class Reader:
         """The mark to look for between documents: the first line of the separator, or end-of-text."""
         return (self.options.separator.strip("\r\n").split("\n")[0] or END_OF_TEXT).encode()
 
-    def check_content(self) -> bool:
+    def check_content(self) -> Checked:
         return check_text(self.name, self.raw_blocks, self.options.encoding, self.wanted)
 
     def opened(self) -> pa.NativeFile:
@@ -170,4 +175,4 @@ class Reader:
             raise UserError(f"{where}: has no {column!r}; fix that line, or give --text-column one of: {have}")
         if not isinstance(row[column], str | None):
             raise UserError(f"{where}: {column!r} is not text; fix that line, or give another --text-column")
-        return Article.from_row(row.get("id"), row.get("title"), row[column])
+        return Article.from_row(row.get("id"), row.get(self.options.title_column), row[column])

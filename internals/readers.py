@@ -21,7 +21,7 @@ from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, ReadOptions, re
 from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 
-DOCUMENT_BYTES = 1 << 31  # the largest file that is parsed as one JSON document, in memory
+DOCUMENT_BYTES = 1 << 31  # the longest text that is parsed as one JSON document, in memory
 
 
 def make_reader(path: Path, name: str, options: ReadOptions) -> "Reader":
@@ -77,11 +77,17 @@ class JsonReader(Reader):
 
     def document(self) -> list[Any] | None:
         """The rows of a file of JSON values, arrays taken apart; None if it is not such a file."""
-        if os.path.getsize(self.path) > DOCUMENT_BYTES:
-            raise UserError(
-                f"{self.name}: is one JSON document of more than 2 GB; write a line for each article (jq -c '.[]')"
-            )
-        text = b"".join(block.data for block in self.blocks()).decode("utf-8-sig", "surrogateescape")
+        parts, size = [], 0
+        for block in self.blocks():
+            parts.append(block.data)
+            size += len(block.data)
+            if size > DOCUMENT_BYTES:
+                if not parts[0].decode("utf-8-sig", "ignore").lstrip().startswith("["):
+                    return None
+                raise UserError(
+                    f"{self.name}: is one JSON document of more than 2 GB; write a line for each article (jq -c '.[]')"
+                )
+        text = b"".join(parts).decode("utf-8-sig", "surrogateescape")
         rows, place, decoder = [], 0, json.JSONDecoder()
         try:
             while (start := JSON_SPACE.match(text, place).end()) < len(text):

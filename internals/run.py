@@ -351,8 +351,7 @@ def lock_run_folder(run: Run) -> Iterator[None]:
     if not run.machine.is_main:
         yield
         return
-    held = f"--out-dir {run.out_dir}: another training run is using it; give another --out-dir"
-    with locked(run.out_dir, held):
+    with locked(run.out_dir, "--out-dir", "another training run is using it; give another --out-dir"):
         names = [f"{name}.tmp" for name in RUN_FILES]
         if run.resumed_at is None:
             if not run.cfg.overwrite:

@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from internals.files import sha256
+from internals.files import sha256, sha256_of
 from internals.start import UserError, first_line
-from internals.tokenizer_json import sha256_of
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
@@ -150,7 +149,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             if path.exists():
-                raise UserError(f"{path}: was made by somebody else meanwhile; move it away and give the same command")
+                raise UserError(f"{path}: was made by somebody else meanwhile; move it away")
             os.replace(self._partial(index), path)
             entries.append({"file": path.name, "tokens": self._length(index), "sha256": sha256(path)})
         return entries

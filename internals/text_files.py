@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from internals.file_walk import file_type, find_files, is_packed
+from internals.file_walk import file_type, find_files
 from internals.files import sha256
 from internals.reader import ReadOptions, reading
 from internals.readers import make_reader, read_chunks
+from internals.screen import plural
 from internals.tokenizer_json import END_OF_TEXT
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
-PACKED = 3  # bytes of text per byte of a compressed or parquet file, about
 FEW_DOCUMENTS = 50  # below this many, choosing whole documents cannot give the validation share
 
 
@@ -34,11 +34,12 @@ class Source:
 
     identity: dict[str, Any]  # what was asked for; a folder of shards resumes only with the same
     files: list[SourceFile]
-    text_bytes: float  # size of the text, about
-    peak_bytes = 0  # the most that downloads take on the disk at one time
+    text_bytes: float  # size of the text in UTF-8, about; of JSON, of all that is in the file
+    missing_bytes = 0  # of files to download, at most
+    peak_bytes = 0  # the most that they take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
-    download_folder: Path  # of the downloads, if there are any
+    download_folder: Path  # whose disk they take; it may not exist yet
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         """Find out what must stay the same in later runs, unless an earlier run has. Takes and returns plain data."""
@@ -66,7 +67,8 @@ class LocalFiles(Source):
     def __init__(self, sources: tuple[str, ...], options: ReadOptions):
         found = find_files(sources, SAMPLE)
         self.name, self.root, self.left_out, self.options = " ".join(sources), found.root, found.reasons(), options
-        self.files, self.undivided = [], []
+        self.files, self.text_bytes = [], 0
+        self.without_separator, self.with_end_of_text = [], []  # names of .txt files
         total = sum(path.stat().st_size for path in found.paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False, delay=1) as bar:
             for path in found.paths:
@@ -80,16 +82,14 @@ class LocalFiles(Source):
             "sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
         }
 
-    @property
-    def text_bytes(self) -> int:
-        """An estimate without reading: the size of the files, three times that for compressed and parquet files."""
-        return sum(file.bytes * (PACKED if is_packed(file.name) else 1) for file in self.files)
-
     def add(self, path: Path) -> None:
         name = path.relative_to(self.root).as_posix()
-        found, separator = make_reader(path, name, self.options).check(), self.options.separator.strip("\r\n")
-        if file_type(name) == ".txt" and (not found if separator else found and not self.options.separator):
-            self.undivided.append(name)
+        checked, separator = make_reader(path, name, self.options).check(), self.options.separator
+        self.text_bytes += checked.text_bytes
+        if file_type(name) == ".txt" and separator.strip("\r\n") and not checked.found:
+            self.without_separator.append(name)
+        if file_type(name) == ".txt" and not separator and checked.found:
+            self.with_end_of_text.append(name)
         with reading(name):
             self.files.append(SourceFile(name, path.stat().st_size, sha256(path)))
 
@@ -110,24 +110,19 @@ class LocalFiles(Source):
         return True
 
     def summary(self) -> str:
-        text = f"{self.name}: {counted(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
+        text = f"{self.name}: {plural(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
         text += f"; {self.left_out}" if self.left_out else ""
-        if self.undivided and self.options.separator:
+        if self.without_separator:
             text += (
-                f"\nnote: {listed(self.undivided)}: the --separator does not occur there, so each of these "
-                "files is one document"
+                f"\nnote: the --separator does not occur in {listed(self.without_separator)}; "
+                "each file without it is one document"
             )
-        elif self.undivided:
+        if self.with_end_of_text:
             text += (
-                f"\nnote: {listed(self.undivided)} holds the characters {END_OF_TEXT}, which are taken as text; "
-                f"if they stand between documents, give --separator '{END_OF_TEXT}'"
+                f"\nnote: {END_OF_TEXT} is taken as ordinary text in {listed(self.with_end_of_text)}; "
+                f"if it separates documents there, give --separator '{END_OF_TEXT}'"
             )
         return text
-
-
-def counted(number: int, noun: str) -> str:
-    """`counted(4, "file") -> "4 files"`"""
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def listed(names: list[str], limit: int = 3) -> str:

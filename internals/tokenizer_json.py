@@ -4,14 +4,13 @@ They cut text into pieces by one of two patterns, GPT-2's or ours. Three program
 form: tiktoken takes the pattern itself, tokenizer.json a pre-tokenizer, llama.cpp the name of a model.
 """
 
-import hashlib
 import itertools
 import json
 from typing import Any
 
 import tiktoken
 
-from internals.files import as_json
+from internals.files import as_json, sha256_of
 from internals.start import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -79,10 +78,6 @@ def own_tokenizer(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
 
 def short_name(text: str) -> str:
     return f"own-{sha256_of(text)[:8]}"
-
-
-def sha256_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def canonical(text: str, path: str) -> str:

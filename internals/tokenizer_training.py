@@ -25,13 +25,14 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
     """Training articles spread over the source, about `SAMPLE_BYTES` of text together, or all there are.
 
     The sample depends only on the source and the flags. If the end of the text is held out (`tail`), it leaves out
-    twice that share, because the exact place of the cut is known only after all tokens are counted.
+    twice that share, because the exact place of the cut is known only after all tokens are counted. Of a share above a
+    third, it leaves out half of the rest.
     """
     options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
     numbers = source.sample_files(SAMPLE_BYTES)
     size, limit, val_fraction = sum(source.files[n].bytes for n in numbers), math.inf, cfg.held_out
     if tail:
-        share, val_fraction = max(0.0, 1 - 2 * cfg.held_out), 0.0
+        share, val_fraction = max(1 - 2 * cfg.held_out, (1 - cfg.held_out) / 2), 0.0
         limit = share * (cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
         size = min(share * size, limit)
     before = position = seen = taken = 0  # the first two in bytes of the source, the others of text

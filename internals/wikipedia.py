@@ -14,17 +14,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from internals.data_folder import DOWNLOADS, Downloads
+from internals.data_folder import Downloads
 from internals.files import sha256
 from internals.network import answer_within, in_background, patiently
+from internals.screen import plural
 from internals.start import UserError, first_line
-from internals.text_files import Source, SourceFile, counted
+from internals.text_files import Source, SourceFile
 
 T = TypeVar("T")
 
 REPOSITORY = "wikimedia/wikipedia"
 ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them, besides those of huggingface_hub
 FILE_BYTES = 3  # of the hub's files per token, with a margin: English takes 2.5 with GPT-2's tokenizer
+OFFLINE = "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file, huggingface_hub waits 10 s at a time
 
 
@@ -40,13 +42,13 @@ class HubWikipedia(Source):
     later runs find them, even runs with another data folder.
     """
 
-    text_bytes = math.inf  # large in any language; only the hub knows the true size
+    text_bytes = math.inf  # assumed: only the hub knows the true size, and most Wikipedias are large
 
     def __init__(
         self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False, max_tokens: int | None = None
     ):
         self.config, self.data_dir, self.keep, self.max_tokens = f"{dump}.{language}", data_dir, keep, max_tokens
-        self.downloads = Downloads.of(data_dir, {})
+        self.downloads = Downloads(data_dir)
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
         # Xet, the hub's newer protocol, has hung for over an hour (github.com/huggingface/xet-core, issue 883). Plain
         # HTTP asks again after 10 s of silence and continues the download. Set this before the first import.
@@ -59,10 +61,9 @@ class HubWikipedia(Source):
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         find = functools.partial(answer_within, ANSWER_SECONDS, self._find_files)
-        resolved = known or {**ask_hub(f"{REPOSITORY} {self.config}", find), "folder": DOWNLOADS}
+        resolved = known or ask_hub(f"{REPOSITORY} {self.config}", find)
         self.commit, self.files = resolved["commit"], [SourceFile(**file) for file in resolved["files"]]
-        self.downloads = Downloads.of(self.data_dir, resolved)
-        for path in self.downloads.folder.rglob("*.incomplete") if self.downloads.folder.name == DOWNLOADS else ():
+        for path in self.downloads.folder.rglob("*.incomplete"):
             path.unlink()  # of a killed download; huggingface_hub would not resume it
         return resolved
 
@@ -70,7 +71,7 @@ class HubWikipedia(Source):
         import datasets
         from huggingface_hub import HfApi, constants
 
-        if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:  # the second also by HF_DATASETS_OFFLINE
+        if is_offline():
             return self._find_cached(Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}")
         commit = HfApi().dataset_info(REPOSITORY, revision=self.identity["revision"]).sha
         self._check_config(datasets.get_dataset_config_names(REPOSITORY, revision=commit))
@@ -94,7 +95,7 @@ class HubWikipedia(Source):
             if count and len(paths) == int(count[1]):
                 return {"commit": commit, "files": mixed([cached_file(self.config, path) for path in paths])}
         raise UserError(
-            f"{REPOSITORY} {self.config}, revision {revision}: is incomplete in the cache ({cache.parent}), and HF_HUB_OFFLINE "
+            f"{REPOSITORY} {self.config}, revision {revision}: is incomplete in the cache ({cache.parent}), and {OFFLINE} "
             "is set; go online and unset it"
         )
 
@@ -107,7 +108,7 @@ class HubWikipedia(Source):
 
     def summary(self) -> str:
         size = sum(file.bytes for file in self.files) / 1e9
-        files = counted(len(self.files), "file")
+        files = plural(len(self.files), "file")
         return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {size:,.2f} GB"
 
     def provenance(self) -> dict[str, Any]:
@@ -138,21 +139,29 @@ class HubWikipedia(Source):
         self.downloads.delete(file.name for file in self.files[:before])
 
     @property
+    def missing(self) -> list[int]:
+        """Bytes of each file that is likely needed and not in the Hugging Face cache."""
+        needed = (file for number, file in enumerate(self.files) if self._is_likely_needed(number))
+        return [file.bytes for file in needed if not self._cached(file)]
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(self.missing)
+
+    @property
     def peak_bytes(self) -> int:
-        sizes = sorted((file.bytes for file in self.files), reverse=True)
-        return sum(sizes if self.keep else sizes[:3])  # one is read, the next one arrives, one is not yet noted as done
+        sizes = sorted(self.missing, reverse=True)
+        return sum(sizes if self.keep else sizes[:3])  # one is read, the next one arrives, one is not yet saved as done
 
     @property
     def bytes_on_disk(self) -> int:
-        if self.keep:
-            return sum(file.bytes for file in self.files if self._cached(file))
         return sum(path.stat().st_size for path in self.downloads.folder.rglob("*") if path.is_file())
 
     @property
     def download_folder(self) -> Path:
         from huggingface_hub import constants
 
-        return Path(constants.HF_HUB_CACHE) if self.keep else self.downloads.folder
+        return Path(constants.HF_HUB_CACHE) if self.keep else self.data_dir
 
     def _where(self, file: SourceFile) -> dict[str, str]:
         """The file, as huggingface_hub names it."""
@@ -216,8 +225,16 @@ def is_whole(path: Path, file: SourceFile) -> bool:
 
 def ask_hub(what: str, action: Callable[[], T]) -> T:
     """The result of `action`, tried several times while the network or the hub fails."""
-    advice = "finished work is kept; repeat the command when the network is back"
+    advice = "try again when the network is back"
     return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
+
+
+def is_offline() -> bool:
+    """Whether the user forbids the network, by one of the two variables."""
+    import datasets
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE  # HF_DATASETS_OFFLINE sets only the second
 
 
 def check_retryable(what: str, error: Exception) -> None:
@@ -228,8 +245,8 @@ def check_retryable(what: str, error: Exception) -> None:
     for folder in (constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE):
         check_writable(what, folder)
 
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{what}: is not on this machine, and HF_HUB_OFFLINE is set; go online") from error
+    if is_offline():
+        raise UserError(f"{what}: is not on this machine, and {OFFLINE} is set; go online and unset it") from error
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if 400 <= status < 500 and status not in (408, 429):
         hint = "is HF_TOKEN right?" if status in (401, 403) else "is --revision right?"

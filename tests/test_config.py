@@ -111,6 +111,7 @@ def test_a_configuration_cannot_be_changed():
         (PrepareConfig, ["--val-fraction", "1"], ["--val-fraction 1.0"]),
         (PrepareConfig, ["--source", ""], ["--source"]),
         (PrepareConfig, ["--max-tokens", "0"], ["--max-tokens 0"]),
+        (PrepareConfig, ["--shard-tokens", "2147483648"], ["--shard-tokens 2147483648", "from 1 to 2^31 - 1"]),
         (GenerateConfig, ["--temperature", "-1"], ["--temperature -1"]),
         (GenerateConfig, ["--top-p", "0"], ["--top-p 0"]),
         (GenerateConfig, ["--top-p", "2"], ["--top-p 2"]),

@@ -85,23 +85,20 @@ def test_an_unfinished_shard_of_a_killed_run_is_ours(tmp_path, source, begun):
     assert read_meta(tmp_path / "out")["end"] == "source"
 
 
-def test_a_folder_that_older_code_began_is_continued(tmp_path, source):
-    """Its unfinished shards begin with zeros, and one of them may not be recorded yet."""
+def test_a_half_done_folder_of_another_version_can_be_made_again(tmp_path):
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", make_articles(60))
     write_jsonl(tmp_path / "in" / "b.jsonl", [*make_articles(60, seed=1), {"no": "text"}])
     with pytest.raises(UserError, match="line 61"):
         prepare(config(tmp_path / "out", tmp_path / "in", workers=1))
-    for path in (tmp_path / "out").glob("*.partial"):
-        path.write_bytes(bytes(1024) + path.read_bytes()[1024:])
-    noted = json.loads((tmp_path / "out" / "progress.json").read_text())
-    for newer in ("encoding", "separator", "tail", "ids", "cut", "repaired_files", "reading", "characters"):
-        del noted[newer]
-    (tmp_path / "out" / "progress.json").write_text(json.dumps(noted))
-    put(tmp_path / "out", {"train_000007.bin.partial": bytes(1024)})
-    with pytest.raises(UserError, match="line 61"):
+    path = tmp_path / "out" / "progress.json"
+    saved = json.loads(path.read_text())
+    del saved["repaired_files"]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"progress\.json: was written by another version .*give --overwrite"):
         prepare(config(tmp_path / "out", tmp_path / "in", workers=1))
-    assert not (tmp_path / "out" / "train_000007.bin.partial").exists()
+    with pytest.raises(UserError, match="line 61"):
+        prepare(config(tmp_path / "out", tmp_path / "in", workers=1, overwrite=True))
 
 
 def test_a_link_is_deleted_and_what_it_leads_to_stays(tmp_path, source):
@@ -113,24 +110,12 @@ def test_a_link_is_deleted_and_what_it_leads_to_stays(tmp_path, source):
     assert (tmp_path / "moved.bin").exists() and not path.is_symlink()
 
 
-def test_of_the_old_download_folder_only_what_was_noted_goes(tmp_path):
-    resolved = {"commit": "1", "files": [{"name": "c/a.parquet"}, {"name": "c/b.parquet"}]}
-    mine = put(tmp_path, ["downloads/c/mine.parquet", "downloads/mine.txt"])
-    put(tmp_path, ["downloads/c/a.parquet", "downloads/c/b.parquet"])
-    Downloads.of(tmp_path, resolved).delete_all()
-    assert files(tmp_path) == mine
-    for path in (tmp_path / "downloads").rglob("mine*"):
-        path.unlink()
-    put(tmp_path, ["downloads/c/a.parquet"])
-    Downloads.of(tmp_path, resolved).delete_all()
-    assert not (tmp_path / "downloads").exists()
-
-
 def test_downloads_behind_a_link_stay(tmp_path):
     mine = put(tmp_path / "elsewhere", ["c/a.parquet"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "downloads").symlink_to(tmp_path / "elsewhere")
-    Downloads.of(tmp_path / "out", {"commit": "1", "files": [{"name": "c/a.parquet"}]}).delete_all()
+    (tmp_path / "out" / DOWNLOADS).symlink_to(tmp_path / "elsewhere")
+    Downloads(tmp_path / "out").delete(["c/a.parquet"])
+    Downloads(tmp_path / "out").delete_all()
     assert files(tmp_path / "elsewhere") == mine
 
 

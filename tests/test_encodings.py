@@ -10,6 +10,7 @@ from articles import command, config, files, texts
 from conftest import assert_user_error, run_script
 
 from internals import reader
+from internals.shards import read_meta
 from internals.start import UserError
 from internals.windows import TokenStream
 from prepare_data import prepare
@@ -117,8 +118,17 @@ def test_repaired_files_are_listed_with_their_share(tmp_path):
         (tmp_path / "in" / f"{number:02d}.txt").write_bytes(data + (b"\xff\xff" if number < 12 else b"xx"))
     result = run_script(*command(tmp_path / "out", tmp_path / "in"))
     assert result.returncode == 0, result.stderr
-    assert "in 12 articles of 12 files" in result.stdout
-    assert "00.txt (0.2%)" in result.stdout and "and 2 more" in result.stdout
+    shown = " ".join(result.stdout.split())  # without its line breaks
+    assert "in 12 files" in shown and "00.txt (0.2%)" in shown and "and 2 more" in shown
+
+
+def test_a_long_document_is_one_repaired_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 1000)  # for many pieces
+    (tmp_path / "a.txt").write_bytes((("é " * 300).encode() + b"\xff") * 30)
+    prepare(config(tmp_path / "out", tmp_path / "a.txt"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "replaced invalid Unicode with U+FFFD in 1 file (share of the characters): a.txt (0.17%)" in shown
+    assert read_meta(tmp_path / "out")["repaired_files"] == {"a.txt": [30, 30 * 601]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "UTF16", "U16"])

@@ -121,11 +121,26 @@ def test_several_sources_keep_their_order(tmp_path):
     assert left_out["already taken under another name"] == 1
 
 
+def test_sources_on_two_drives_are_refused(tmp_path, monkeypatch):
+    make(tmp_path, "a.txt", "b.txt")
+
+    def refuse(paths):
+        raise ValueError("Paths don't have the same drive")  # on Windows
+
+    monkeypatch.setattr(os.path, "commonpath", refuse)
+    with pytest.raises(UserError, match="--source: the files are on several drives; copy them to one drive"):
+        found(tmp_path / "a.txt", tmp_path / "b.txt")
+
+
 def test_a_glob_takes_files(tmp_path):
     make(tmp_path, "a1.txt", "a2/b.txt", ".a3.txt", ".h/c.txt")
-    names, left_out = found(tmp_path / "*")
-    assert names == ["a1.txt"]
-    assert sorted(left_out.values()) == [1, 2]
+    result = find_files((str(tmp_path / "*"),), None)
+    assert [path.name for path in result.paths] == ["a1.txt"]
+    assert result.reasons() == (
+        "left out 2 files (2 hidden) and 1 folder that the glob names (** takes the files in folders)"
+    )
+    assert find_files((str(tmp_path / "a*"),), None).reasons().startswith("left out 1 folder that the glob names")
+    assert find_files((str(tmp_path / "**" / "[ab]*"),), None).reasons() == ""  # ** takes the files in the folder
     assert found(tmp_path / ".h" / "*.txt")[0] == ["c.txt"]
     assert found(tmp_path / ".a*")[0] == [".a3.txt"]
     with pytest.raises(UserError, match="no file matches"):

@@ -275,17 +275,19 @@ def test_the_sample_is_spread_over_the_source(tmp_path, monkeypatch):
         assert numbers[0] < 3000 and numbers[-1] > 6000
 
 
+@pytest.mark.parametrize(("held_out", "sampled"), [(0.2, 0.6), (0.5, 0.25), (0.9, 0.05)])
 @pytest.mark.parametrize("limit", [None, 300_000])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "txt.gz"])
-def test_the_end_that_will_be_held_out_is_not_in_the_sample(tmp_path, kind, limit):
+def test_the_end_that_will_be_held_out_is_not_in_the_sample(tmp_path, kind, limit, held_out, sampled):
     text = " ".join(f"word{n}" for n in range(200_000))
     path = tmp_path / f"a.{kind}"
     data = (json.dumps({"text": text}) if kind == "jsonl" else text).encode()
     path.write_bytes(gzip.compress(data) if kind == "txt.gz" else data)
-    cfg, source = source_of(path, max_tokens=limit)
+    cfg, source = source_of(path, max_tokens=limit, val_fraction=held_out)
     got = "".join(sample_texts(cfg, source, tail=True))
     assert text.startswith(got)
-    assert 0.3 * min(limit or len(text), len(text)) < len(got) <= 0.6 * min(limit or len(text), len(text))
+    most = sampled * min(limit or len(text), len(text))
+    assert most / 2 < len(got) <= most
 
 
 # ----------------------------------------------------------------------------------------------------------------------

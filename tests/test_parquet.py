@@ -10,6 +10,7 @@ from conftest import assert_user_error, run_script
 
 from internals.reader import ReadOptions
 from internals.readers import read_chunks
+from internals.shards import read_meta
 from internals.start import UserError
 from prepare_data import prepare
 
@@ -98,9 +99,12 @@ IDS = {
 @pytest.mark.parametrize("name", IDS)
 def test_odd_ids(tmp_path, name):
     pq.write_table(pa.table({"id": IDS[name], "text": TEXTS}), tmp_path / "a.parquet")
-    result = run_script(*command(tmp_path / "out", tmp_path / "a.parquet"))
-    assert result.returncode == 0 or assert_user_error(result, "a.parquet", "'id'") is None
-    assert "Traceback" not in result.stderr
+    if name == "nested dates":  # Arrow has neither Python values nor text for them
+        with pytest.raises(UserError, match=r"a\.parquet: column 'id' .* cannot be read"):
+            prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
+    else:
+        prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
+        assert sum(split["articles"] for split in read_meta(tmp_path / "out")["splits"].values()) == 80
 
 
 def test_titles_that_are_numbers_or_dates(tmp_path):

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -26,15 +28,17 @@ from articles import (
 from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_script
 
 import prepare_data
-from config import PrepareConfig
+from config import PRESETS, PrepareConfig
 from internals import progress, reader
 from internals.articles import is_held_out
+from internals.cli import parse
 from internals.files import locked
 from internals.shards import read_meta
 from internals.start import UserError
+from internals.text_files import LocalFiles
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream
-from prepare_data import prepare
+from prepare_data import Pipeline, make_source, prepare
 
 
 def test_the_sample(tmp_path):
@@ -181,9 +185,10 @@ def test_a_source_without_any_text(tmp_path):
             prepare(config(tmp_path / name[0], tmp_path / name))
 
 
-def test_flags():
+def test_flags(tmp_path):
     for flags in ("--workers 0", "--val-fraction 1", "--max-tokens -5", "--no-such", "--tokenizer x"):
-        assert_user_error(run_script("prepare_data.py", *flags.split()), flags.split()[0])
+        result = run_script("prepare_data.py", "--data-dir", tmp_path / "out", *flags.split())
+        assert_user_error(result, flags.split()[0])
 
 
 def test_help_names_everything_and_needs_neither_torch_nor_datasets():
@@ -260,7 +265,7 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "LOCK_SECONDS", 0.1)
     write_jsonl(tmp_path / "a.jsonl", make_articles(50))
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out", "not here"), pytest.raises(UserError, match="another"):
+    with locked(tmp_path / "out", "--data-dir", "not here"), pytest.raises(UserError, match="another"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
@@ -278,10 +283,12 @@ def tmpfs(tmp_path):
 
 
 def assert_resumes_after(reason, tmp_path, folder, result):
-    """The message names the reason. With room on the disk, the same command makes the files of an undisturbed run."""
-    assert_user_error(result, "--data-dir", f"could not be written ({reason})", "make room", "the same command resumes")
+    """The message names the reason. With room on the disk, its command makes the files of an undisturbed run."""
+    assert_user_error(result, "--data-dir", f"could not be written ({reason})", "make room", "finished work is kept")
     assert not list(folder.glob("*.bin"))
-    result = run_script(*command(folder, tmp_path / "a.jsonl"))
+    again = shlex.split(result.stderr.split("Continue: python ")[1])
+    assert again == command(folder, tmp_path / "a.jsonl")
+    result = run_script(*again)
     assert result.returncode == 0, result.stderr
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
     assert files(folder) == files(tmp_path / "once")
@@ -335,19 +342,73 @@ def wait_for(path, process):
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"), [(["--encoding", "cp1252"], "--encoding cp1252"), (["--separator", "---"], "--separator")]
+    "failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), UserError("a.jsonl: is damaged")], ids=repr
 )
-def test_a_flag_that_no_file_of_the_source_takes_is_refused(tmp_path, flags, word):
-    write_parquet(tmp_path / "a.parquet", make_articles(100))
-    result = run_script(
-        "prepare_data.py",
-        "--source",
-        tmp_path / "a.parquet",
-        "--tokenizer",
-        "bytes",
-        "--data-dir",
-        tmp_path / "out",
-        *flags,
-    )
-    assert_user_error(result, word, "leave the flag out")
-    assert not list((tmp_path / "out").glob("*.bin*"))
+def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path, monkeypatch, failure):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(200))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    plain = command(tmp_path / "out", tmp_path / "a.jsonl")
+
+    def fail(self):
+        raise failure
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"(?i)finished work is kept") as error:
+        patched.setattr(sys, "argv", [*plain, "--overwrite"])
+        patched.setattr(Pipeline, "finish", fail)
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
+    assert shlex.split(str(error.value).split("Continue: ")[1])[2:] == plain[1:]
+    result = run_script(*plain)
+    assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
+
+
+def test_a_stop_before_the_old_shards_are_deleted_changes_nothing(tmp_path, monkeypatch):
+    """No command is advised: without --overwrite it would say that the old folder is finished."""
+    write_jsonl(tmp_path / "a.jsonl", make_articles(200))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    before = files(tmp_path / "out")
+
+    def stop(self, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFiles, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
+    assert files(tmp_path / "out") == before
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "my.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"^--data-dir .*my\.txt: is a file; give a folder$"):
+        prepare(config(tmp_path / "my.txt", "sample"))
+    assert (tmp_path / "my.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("ending", "flag", "reason"),
+    [
+        ("parquet", {"encoding": "cp1252"}, "always UTF-8"),
+        ("parquet", {"separator": "---"}, "no .txt file"),
+        ("jsonl", {"separator": "---"}, "no .txt file"),
+        ("txt", {"text_column": "body"}, "no columns"),
+        ("txt", {"language": "de"}, "only for --source wikipedia, but the source is"),
+        ("jsonl", {"dump": "20200101"}, "only for --source wikipedia"),
+        ("parquet", {"revision": "x"}, "only for --source wikipedia"),
+        ("txt", {"keep_downloads": True}, "only for --source wikipedia"),
+    ],
+)
+def test_a_flag_that_the_source_does_not_use_is_refused(tmp_path, ending, flag, reason):
+    path = tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        write_parquet(path, make_articles(100))
+    else:
+        write_jsonl(path, make_articles(100))
+    name = next(iter(flag)).replace("_", "-")
+    with pytest.raises(UserError, match=rf"^--{name}: .*{re.escape(reason)}.*; leave the flag out$"):
+        prepare(config(tmp_path / "out", path, **flag))
+    assert not files(tmp_path / "out")
+
+
+def test_a_value_of_the_preset_is_not_a_flag(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "demo", {**PRESETS["demo"], "language": "simple"})
+    cfg = parse(PrepareConfig, "", ["--preset", "demo", "--data-dir", str(tmp_path / "out")])
+    assert cfg.language == "simple" and make_source(cfg, tmp_path).files

@@ -12,7 +12,7 @@ import pytest
 from articles import as_text, command, config, make_articles, texts, write_jsonl, write_parquet
 from conftest import assert_user_error, needs_gpt2, run_script
 
-from internals import reader
+from internals import reader, readers
 from internals.articles import tokenize
 from internals.reader import ReadOptions
 from internals.readers import read_chunks
@@ -114,7 +114,7 @@ def test_invalid_unicode_is_replaced_and_counted(tmp_path):
     pq.write_table(table, tmp_path / "in" / "p.parquet")
     result = run_script(*command(tmp_path / "out", tmp_path / "in"))
     assert result.returncode == 0, result.stderr
-    assert "in 3 articles" in result.stdout
+    assert "in 3 files" in result.stdout
     got = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     assert {"Zo\ufffd", "a \ufffd b 😀", "par\ufffdquet", "東京"} <= set(got)
     assert len(got) == 64
@@ -217,8 +217,33 @@ def test_a_mistake_ends_in_one_line_and_exit_status_2(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
-def as_rows(path):
-    return [a for chunk in read_chunks(path, path.name, ReadOptions()) for a in chunk.articles()]
+def as_rows(path, options=ReadOptions()):  # noqa: B008 (it is frozen)
+    return [a for chunk in read_chunks(path, path.name, options) for a in chunk.articles()]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_title_that_is_the_text_comes_once(tmp_path, ending):
+    rows, path = [{"id": "1", "title": "T", "text": "x"}], tmp_path / f"a.{ending}"
+    (write_parquet if ending == "parquet" else write_jsonl)(path, rows)
+    assert as_rows(path, ReadOptions(text_column="title")) == [(b"1", None, b"T")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps([{"text": "x"}] * 200), "is one JSON document of more than 2 GB"),
+        ("\n " + json.dumps([{"text": "x"}] * 200), "is one JSON document of more than 2 GB"),
+        ('{"text": "cut\n' + '{"text": "x"}\n' * 200, "line 1: invalid JSON"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".json.gz"])
+def test_a_text_too_long_for_one_json_document(tmp_path, text, words, ending, monkeypatch):
+    """The limit holds for the text in memory, not for the packed file. A broken first line does not make a document."""
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 1000)
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    with pytest.raises(UserError, match=words):
+        as_rows(path)
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.zst", ".jsonl.bz2"])

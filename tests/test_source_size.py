@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from articles import files, kill_until, posix, texts, write_parquet
@@ -86,31 +87,45 @@ def test_other_presets_and_flags_decide_themselves(novel, tmp_path, capsys):
     assert capsys.readouterr().out == "chosen by the size of the source: --val-fraction 0.1\n" * 2
 
 
-def test_the_hub_is_large_without_being_asked(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "vocab_size", "val_fraction"),
+    [([], 8192, 0.005), (["--max-tokens", "1e5"], 1024, 0.1), (["--max-tokens", "1e7"], 8192, 0.011)],
+)
+def test_max_tokens_limits_the_size(flags, vocab_size, val_fraction):
+    cfg = choose_by_size(parse(PrepareConfig, "", ["--preset", "laptop", *flags]), SimpleNamespace(text_bytes=10**8))
+    assert (cfg.trained_size, cfg.held_out) == (vocab_size, val_fraction)
+
+
+def test_the_hub_is_large_without_being_asked(tmp_path, capsys):
     cfg = parse(PrepareConfig, "", ["--preset", "laptop"])
     source = make_source(cfg, tmp_path)
     assert isinstance(source, HubWikipedia)
     cfg = choose_by_size(cfg, source)
+    assert "(a large Wikipedia is assumed): --vocab-size 8192" in capsys.readouterr().out
     assert (cfg.sources, cfg.data_dir, cfg.trained_size, cfg.held_out) == (
         ("wikipedia",), "data/laptop", 8192, 0.005,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["folder", "gz", "parquet"])
-def test_sizes_of_folders_and_packed_files(tmp_path, kind):
-    """A folder's files count together; a packed file counts three times its size on the disk."""
-    path = tmp_path / "in" / f"a.{'txt.gz' if kind == 'gz' else kind}"
+@pytest.mark.parametrize(
+    ("kind", "size"), [("folder", 400_000), ("gz", 900_000), ("parquet", 400_000), ("utf-16", 300_000)]
+)
+def test_sizes_of_folders_and_packed_files(tmp_path, kind, size):
+    """A folder's files count together; of a packed file, the text counts, and not its size on the disk."""
+    path = tmp_path / "in" / {"gz": "a.txt.gz", "utf-16": "a.txt"}.get(kind, f"a.{kind}")
     path.parent.mkdir()
     if kind == "folder":
         for number in range(4):
             (path.parent / f"{number}.txt").write_text(prose(100_000))
     elif kind == "gz":
         path.write_bytes(gzip.compress(prose(900_000).encode(), mtime=0))
+    elif kind == "utf-16":
+        path.write_text(prose(300_000), encoding="utf-16")
     else:
-        write_parquet(path, [{"id": str(n), "text": prose(9_000)[n : n + 4_000]} for n in range(100)])
-    size = sum(file.stat().st_size for file in path.parent.iterdir())
+        text = prose(400_000)
+        write_parquet(path, [{"id": "x" * 50 + str(n), "text": text[n : n + 4_000]} for n in range(0, 400_000, 4_000)])
     source = make_source(config(tmp_path / "out", path.parent), tmp_path)
-    assert isinstance(source, LocalFiles) and source.text_bytes == (size if kind == "folder" else 3 * size)
+    assert isinstance(source, LocalFiles) and size <= source.text_bytes < 1.1 * size
     prepare(config(tmp_path / "out", path.parent))
     if kind == "folder":
         assert chosen(tmp_path / "out") == (1024, 0.1)
@@ -153,11 +168,12 @@ def test_repeating_is_nothing_to_do_and_another_command_is_named(novel, tmp_path
         (["--vocab-size", "700"], "--tokenizer train --vocab-size 1024, not --tokenizer train --vocab-size 700;"),
         (["--val-fraction", "0.2"], "with --val-fraction 0.1, not 0.2;"),
         (["--tokenizer", "bytes"], "--tokenizer train --vocab-size 1024, not --tokenizer bytes;"),
-        (["--max-tokens", "9000"], "with --max-tokens 60000000, not 9000;"),
         (["--preset", "wikipedia"], "with --tokenizer train --vocab-size 1024, not --tokenizer gpt2 and"),
         (["--preset", "wikipedia", "--val-fraction", "0.1"], "and with --max-tokens 60000000; give the same command"),
     ):
         assert_user_error(run_script(*laptop(out, novel, *flags)), message)
+    with pytest.raises(UserError, match="prepared with --max-tokens 60000000, not 9000; give the same command"):
+        prepare(config(out, novel, "--max-tokens", "9000"))  # the vocabulary that follows from it was not a flag
     prepare(config(out, novel, "--vocab-size", "1024", "--val-fraction", "0.1"))  # the same values, given as flags
     assert files(out) == before
 

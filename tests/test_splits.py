@@ -8,7 +8,7 @@ import pytest
 from articles import command, config, files, make_articles, texts, write_jsonl
 from conftest import assert_user_error, run_script
 
-from internals.shards import read_meta
+from internals.shards import ShardWriter, read_meta
 from internals.start import UserError
 from internals.windows import TokenStream
 from prepare_data import Pipeline, prepare
@@ -141,24 +141,37 @@ def test_max_tokens_above_the_whole_source_says_nothing_false(tmp_path):
         assert read_meta(tmp_path / f"{limit}")["end"] == "source"
 
 
-def test_a_kill_between_the_last_two_notes(tmp_path):
+def test_a_kill_between_the_last_two_saves(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_articles(200))
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
-    broken = make_articles(200)
-    write_jsonl(tmp_path / "a.jsonl", broken)
-    finish = Pipeline.finish
-    try:
-        Pipeline.finish = lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-        with pytest.raises(UserError, match="stopped"):
-            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
-    finally:
-        Pipeline.finish = finish
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped"):
+        patch.setattr(Pipeline, "finish", stop)
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     path = tmp_path / "out" / "progress.json"
     noted = json.loads(path.read_text())
     assert (noted["file"], noted["end"]) == (1, "source")
     path.write_text(json.dumps({**noted, "end": ""}))  # everything is read, but not recorded yet
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_no_shard_stays_open(tmp_path, monkeypatch):
+    writers = []
+
+    class Recorded(ShardWriter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            writers.append(self)
+
+    monkeypatch.setattr("prepare_data.ShardWriter", Recorded)
+    (tmp_path / "a.txt").write_text(prose(20_000))
+    prepare(config(tmp_path / "out", tmp_path / "a.txt"))
+    assert len(writers) == 4  # two splits, opened again when the end is held out
+    assert [writer._file for writer in writers] == [None] * 4
 
 
 def test_a_flag_that_was_wrong_can_be_corrected(tmp_path):

@@ -86,7 +86,10 @@ def test_end_of_text_without_the_flag_is_one_line(tmp_path):
     result = run_script(*command(tmp_path / "out", tmp_path))
     assert result.returncode == 0, result.stderr
     notes = [line for line in result.stdout.splitlines() if "--separator" in line]
-    assert len(notes) == 1 and "a.txt, b.txt holds" in notes[0] and END_OF_TEXT in notes[0]
+    assert notes == [
+        f"note: {END_OF_TEXT} is taken as ordinary text in a.txt, b.txt; "
+        f"if it separates documents there, give --separator '{END_OF_TEXT}'"
+    ]
     result = run_script(*command(tmp_path / "out", tmp_path, "--separator", END_OF_TEXT))
     assert_user_error(result, "--separator")  # the finished folder has another setting
 
@@ -95,7 +98,21 @@ def test_a_separator_that_is_not_there_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("one <|end|> two " * 3000)
     (tmp_path / "b.txt").write_text("word " * 3000)
     result = run_script(*command(tmp_path / "out", tmp_path, "--separator", "<|end|>"))
-    assert "note: b.txt: the --separator does not occur there" in result.stdout
+    assert "note: the --separator does not occur in b.txt; each file without it is one document" in result.stdout
+
+
+def test_another_separator_is_named_in_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n\n".join(row["text"] for row in make_articles(60)))
+    prepare(config(tmp_path / "lines", tmp_path / "a.txt", separator=r"\n\n\n"))
+    prepare(config(tmp_path / "none", tmp_path / "a.txt"))
+    for folder, separator, words in (
+        ("lines", "", r"was prepared with --separator '\n\n\n'; give"),
+        ("lines", "---", r"was prepared with --separator '\n\n\n', not ---; give"),
+        ("none", r"\n\n\n", "was prepared without --separator; give"),
+    ):
+        with pytest.raises(UserError) as error:
+            prepare(config(tmp_path / folder, tmp_path / "a.txt", separator=separator))
+        assert words in str(error.value)
 
 
 @posix

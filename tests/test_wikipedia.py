@@ -29,7 +29,8 @@ from conftest import assert_user_error, needs_wikipedia, run_script
 from internals.progress import Display, Progress
 from internals.shards import read_meta
 from internals.start import UserError
-from internals.wikipedia import mixed
+from internals.text_files import SourceFile
+from internals.wikipedia import HubWikipedia, check_retryable, mixed
 
 
 @pytest.fixture
@@ -198,8 +199,10 @@ def test_files_in_the_hugging_face_cache_are_used_and_left_there(tmp_path, serve
     assert run_script("-c", code, env={**env, "HF_HUB_DISABLE_XET": "1"}).returncode == 0
     assert len(handler.downloads) == 4
     cached = files(tmp_path / "home1" / "hub")
-    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    at_once = "from internals import progress; progress.MEASURE_SECONDS = 0.0"
+    result = run_script(*without_pauses(hub_command(tmp_path / "out"), at_once), env=env)
     assert result.returncode == 0, result.stderr
+    assert "needs about" in result.stdout and "download" not in result.stdout
     assert len(handler.downloads) == 4
     assert cached.items() <= files(tmp_path / "home1" / "hub").items()
 
@@ -251,10 +254,45 @@ def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
     source = SimpleNamespace(files=[], download_folder=tmp_path)
     display = Display(config(tmp_path, "wikipedia"), source, Progress())
     assert display.needed_for_downloads(10**18) == 10**18  # on the data folder's disk, which is checked with the shards
+    source.download_folder = tmp_path / "not" / "made" / "yet"
+    assert display.needed_for_downloads(10**18) == 10**18
     source.download_folder = Path("/dev/shm")
     assert display.needed_for_downloads(1) == 0
     with pytest.raises(UserError, match=r"--keep-downloads: needs .* GB more in /dev/shm"):
         display.needed_for_downloads(10**18)
+
+
+@pytest.mark.parametrize(
+    ("cached", "max_tokens", "missing", "at_one_time"),
+    [
+        ([], None, 615, 312),
+        ([0, 1, 2, 3], None, 209, 209),
+        ([0, 1, 2, 3, 4, 5], None, 0, 0),
+        ([], 35, 201, 201),  # at 3 bytes a token, they end in the second file
+        ([0, 1], 35, 0, 0),
+    ],
+)
+def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, max_tokens, missing, at_one_time):
+    monkeypatch.setattr(
+        HubWikipedia, "_cached", lambda self, file: Path(file.name) if int(file.name) in cached else None
+    )
+    for keep in (False, True):
+        source = HubWikipedia("simple", "20231101", "main", tmp_path, keep, max_tokens)
+        source.files = [SourceFile(str(number), 100 + number, None) for number in range(6)]
+        assert (source.missing_bytes, source.peak_bytes) == (missing, missing if keep else at_one_time)
+        assert source.bytes_on_disk == 0 and (keep or source.download_folder == tmp_path)
+
+
+def test_both_variables_that_forbid_the_network_are_known(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    for module, name in ((constants, "HF_HOME"), (constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
+        monkeypatch.setattr(module, name, str(tmp_path))
+    check_retryable("a file", ConnectionError())
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as HF_DATASETS_OFFLINE sets it
+    with pytest.raises(UserError, match=r"a file: is not on this machine, and .*HF_DATASETS_OFFLINE is set"):
+        check_retryable("a file", ConnectionError())
 
 
 def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path, serve):
