@@ -21,7 +21,7 @@ from internals.machine import Machine
 from internals.reference import Reference, bits_per_nat, find_reference
 from internals.run import Run, TrainState
 from internals.run_page import run_page
-from internals.samples import printable, sample_row
+from internals.samples import sample_row
 from internals.screen import (
     TrainingBar,
     command,
@@ -31,6 +31,7 @@ from internals.screen import (
     launcher,
     lines,
     plural,
+    printable,
     wrap,
 )
 from internals.settings import differences
