@@ -43,6 +43,6 @@ clean:
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-fast.txt
 	$(INSTALL) -r requirements-dev.txt
 	touch $@

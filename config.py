@@ -62,6 +62,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def unescape(text: str) -> str:
+    r"""A text from the command line with `\n`, `\r`, `\t` and `\\` as the characters that they stand for."""
+    characters = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: characters[match[1]], text)
+
+
 class Checked:
     """A dataclass whose values lie in the ranges of their types. Raises ValueError otherwise."""
 
@@ -186,10 +192,7 @@ class PrepareConfig(DataDir):
 
     @property
     def separator_text(self) -> str:
-        r"""The separator with `\n`, `\r`, `\t` and `\\` as the characters that they stand for."""
-        return re.sub(
-            r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}.get(match[1], "\\"), self.separator
-        )
+        return unescape(self.separator)
 
     @property
     def window(self) -> int:
@@ -314,7 +317,7 @@ class GenerateConfig(Compute, CheckpointFile):
     num_samples: Count = 1  # continuations of the prompt
     seed: Seed | None = None  # the same seed on the same device makes the same text; None: a new one each time
     ignore_eot: bool = False  # keep generating after <|endoftext|>
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text ('\n': a line break); may be repeated
     stream: bool = True  # --no-stream: print the text when it is complete
     json: bool = False  # print JSON lines, one for each sample, instead of text
     html: FilePath = ""  # also write an HTML page with each token's probability and, for short texts, attention

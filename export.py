@@ -73,7 +73,7 @@ def export(cfg: ExportConfig) -> None:
                 written = gpt2_reference.read_gguf(folder)
             gpt2_reference.check(model, written)  # both are rounded, so the files hold exactly the model's weights
             usage = how_to_load(USAGE[cfg.format], out_dir.name, tokenizer, model.config.block_size)
-            (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, usage).encode())
+            (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, cfg.format, usage).encode())
             for path in folder.iterdir():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
@@ -82,7 +82,8 @@ def export(cfg: ExportConfig) -> None:
             os.rename(folder, out_dir)
             files.sync_folder(out_dir.parent)
     print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
-    print(f"Load it: {loading_command(cfg, tokenizer, model.config.block_size)}")
+    needs = " (pip install transformers)" if cfg.format == "hf" else ""
+    print(f"Load it{needs}: {loading_command(cfg, tokenizer, model.config.block_size)}")
 
 
 def example(tokenizer: tiktoken.Encoding, context: int) -> tuple[str, int]:
@@ -108,12 +109,13 @@ def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: in
     return shlex.join(["python", "-c", code])
 
 
-def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
+def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, usage: str) -> str:
     """README.md of the exported model: what it is and how it was made, as far as the checkpoint says.
 
     Args:
         saved: the checkpoint. Its `data`, if present, describes the training text: source, train_tokens,
             train_bytes, val_tokens, val_bytes.
+        file_format: hf or gguf.
         usage: how to load the model, in Markdown.
     """
     c, data, count = model.config, saved.get("data"), model.num_parameters()
@@ -135,7 +137,9 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, usage: str) -> str:
         rows["perplexity"] = f"{perplexity:.2f} per token" if perplexity < 1e6 else "above a million: the run diverged"
     else:
         rows["validation loss"] = f"{loss} at the latest evaluation: not measured, or the run diverged"
-    header, licence = {"library_name": "transformers", "pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
+    header, licence = {"pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
+    if file_format == "hf":
+        header["library_name"] = "transformers"
     if data:
         source = data["source"]
         described = ", ".join(f"{key} `{value}`" for key, value in source.items())

@@ -31,11 +31,11 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from config import GenerateConfig
-from internals.checkpoint import is_memory_error
+from config import GenerateConfig, unescape
 from internals.cpu_kernels import pack_weights
 from internals.device import resolve_device, resolve_dtype, unused_card
-from internals.html_text import TextPage
+from internals.html_text import TextPage, check_page_path
+from internals.memory import is_out_of_memory
 from internals.pretrained import open_model
 from internals.start import UserError, first_line
 from internals.text_stream import TextStream, print_json, print_text, write
@@ -50,8 +50,12 @@ NOT_FINITE = "logits are infinite or NaN: training failed, or --dtype is too nar
 
 def main(cfg: GenerateConfig) -> None:
     prepare_streams()
-    prompt, stop = read_prompt(cfg), tuple(as_utf8("--stop", text) for text in cfg.stop)
-    model, tokenizer, description = open_model(cfg.checkpoint)
+    prompt, stop = read_prompt(cfg), tuple(as_utf8("--stop", unescape(text)) for text in cfg.stop)
+    if cfg.html:
+        check_page_path(cfg.html)
+    too_large = f"--checkpoint {cfg.checkpoint}: does not fit into memory; close other programs, or use a smaller model"
+    with enough_memory(too_large):
+        model, tokenizer, description = open_model(cfg.checkpoint)
     device = resolve_device(cfg.device)
     if notice := unused_card(cfg.device, device):
         say(notice)
@@ -63,12 +67,13 @@ def main(cfg: GenerateConfig) -> None:
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
-    with enough_memory(f"--checkpoint {cfg.checkpoint}: does not fit into memory"):
+    with enough_memory(too_large):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
-    if cfg.seed is None:
-        say(f"To get the same text again, add --seed {seed}")
+    if cfg.seed is None and cfg.temperature and cfg.max_new_tokens:
+        what = "texts for the same prompts" if cfg.interactive else "text"
+        say(f"To get the same {what} again, add --seed {seed}")
     writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
     if cfg.interactive:
         interact(writer.answer)
@@ -122,7 +127,7 @@ def enough_memory(message: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if is_memory_error(error):
+        if is_out_of_memory(error):
             raise UserError(f"{message} ({first_line(error)})") from error
         raise
 
@@ -145,15 +150,23 @@ class Writer:
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, self.generator)
         streams = [TextStream(self.tokenizer, cfg.stop, cfg.ignore_eot) for _ in range(cfg.num_samples)]
         steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
-        with enough_memory(f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"):
+        several = f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"
+        single = "the text does not fit into memory; close other programs, or use a smaller model"
+        with enough_memory(several if cfg.num_samples > 1 else single):
             if cfg.json:
                 print_json(prompt, self.generator.initial_seed(), steps)
             else:
                 print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
         if self.page:
-            drawn = f"temperature {cfg.temperature:g}, top-k {cfg.top_k}, top-p {cfg.top_p:g}, seed {self.generator.initial_seed()}"
-            self.page.write(drawn if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
+            with enough_memory(f"--html {cfg.html}: does not fit into memory; try --device cpu, or leave it out"):
+                self.page.write(self.drawn() if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
             say(f"Open this page in a browser: {cfg.html}")
+
+    def drawn(self) -> str:
+        """How the samples were drawn: `temperature 0.8, top-k 200, seed 7`. Filters that are off are left out."""
+        top_k = f", top-k {self.cfg.top_k}" if self.cfg.top_k else ""
+        top_p = f", top-p {self.cfg.top_p:g}" if self.cfg.top_p < 1 else ""
+        return f"temperature {self.cfg.temperature:g}{top_k}{top_p}, seed {self.generator.initial_seed()}"
 
 
 def interact(answer: Callable[[str], None]) -> None:

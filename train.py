@@ -57,8 +57,8 @@ from internals.run import (
     resume_settings,
     save,
 )
-from internals.samples import printable
-from internals.screen import lines
+from internals.samples import SAMPLE
+from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
 from internals.stopping import catch_signals, end_like_ctrl_c
@@ -286,9 +286,8 @@ def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> st
     """`sample_prompt` and the model's continuation. Has its own random numbers, so the run stays the same."""
     prompt = run.cfg.sample_prompt
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
-    options = {"temperature": 0.8, "top_k": 200, "generator": generator}
     try:
-        return prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, **options)[0]
+        return prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, generator=generator, **SAMPLE)[0]
     except (UserError, RuntimeError) as error:  # too little memory, say: no reason to end a run
         return f"no sample text: {first_line(error)}"
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from common import REPO
+import common  # noqa: F401  (puts the root on the path)
 
 MODELS = ("demo", "wikipedia")
 WORK = ("training", "generating")
@@ -103,5 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPO))
     main()

@@ -55,7 +55,7 @@ def main() -> None:
     options = {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p")}
     generator = torch.Generator().manual_seed(0)
     samples = generate_text(
-        model.eval(), tokenizer, "", defaults.max_new_tokens, num_samples=20, generator=generator, **options
+        model, tokenizer, "", defaults.max_new_tokens, num_samples=20, generator=generator, **options
     )
     spans = [copied_spans(sample, text) for sample in samples]
     copied = sum(len({i for span in of_sample for i in range(*span)}) for of_sample in spans)

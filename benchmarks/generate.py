@@ -31,13 +31,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # must come first: it decides which generate.py is imported below
 import torch
 import transformers
 
 from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
-from internals import checkpoint, gguf
+from internals import checkpoint, gguf, huggingface
 from internals.cpu_kernels import pack_weights
 from internals.device import resolve_device, resolve_dtype
 from internals.start import run
@@ -49,7 +49,6 @@ try:
 except ImportError:
     llama_cpp = None
 
-REPO = Path(__file__).resolve().parent.parent
 ROUNDS, NEW, PROMPT = 9, 200, 8
 DEFAULTS = GenerateConfig()
 SAMPLING = Sampling(DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
@@ -68,11 +67,10 @@ def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         n_inner=c.n_inner, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    state = {}
-    for name, value in model.state_dict().items():
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        state[name] = value.t() if transposed else value
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][: c.vocab_size]
+    state = {
+        name: value.T if name.endswith(huggingface.TRANSPOSED) else value
+        for name, value in huggingface.real_weights(model).items()
+    }
     state["lm_head.weight"] = state["transformer.wte.weight"]
     peer = transformers.GPT2LMHeadModel(config).eval()
     peer.load_state_dict(state)
@@ -142,7 +140,7 @@ def first_character(*command: str) -> float:
     """Seconds from the start of a Python command to the first byte on its stdout."""
     begin = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, *command], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, *command], cwd=common.REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as run:
         assert run.stdout.read(1), f"{command} wrote nothing"
         taken = time.perf_counter() - begin

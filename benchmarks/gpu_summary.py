@@ -53,27 +53,29 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def speed(turns: list[dict[str, Any]], rate: float | None) -> list[str]:
-    """Tokens/s of every turn, and the MFU and duration that follow from ours."""
+    """Tokens/s of every turn, and the MFU and duration that follow from ours, unless ours failed."""
     names = list(dict.fromkeys(name for turn in turns for name in turn["results"]))
-    rows, best = [], {}
-    for name in names:
-        measured = [turn["results"][name] for turn in turns if name in turn["results"]]
-        best[name] = statistics.mean(one["tokens_per_second"] for one in measured)
+    results = {name: [turn["results"][name] for turn in turns if name in turn["results"]] for name in names}
+    speeds = {name: statistics.mean(one["tokens_per_second"] for one in results[name]) for name in names}
+    ours, first = speeds.get("ours"), turns[0]
+    rows = []
+    for name, measured in results.items():
         rows.append([
             name,
             " / ".join(f"{one['tokens_per_second']:,.0f}" for one in measured),
-            f"{best.get('ours', best[names[0]]) / best[name]:.2f}",
+            f"{ours / speeds[name]:.2f}" if ours else "",
             f"{max(one['peak_bytes'] for one in measured) / 2**20:,.0f}",
             f"{1e3 * statistics.mean(one['micro_step'] for one in measured):,.1f}",
             f"{1e3 * statistics.mean(one['update'] for one in measured):,.1f}",
         ])  # fmt: skip
     head = ["", "tokens/s, each turn", "ours is, times", "peak MiB", "micro-step ms", "update ms"]
-    ours, first = best[names[0]], turns[0]
-    follows = f"{first['batch_size']} sequences in a micro-step. "
-    if rate:
-        follows += f"MFU {ours * first['flops_per_token'] / rate:.1%} of the measured matrix rate. "
-    follows += f"The preset's whole run would take {first['run_tokens'] / ours / 60:,.0f} minutes, without evaluations."
-    return [table(head, rows), follows]
+    follows = [f"{first['batch_size']} sequences in a micro-step."]
+    if ours and rate:
+        follows.append(f"MFU {ours * first['flops_per_token'] / rate:.1%} of the measured matrix rate.")
+    if ours:
+        minutes = first["run_tokens"] / ours / 60
+        follows.append(f"The preset's whole run would take {minutes:,.0f} minutes, without evaluations.")
+    return [table(head, rows), " ".join(follows)]
 
 
 def optimizer_table(optimizers: dict[str, dict[str, Any]], rate: float | None) -> str:

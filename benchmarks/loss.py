@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import model
 from config import ModelConfig
+from internals.start import run
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,12 @@ def main() -> None:
         arguments = (x, weight, targets, dtype, args.vocab_size)
         for _, *way in ways:
             measure(*way, *arguments)  # to warm up
-        runs = [[measure(*way, *arguments) for _, *way in ways] for _ in range(args.repeats)]
-        figures = [[statistics.median(run[n][what] for run in runs) for what in (0, 1)] for n in range(len(ways))]
+        rounds = [[measure(*way, *arguments) for _, *way in ways] for _ in range(args.repeats)]
+        figures = [[statistics.median(one[n][what] for one in rounds) for what in (0, 1)] for n in range(len(ways))]
         for (name, *_), (seconds, mib) in zip(ways, figures, strict=True):
             ratios = seconds / figures[0][0], mib / max(figures[0][1], 1)
             print(f"{str(dtype)[6:]:10}{name:>16}{seconds * 1e3:10.1f}{ratios[0]:10.2f}{mib:8.0f}{ratios[1]:10.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

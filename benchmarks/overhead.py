@@ -13,6 +13,7 @@ ratio is the median over the rounds.
 import contextlib
 import dataclasses
 import io
+import math
 import statistics
 import sys
 import tempfile
@@ -27,11 +28,13 @@ import prepare_data
 import train
 from config import ModelConfig, PrepareConfig, TrainConfig
 from internals import report
+from internals.batch_size import with_batch_size
 from internals.cli import parse, with_preset
 from internals.files import write_json
 from internals.machine import Machine
 from internals.run_length import with_numbers
 from internals.shards import META_FORMAT, ShardWriter, read_meta
+from internals.start import run
 from model import GPT
 
 ROUNDS = 9
@@ -66,8 +69,8 @@ def bare_loop(cfg: TrainConfig, machine: Machine) -> float:
     optimizer = train.make_optimizer(model, cfg, machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     forward, _ = train.training_model(model, cfg, machine)
-    steps = cfg.accumulation_steps(processes=1)
-    window = torch.randint(cfg.model.vocab_size, (cfg.batch_size, cfg.model.block_size + 1), device=machine.device)
+    steps, batch_size = cfg.accumulation_steps(processes=1), cfg.micro_batch_size(processes=1)
+    window = torch.randint(cfg.model.vocab_size, (batch_size, cfg.model.block_size + 1), device=machine.device)
     inputs, targets = window[:, :-1], window[:, 1:]
     begin = time.perf_counter()
     for _ in range(cfg.max_iters):
@@ -76,7 +79,7 @@ def bare_loop(cfg: TrainConfig, machine: Machine) -> float:
                 loss = forward(inputs, targets)
             scaler.scale(loss / steps).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -134,6 +137,7 @@ def main() -> None:
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
             eval_interval=cfg.max_iters, model=shape,
         )  # fmt: skip
+        cfg = with_batch_size(cfg, machine)
         short = dataclasses.replace(cfg, max_iters=2)
         for count in range(-1, ROUNDS):  # round -1 warms up
             bare = bare_loop(cfg if count >= 0 else short, machine)
@@ -154,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

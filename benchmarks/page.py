@@ -96,4 +96,4 @@ def main(args: Page) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Page))
+    start.run(lambda: main(tyro.cli(Page)))

@@ -6,7 +6,7 @@
     without   the same as if gigatoken were not installed
     gigatoken gigatoken alone, all articles in one call, already in memory, with as many threads
     tiktoken  tiktoken alone, as it comes, on the same articles, already in memory, in as many processes
-    limit     the same with the pattern of internals/tokenizer.py, which gives the same pieces faster
+    limit     the same with the pattern of internals/tokenizer_json.py, which gives the same pieces faster
     usual     load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
 
 `ours`, `without` and `usual` include the start of Python, the others do not. `--times 4` makes that a small part. All are
@@ -33,12 +33,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
+from common import REPO
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from internals.bulk_encoding import rank_lines  # noqa: E402
-from internals.shards import read_meta  # noqa: E402
-from internals.tokenizer import load_tokenizer  # noqa: E402
+from internals.bulk_encoding import rank_lines
+from internals.shards import read_meta
+from internals.start import run
+from internals.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -287,4 +287,4 @@ def measure_scaling(args: argparse.Namespace, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

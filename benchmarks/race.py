@@ -34,6 +34,7 @@ import tyro
 
 import train
 from config import TrainConfig
+from internals.batch_size import with_batch_size
 from internals.cli import parse
 from internals.files import atomic_write, write_json
 from internals.run import Run, TrainState
@@ -55,9 +56,7 @@ class Race:
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # flags of train.py for one of our runs; repeat it for more
     nanogpt: str | None = None  # folder of a checkout of nanoGPT
     nanogpt_run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # the same for one of its runs
-    minutes_each: float | None = (
-        None  # of training for each run, measured in its first iterations; None: its --max-iters
-    )
+    minutes_each: float | None = None  # minutes of training per run, by its own speed; None: --max-iters
     seeds: tuple[int, ...] = (1337,)  # every run is done once per seed
     evaluations: int = 8  # per run, evenly spaced
     out: str | None = None  # file for the curves, as JSON
@@ -102,7 +101,7 @@ class Ours:
     def __init__(self, name: str, cfg: TrainConfig, text: Text):
         machine = train.make_machine(cfg)
         windows = TrainingWindows(text.train, cfg.model.block_size, cfg.seed)
-        cfg = choose_numbers(cfg, windows.per_epoch * cfg.model.block_size).cfg
+        cfg = with_batch_size(choose_numbers(cfg, windows.per_epoch * cfg.model.block_size).cfg, machine)
         self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         val_windows = ValidationWindows(text.val, cfg.model.block_size, cfg.eval_tokens)
         self.training_run = Run(cfg, {}, machine, windows, val_windows)
@@ -119,7 +118,7 @@ class Ours:
         for group in state.optimizer.param_groups:
             group["lr"] = train.get_lr(it, cfg) * group["lr_scale"]
         state.tokens = it * cfg.tokens_per_iter
-        losses = train.forward_backward(cfg.batch_size, self.forward, self.training_run, state)
+        losses = train.forward_backward(self.training_run.batch_size, self.forward, self.training_run, state)
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
         losses.tolist()  # waits, as train.py does
@@ -142,13 +141,11 @@ class Ours:
 class NanoGPT:
     """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
 
-    def __init__(self, name: str, folder: str, cfg: TrainConfig, text: Text):
-        self.tokens = np.concatenate(text.train.shards)
-        cfg = choose_numbers(cfg, len(self.tokens)).cfg
-        self.name, self.cfg, self.max_iters = name, cfg, cfg.max_iters
-        self.text = text
-        self.tokens_per_iter = cfg.tokens_per_iter
-        self.machine = train.make_machine(cfg)
+    def __init__(self, folder: str, name: str, cfg: TrainConfig, text: Text):
+        self.tokens, self.machine = np.concatenate(text.train.shards), train.make_machine(cfg)
+        cfg = with_batch_size(choose_numbers(cfg, len(self.tokens)).cfg, self.machine)
+        self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
+        self.tokens_per_iter, self.batch_size = cfg.tokens_per_iter, cfg.micro_batch_size(processes=1)
         self.cuda = self.machine.device.type == "cuda"
         module = common.load_nanogpt(folder)
         c = cfg.model
@@ -163,7 +160,7 @@ class NanoGPT:
         )  # fmt: skip
         self.forward = torch.compile(self.model) if self.cuda else self.model
         if self.cuda:
-            self.forward(*(torch.zeros(cfg.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
+            self.forward(*(torch.zeros(self.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
         self.rng = np.random.default_rng(cfg.seed)
         self.val_windows = ValidationWindows(text.val, c.block_size, cfg.eval_tokens)
 
@@ -178,7 +175,7 @@ class NanoGPT:
             group["lr"] = train.get_lr(it, cfg)
         steps = cfg.accumulation_steps(processes=1)
         for _ in range(steps):
-            starts = self.rng.integers(len(self.tokens) - block - 1, size=cfg.batch_size)
+            starts = self.rng.integers(len(self.tokens) - block - 1, size=self.batch_size)
             batch = np.stack([self.tokens[s : s + block + 1] for s in starts]).astype(np.int64)
             (self.loss(batch) / steps).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -277,13 +274,12 @@ def iterations_in(seconds: float, runner: Any) -> int:
     return max(1, round(seconds / np.median(times[1:])))
 
 
-def entries(args: Race) -> Iterator[tuple[str, Callable[[TrainConfig, Text], Any], str]]:
+def entries(args: Race) -> Iterator[tuple[str, Callable[[str, TrainConfig, Text], Any], str]]:
     """Name, maker and flags of each run."""
     for text in args.nanogpt_run:
-        name = f"nanoGPT {text}".strip()
-        yield name, functools.partial(NanoGPT, name, args.nanogpt), text
+        yield f"nanoGPT {text}".strip(), functools.partial(NanoGPT, args.nanogpt), text
     for text in args.run:
-        yield text, functools.partial(Ours, text), text
+        yield text, Ours, text
 
 
 def make_runners(args: Race) -> list[Any]:
@@ -292,15 +288,15 @@ def make_runners(args: Race) -> list[Any]:
     lengths = torch.load(args.state, map_location="cpu")["lengths"] if continued else {}
     for seed in args.seeds:
         for name, make, text in entries(args):
+            full_name = f"{name} seed {seed}"
             words = ["--data-dir", args.data_dir, *shlex.split(args.shape), *shlex.split(text), "--seed", str(seed)]
             cfg = parse(TrainConfig, "", words)
             source = read_text(cfg.data_dir, args.vocab_size)
             cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=source.vocab_size))
             if args.minutes_each:
-                iters = lengths.get(f"{name} seed {seed}") or iterations_in(60 * args.minutes_each, make(cfg, source))
+                iters = lengths.get(full_name) or iterations_in(60 * args.minutes_each, make(full_name, cfg, source))
                 cfg = dataclasses.replace(cfg, max_iters=iters)
-            runners.append(make(cfg, source))
-            runners[-1].name = f"{name} seed {seed}"
+            runners.append(make(full_name, cfg, source))
     return runners
 
 

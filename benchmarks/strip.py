@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from internals.files import atomic_write
 from internals.report import Rows
-from internals.samples import printable
+from internals.screen import printable
 from internals.start import UserError, run
 
 COLUMNS, LINES = 27, 12  # of sample text

@@ -202,7 +202,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
     On a GPU, a competitor that fails is missing.
     """
     shape = with_numbers(with_preset(ModelConfig, args.preset), epoch_tokens=10**9, epochs=1)
-    shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size)
+    shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size, dropout=0.0)
     names = list(competitors(args))
     if args.device == "cpu":
         return measure(names, args, shape)

@@ -59,10 +59,7 @@ def check_file(path: Path) -> None:
             with open(path, "rb") as file:
                 head, size = file.read(16), os.fstat(file.fileno()).st_size
     except (FileNotFoundError, NotADirectoryError) as error:
-        hint = "train one first (train.py), or name another with --checkpoint"
-        if (path.parent / "model.safetensors").exists():
-            hint = f"{path.parent} is in Hugging Face format: give that folder to --init-from, or to generate.py --checkpoint"
-        raise UserError(f"{path}: there is no checkpoint; {hint}") from error
+        raise UserError(f"{path}: {no_checkpoint(path)}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if stat.S_ISDIR(mode):
@@ -81,6 +78,16 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: is a shard of tokens, not a checkpoint; its folder is for --data-dir")
 
 
+def no_checkpoint(path: Path) -> str:
+    """What to do about a checkpoint that does not exist: `there is no checkpoint; ADVICE`."""
+    advice = "train one first (train.py), or name another file or folder"
+    if (path.parent / "model.safetensors").exists():
+        advice = f"{path.parent} is in Hugging Face format: give it to --init-from, or to generate.py --checkpoint"
+    elif models := sorted(str(best.parent) for best in path.parent.parent.glob("*/best.pt")):
+        advice += f": there are models in {', '.join(models[:5])}{', ...' if len(models) > 5 else ''}"
+    return f"there is no checkpoint; {advice}"
+
+
 @contextlib.contextmanager
 def reading(path: Path, otherwise: str) -> Iterator[None]:
     """Turn a failure to read `path` into a UserError.
@@ -91,7 +98,7 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # zip, pickle, torch, JSON and safetensors each have their own errors for a damaged file
-        if is_memory_error(error):
+        if is_out_of_memory(error):
             message = (
                 f"does not fit into memory ({first_line(error)}); close other programs or "
                 "use a machine with more memory"
@@ -101,10 +108,6 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
         else:
             message = otherwise + (" (it is empty)" if os.path.getsize(path) == 0 else "")
         raise UserError(f"{path}: {message}") from error
-
-
-def is_memory_error(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or is_out_of_memory(error)
 
 
 def refusal_to_read(path: Path, error: Exception) -> OSError | None:
@@ -139,11 +142,18 @@ def load_model(path: str | Path) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]
 
 def build_model(checkpoint: dict[str, Any], name: str = "the checkpoint") -> GPT:
     """The model of a loaded checkpoint, float32 on the CPU. `name` is for messages."""
+    config = model_config(checkpoint, name)
     with fitting(f"{name}: its weights do not fit its configuration, or model.py has changed since"):
         with WithoutInit():
-            model = GPT(ModelConfig(**checkpoint["config"]["model"]))
+            model = GPT(config)
         model.load_state_dict(checkpoint["model"], assign=True)
     return model
+
+
+def model_config(checkpoint: dict[str, Any], name: str) -> ModelConfig:
+    """The sizes of a loaded checkpoint's model. A setting that it does not know has its default."""
+    with fitting(f"{name}: its model's configuration is damaged, or config.py has changed since"):
+        return ModelConfig(**checkpoint["config"]["model"])
 
 
 class WithoutInit(TorchFunctionMode):
@@ -165,6 +175,6 @@ def fitting(message: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        if is_memory_error(error):
+        if is_out_of_memory(error):
             raise UserError(f"the model does not fit into memory ({first_line(error)})") from error
         raise UserError(f"{message} ({first_line(error)})") from error

@@ -15,13 +15,14 @@ from typing import Any
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 HEADS = Path(__file__).with_name("heads.js").read_text(encoding="utf-8")
-MARK = '<meta name="generator" content="Wikipedia Transformer">'  # marks a page as ours
+MARK = '<meta name="generator" content="Wikipedia Transformer, {kind}">'  # marks a page as ours
 
 
-def render(title: str, body: str, data: dict[str, Any]) -> str:
+def render(kind: str, title: str, body: str, data: dict[str, Any]) -> str:
     """The whole page.
 
     Args:
+        kind: for `is_page`: "run" or "text".
         title: any text.
         body: HTML, in which foreign text is escaped already (`html.escape`).
         data: what the scripts show; may hold any text. With "attention" in it the page has heads.js, too.
@@ -35,7 +36,7 @@ def render(title: str, body: str, data: dict[str, Any]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-{MARK}
+{MARK.format(kind=kind)}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
@@ -54,12 +55,12 @@ def render(title: str, body: str, data: dict[str, Any]) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")  # a text from the command line may hold half a character
 
 
-def is_page(path: Path) -> bool:
-    """Whether the file is a page that `render` made."""
+def is_page(path: Path, kind: str) -> bool:
+    """Whether the file is a page of this kind that `render` made."""
     if not path.is_file():  # a device, a pipe
         return False
     with path.open("rb") as file:
-        return MARK.encode() in file.read(1000)
+        return MARK.format(kind=kind).encode() in file.read(1000)
 
 
 def source_hash(text: str) -> str:

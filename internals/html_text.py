@@ -4,21 +4,23 @@ import base64
 import copy
 import html
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from internals import html_page
 from internals.files import write_text
 from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
 from internals.start import UserError
 from internals.surprise import Surprise, describe, surprise, token_texts
-from model import GPT, CausalSelfAttention
+from internals.tokenizer_json import END_OF_TEXT
+from model import GPT
 
 ATTENTION_TOKENS = 96  # the longest text whose attention is shown
 
@@ -35,7 +37,7 @@ has none, since nothing precedes it.</p></section>
 SLIDER = """<section class="slider"><output id="label" for="slider"></output>
 <input id="slider" type="range" min="0" max="{last}" value="0" step="1" aria-label="sample"></section>"""
 
-ATTENTION = """<section><h2>Where the heads look</h2>
+ATTENTION = """<section><h2>{heading}</h2>
 <div class="heads" id="heads"></div>
 <p class="figure"><b id="head"></b></p>
 <p class="text" id="looks"></p>
@@ -44,8 +46,22 @@ it looks more. Choose a head, then point at a token of the text, or tap it: the 
 <p class="note">A head mixes what it finds there into the token. What it finds has passed through the layers below, so attention
 shows where a head looks, not why.</p></section>"""
 
-LONG = """<section><h2>Where the heads look</h2><p class="note">Attention is shown for texts of at most {tokens} tokens that fit into
+LONG = """<section><h2>{heading}</h2><p class="note">Attention is shown for texts of at most {tokens} tokens that fit into
 the context. This one has {count}.</p></section>"""
+
+
+def check_page_path(path: str) -> None:
+    """Raise UserError if the page cannot be written there. Only a page of an earlier `--html` is replaced."""
+    file = Path(path)
+    try:
+        if not file.parent.is_dir():
+            raise UserError(f"--html {path}: there is no folder {file.parent}; make it first")
+        if file.is_dir():
+            raise UserError(f"--html {path}: is a folder; name a file in it")
+        if file.exists() and not html_page.is_page(file, "text"):
+            raise UserError(f"--html {path}: exists and is not marked as a page of this command; name another file")
+    except OSError as error:  # no permission, a name that is too long
+        raise UserError(f"--html {path}: cannot be read ({error.strerror}); name another file") from error
 
 
 class TextPage:
@@ -54,16 +70,6 @@ class TextPage:
     def __init__(self, path: str, model: GPT, tokenizer: tiktoken.Encoding, device: torch.device, description: str):
         self.path, self.tokenizer, self.description = Path(path), tokenizer, description
         self.model = copy.deepcopy(model).to(device, torch.float32)
-        if not self.path.parent.is_dir():
-            raise UserError(f"--html {path}: there is no folder {self.path.parent}; make it first")
-        if self.path.is_dir():
-            raise UserError(f"--html {path}: is a folder; name a file in it")
-        try:
-            free = not self.path.exists() or html_page.is_page(self.path)
-        except OSError as error:
-            raise UserError(f"--html {path}: cannot be read ({error.strerror}); name another file") from error
-        if not free:
-            raise UserError(f"--html {path}: exists and was not written by this command; name another file")
 
     def write(self, sampling: str, prompt: Sequence[int], samples: Sequence[Sequence[int]]) -> None:
         """Write the page.
@@ -74,11 +80,11 @@ class TextPage:
             samples: the tokens of each continuation; empty ones for a prompt alone.
         """
         texts = [[*prompt, *sample] for sample in samples]
+        known = [surprise(self.model, list(prompt))] if len(prompt) > 1 else []
         data: dict[str, Any] = {
-            "running": False,
             "scale": round(math.log2(self.model.config.vocab_size), 3),
             "views": [
-                {"iter": n, "label": f"sample {n} of {len(texts)}", "passage": self.passage(ids, len(prompt))}
+                {"iter": n, "label": f"sample {n} of {len(texts)}", "passage": self.passage(ids, len(prompt), known)}
                 for n, ids in enumerate(texts, start=1)
             ],
         }
@@ -86,7 +92,8 @@ class TextPage:
         short = len(shown) <= min(ATTENTION_TOKENS, self.model.config.block_size)
         if short:
             data["attention"] = self.attention(shown)
-        title = textwrap.shorten("".join(data["views"][0]["passage"]["text"]), 45, placeholder=" …") or "A text"
+        title = heading("".join(data["views"][0]["passage"]["text"]))
+        heads = "Where the heads look" + (" in sample 1" if len(texts) > 1 else "")
         body = BODY.format(
             title=html.escape(title),
             status=html.escape(" · ".join(filter(None, (self.description, sampling)))),
@@ -94,19 +101,22 @@ class TextPage:
             legend=LEGEND,
             surprise=SURPRISE,
             bits_per_byte=BITS_PER_BYTE,
-            attention=ATTENTION if short else LONG.format(tokens=ATTENTION_TOKENS, count=f"{len(shown):,}"),
+            attention=(ATTENTION if short else LONG).format(
+                heading=heads, tokens=ATTENTION_TOKENS, count=f"{len(shown):,}"
+            ),
         )
-        write_text(self.path, html_page.render(title, body, data))
+        write_text(self.path, html_page.render("text", title, body, data))
 
-    def passage(self, ids: list[int], prompt_length: int) -> dict[str, Any]:
-        """A text in columns. The tokens after the prompt have the probabilities that they were drawn from."""
-        prompt, known = ids[:prompt_length], []
-        if len(prompt) > 1:
-            known.append(surprise(self.model, prompt))
+    def passage(self, ids: list[int], prompt_length: int, known: list[Surprise]) -> dict[str, Any]:
+        """A text in columns. The tokens after the prompt have the probabilities that they were drawn from.
+
+        Args:
+            known: the surprise of the prompt; empty for a single token.
+        """
         if len(ids) > prompt_length:
-            read = prompt[-self.model.config.block_size :]
+            read = ids[:prompt_length][-self.model.config.block_size :]
             rows = surprise(self.model, [*read, *ids[prompt_length:]])
-            known.append(Surprise(*(column[len(read) - 1 :] for column in rows)))
+            known = [*known, Surprise(*(column[len(read) - 1 :] for column in rows))]
         return describe(self.tokenizer, ids, known)
 
     def attention(self, ids: list[int]) -> dict[str, Any]:
@@ -121,30 +131,40 @@ class TextPage:
         }
 
 
+def heading(text: str) -> str:
+    """The beginning of a text in one line, without the `<|endoftext|>` that begins a new article."""
+    line = " ".join(text.removeprefix(END_OF_TEXT).split())
+    return (line if len(line) <= 45 else line[:44] + "…") or "A text"
+
+
 @torch.inference_mode()
 def attention_weights(model: GPT, ids: Sequence[int]) -> Tensor:
     """softmax(q k^T / sqrt(D)) of every head, (n_layer, H, T, T) float32 on the CPU.
 
-    The model's kernel never holds all these numbers at once. So they are computed again, from each layer's input and
-    weights.
-
     Args:
         ids: T tokens, at most `block_size`.
     """
-    weights: list[Tensor] = []
-
-    def look(attn: CausalSelfAttention, args: tuple[Tensor, ...], output: Tensor) -> None:
-        (x, *_), heads = args, attn.n_head
-        _, T, C = x.shape
-        q, k, _ = attn.c_attn(x).view(T, 3, heads, C // heads).permute(1, 2, 0, 3)  # (H, T, D) each
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        scores = (q @ k.transpose(1, 2) / math.sqrt(C // heads)).masked_fill(future, -math.inf)
-        weights.append(scores.softmax(-1).cpu())
-
-    hooks = [block.attn.register_forward_hook(look) for block in model.transformer.h]
-    try:
+    with AttentionWeights() as seen:
         model.forward(torch.tensor([list(ids)], device=model.transformer.wte.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(weights)
+    return torch.stack(seen.layers)
+
+
+class AttentionWeights(TorchFunctionMode):
+    """Inside, `layers` collects the weights of each attention of one sequence, (H, T, T) on the CPU.
+
+    The kernel of the model never holds all these numbers at once. So each attention is computed a second time, on the
+    queries and keys that the model gives it. Its values are one-hot vectors, so the result is the weights themselves.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers: list[Tensor] = []
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            # (1, H, T, D) each, on the CPU: on Apple's GPUs, PyTorch before 2.12 needs values of D dimensions
+            q, k = args[0].cpu(), args[1].cpu()
+            values = torch.eye(k.size(2)).expand(*k.shape[:2], -1, -1)
+            self.layers.append(function(q, k, values, **kwargs)[0])
+        return function(*args, **kwargs)

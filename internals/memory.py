@@ -71,9 +71,9 @@ class MicroBatch:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception of its own for it. The CPU and MPS raise a RuntimeError that says so."""
+    """CUDA and Python have exceptions of their own for it. The CPU and MPS raise a RuntimeError that says so."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 class Memory(NamedTuple):

@@ -30,9 +30,8 @@ function chart() {
   const end = Math.max(1, ...losses.map((point) => point[0])), highest = Math.max(...losses.map((point) => point[1]));
   const lowest = Math.min(highest - 0.1, ...losses.map((point) => point[1]));
   const peak = Math.max(1e-12, ...data.curve.rate.map((point) => point[1])) * 1.05;
-  const x = (iter) => left + (iter / end) * (right - left);
+  const x = (iter) => left + (iter / end) * (right - left), yRate = (rate) => bottom - (rate / peak) * (bottom - top);
   const y = (loss) => bottom - ((loss - lowest) / (highest - lowest)) * (bottom - top);
-  const yRate = (rate) => bottom - (rate / peak) * (bottom - top);
   svg.replaceChildren();
   for (const loss of ticks(lowest, highest, 5)) {
     add(svg, "path", { class: "grid", d: `M${left},${y(loss)}H${right}` });
@@ -67,7 +66,7 @@ function chart() {
   };
   svg.onpointermove = (event) => chart.read(iterAt(event));
   svg.onpointerleave = () => chart.read(data.views[place]?.iter ?? end);
-  svg.onclick = (event) => show(nearest(data.views.map((view, n) => [view.iter, n]), iterAt(event))[1]);
+  svg.onclick = (event) => data.views.length && show(nearest(data.views.map((v, n) => [v.iter, n]), iterAt(event))[1]);
   svg.onpointerleave();
 }
 
@@ -82,8 +81,7 @@ function colour(into, tokens) { // tokens that share a character are shown as on
   tokens.text.forEach((text, i) => {
     group.push(i);
     if (!text && i + 1 < tokens.text.length) return;
-    const known = group.filter((n) => tokens.bits[n] !== null);
-    const bits = known.reduce((sum, n) => sum + tokens.bits[n], 0);
+    const known = group.filter((n) => tokens.bits[n] !== null), bits = known.reduce((a, n) => a + tokens.bits[n], 0);
     const span = add(into, "span", { class: known.length ? "t" : "t first" });
     text.split("\n").forEach((part, n) => (n && add(span, "small", {}, "\u21b5\n"), span.append(part)));
     span.style.setProperty("--a", Math.min(1, bits / data.scale));
@@ -119,7 +117,6 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && tip(nu
 
 // ---- The slider: its place is in the address, so that reloading keeps it; the newest view is always #latest
 
-let place = 0;
 function show(number) {
   place = Math.max(0, Math.min(number, data.views.length - 1));
   const view = data.views[place], last = place === data.views.length - 1;
@@ -132,8 +129,7 @@ function show(number) {
   if ($("sample")) {
     const prompt = view.sample.startsWith(view.prompt) ? view.prompt : "";
     $("sample").replaceChildren();
-    add($("sample"), "span", { class: "prompt" }, prompt);
-    $("sample").append(view.sample.slice(prompt.length));
+    add($("sample"), "span", { class: "prompt" }, prompt).after(view.sample.slice(prompt.length));
   }
   colour($("passage"), view.passage);
   $("bits").textContent = view.passage.bits_per_byte?.toFixed(3) ?? "\u2013";
@@ -141,9 +137,13 @@ function show(number) {
   tip(null);
 }
 
-const wanted = data.views.findIndex((view) => String(view.iter) === location.hash.slice(1));
-place = wanted < 0 ? data.views.length - 1 : wanted;
+const hash = location.hash.slice(1), found = data.views.findIndex((view) => String(view.iter) === hash);
+let place = found >= 0 ? found : $("chart") || hash === "latest" ? data.views.length - 1 : 0;
 if ($("chart")) { chart(); addEventListener("resize", chart); addEventListener("beforeprint", chart); }
 if ($("slider")) $("slider").oninput = () => show(+$("slider").value);
 show(place);
-if (data.running) setInterval(() => $("tip").hidden && location.reload(), 10000);
+function follow() { // a run that was killed writes no new page, and its last one must not reload for ever
+  if (Date.now() > 1000 * data.due) $("state").textContent = "no news, perhaps killed";
+  else setTimeout(() => ($("tip").hidden ? location.reload() : follow()), 10000);
+}
+if (data.due) follow();

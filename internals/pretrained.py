@@ -46,12 +46,12 @@ class Opened(NamedTuple):
 
 def open_model(source: str) -> Opened:
     """Open a model to generate with. `source` is a file, a folder, or a hub id such as `openai-community/gpt2`."""
-    return find(source).open()
+    return named("--checkpoint", lambda: find(source)).open()
 
 
 def open_checkpoint(source: str) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
     """What `checkpoint.load_model` returns, for a file or for the folder of a run."""
-    return checkpoint.load_model(find(source).checkpoint())
+    return checkpoint.load_model(named("--checkpoint", lambda: find(source)).checkpoint())
 
 
 def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> ModelConfig:
@@ -127,7 +127,7 @@ class Checkpoint:
                 f"{self.path}: was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but the data is prepared "
                 f"with {tokenizer_name(tokenizer)}; prepare it with the model's (prepare_data.py --tokenizer)"
             )
-        return checkpoint.build_model(saved, str(self.path)).config
+        return checkpoint.model_config(saved, str(self.path))
 
     def weights(self, tokenizer: str) -> dict[str, Tensor]:
         return checkpoint.build_model(checkpoint.load(self.path), str(self.path)).state_dict()
@@ -204,7 +204,7 @@ def is_hub_id(source: str) -> bool:
 
 def missing(source: str) -> str:
     if source.endswith(".pt"):
-        return "there is no checkpoint; train one first (train.py), or name another"
+        return checkpoint.no_checkpoint(Path(source).expanduser())
     if re.fullmatch(r"gpt2(-\w+)?", source):
         return f"there is no such file or folder; on the hub it is called openai-community/{source}"
     return "there is no such file or folder; name a checkpoint, its folder, or a hub id such as openai-community/gpt2"

@@ -21,7 +21,7 @@ from internals.machine import Machine
 from internals.reference import Reference, bits_per_nat, find_reference
 from internals.run import Run, TrainState
 from internals.run_page import run_page
-from internals.samples import printable, sample_row
+from internals.samples import sample_row
 from internals.screen import (
     TrainingBar,
     command,
@@ -31,12 +31,15 @@ from internals.screen import (
     launcher,
     lines,
     plural,
+    printable,
     wrap,
 )
 from internals.settings import differences
 from internals.start import first_line
 from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
+
+NEXT_PAGE = 3600.0  # seconds, at least, until a page of a run under way is overdue
 
 
 def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
@@ -168,6 +171,7 @@ class RunLog:
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
         self.failures: set[str] = set()  # kinds that were reported
         self.sample = ""  # the text of the last evaluation
+        self.page_time = time.time()  # of the last page
         if self.machine.is_main:
             write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
             self.metrics = Rows(run.out_dir / "metrics.jsonl", until=state.iter)
@@ -241,9 +245,11 @@ class RunLog:
 
     def _write_page(self, running: bool) -> None:
         def write() -> None:
+            last, self.page_time = self.page_time, time.time()
+            due = self.page_time + max(NEXT_PAGE, 3 * (self.page_time - last)) if running else None
             facts, status = page_facts(self.run, self.state), page_status(self.cfg, self.metrics.rows[-1], running)
             rows = self.metrics.rows, self.samples.rows
-            write_text(self.run.out_dir / "run.html", run_page(self.run, facts, status, *rows, self.reference, running))
+            write_text(self.run.out_dir / "run.html", run_page(self.run, facts, status, *rows, self.reference, due))
 
         if self.metrics.rows:
             self._attempt("run.html", write)

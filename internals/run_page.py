@@ -8,6 +8,7 @@ from internals import html_page
 from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
 from internals.reference import Reference, bits_per_nat
 from internals.run import Run
+from internals.samples import SAMPLE
 
 NAMES = {"training": "training", "validation": "validation", "rate": "learning rate"}  # of the curves
 UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
@@ -17,7 +18,7 @@ OTHER_ARTICLES = """ The reference was trained on other articles. It can be comp
 drawn at the loss that gives the same bits per byte on this run's text."""
 
 BODY = """<header><h1>{title}</h1>
-<p class="status"><b>{state}</b> {status}</p></header>
+<p class="status"><b id="state">{state}</b> {status}</p></header>
 <section><h2>The run</h2>{facts}</section>
 <section><h2>Loss</h2>
 <svg id="chart" role="img" aria-label="Losses and learning rate over the iterations"></svg>
@@ -32,7 +33,7 @@ erratic, and then falls, so that the model settles.</p></section>
 <div class="columns">
 <section><h2>What the model writes</h2><p class="text" id="sample"></p>
 <p class="note">Text that the model wrote at this evaluation, after {prompt}. Each token is drawn at random from the likely
-ones (temperature 0.8, the 200 likeliest).</p></section>
+ones (temperature {temperature:g}, the {top_k} likeliest).</p></section>
 <section><h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
 <p class="text" id="passage"></p>{legend}{surprise}{bits_per_byte}
 <p class="note">The passage is the beginning of the validation split, the same at every evaluation.</p></section>
@@ -47,7 +48,7 @@ def run_page(
     rows: list[dict[str, Any]],
     samples: list[dict[str, Any]],
     reference: Reference | None,
-    running: bool,
+    due: float | None,
 ) -> str:
     """The page of a run.
 
@@ -57,12 +58,13 @@ def run_page(
         rows: those of metrics.jsonl, at least one.
         samples: the rows of samples.jsonl.
         reference: the reference run, if there is one.
-        running: whether training continues after this; the page then reloads itself.
+        due: while training continues, the time (Unix, seconds) by which a new page comes. The page reloads itself until
+            then. None: training has ended.
     """
     title = run.out_dir.resolve().name
     finished = rows[-1]["iter"] >= run.cfg.max_iters
     data = {
-        "running": running and not finished,
+        "due": None if finished else due,
         "scale": round(math.log2(run.cfg.model.vocab_size), 3),
         "curve": curve(rows, reference),
         "names": {**NAMES, "reference": reference.label if reference else ""},
@@ -72,7 +74,7 @@ def run_page(
     }
     body = BODY.format(
         title=html.escape(title),
-        state="finished" if finished else "running" if running else "stopped",
+        state="finished" if finished else "running" if due else "stopped",
         status=html.escape(status),
         facts=html_page.facts(facts),
         vocab_size=run.cfg.model.vocab_size,
@@ -85,8 +87,9 @@ def run_page(
         legend=LEGEND,
         surprise=SURPRISE,
         bits_per_byte=BITS_PER_BYTE,
+        **SAMPLE,
     )
-    return html_page.render(f"{title}: a training run", body, data)
+    return html_page.render("run", f"{title}: a training run", body, data)
 
 
 def curve(rows: list[dict[str, Any]], reference: Reference | None) -> dict[str, list[list[float]]]:

@@ -1,4 +1,4 @@
-"""The row of samples.jsonl for an evaluation: a text that the model writes, and its surprise at a passage."""
+"""An evaluation's sample text: how it is drawn, and its row of samples.jsonl, with the surprise at a passage."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from internals.run import Run, TrainState
 from internals.surprise import describe, surprise
 from internals.tokenizer import cut_tokens
 
+SAMPLE = {"temperature": 0.8, "top_k": 200}  # how the text is drawn
 PASSAGE_TOKENS = 257  # of the validation split, from its beginning; all but the first are predicted
 
 
@@ -27,8 +28,3 @@ def read_passage(run: Run, tokenizer: tiktoken.Encoding) -> list[int]:
     stream = run.val_windows.stream
     length = min(PASSAGE_TOKENS, len(stream) - 1)
     return cut_tokens(tokenizer, stream.read(0, length + 1), length).tolist()
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""Words on the screen: numbers and durations, lines of at most 80 columns, the progress bar, the next command."""
+"""Words on the screen: numbers, durations, printable text, lines of 80 columns, the progress bar, the next command."""
 
 import os
 import shlex
@@ -6,6 +6,7 @@ import statistics
 import sys
 import textwrap
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,11 @@ def short_loss(loss: float) -> str:
 def short_rate(tokens_per_second: float) -> str:
     rate = tokens_per_second
     return f"{rate / 1e6:.2f} M tokens/s" if rate >= 1e6 else f"{rate:,.0f} tokens/s"
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey, and without halves of characters."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:
@@ -196,7 +202,9 @@ def command_to_generate(checkpoint: str, cfg: TrainConfig) -> str:
     """The command to try a model. The preset is only there for the path of its checkpoint."""
     usual = with_preset(GenerateConfig, cfg.preset).checkpoint
     preset = cfg.preset if checkpoint == usual else TrainConfig.preset
-    prompt = cfg.sample_prompt if cfg.sample_prompt.isprintable() else ""  # an escape must not reach the terminal
+    prompt = cfg.sample_prompt
+    if printable(prompt) != prompt:  # an escape must not reach the terminal
+        prompt = ""
     return command("generate.py", preset, checkpoint=checkpoint, prompt=prompt or PROMPT)
 
 

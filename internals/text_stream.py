@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import tiktoken
 
+from internals.screen import printable
 from internals.start import UserError, silence
 
 
@@ -69,13 +70,15 @@ def print_text(prompt: str, steps: Iterable[list[TextStream]]) -> None:
     """Print prompt and continuation of each sample, with a blank line between samples.
 
     All samples grow together. The first one that has not ended is printed as it grows; later ones wait for their turn.
+    A pipe or a file gets the exact text. A terminal gets U+FFFD in place of control characters, which it would obey.
     """
+    shown = printable if sys.stdout.isatty() else str
     current, printed, before = 0, 0, prompt  # the sample in turn, its pieces already printed, the text due before them
     for streams in steps:
         while current < len(streams):
             stream = streams[current]
             if text := before + "".join(stream.pieces[printed:]) + "\n" * stream.ended:
-                write(text)
+                write(shown(text))
             printed, before = len(stream.pieces), ""
             if not stream.ended:
                 break

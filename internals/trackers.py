@@ -45,12 +45,14 @@ class Tracker:
         """Start, or continue if the run was started with this tracker. `rows`: those of the run so far."""
 
         def connect() -> None:
-            id, known = run_id(run.out_dir, self.name, new=run.resumed_at is None)
+            path = run.out_dir / "tracker.json"
+            id, known = run_id(path, self.name)
             self.store = STORES[self.name](run, id)
             since = run_seconds(rows) - self.store.late if known else -1.0
             for row in rows:
                 if row.get("seconds", 0.0) > since:
                     self.store.log(row)
+            write_json(path, {"tracker": self.name, "id": id})  # last: only now is the tracker known to have the rows
 
         if self.name != "none":
             self._attempt(connect)
@@ -78,17 +80,13 @@ class Tracker:
             tqdm.write(f"--tracker {self.name}: {reason}; training continues without it")
 
 
-def run_id(out_dir: Path, tracker: str, new: bool) -> tuple[str, bool]:
-    """The run's id in a tracker, and whether the tracker knows it already. OUT_DIR/tracker.json stores the id."""
-    path = out_dir / "tracker.json"
-    if not new:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads(path.read_bytes())
-            if saved["tracker"] == tracker:
-                return str(saved["id"]), True
-    id = f"{re.sub(r'[^A-Za-z0-9_-]', '-', out_dir.resolve().name)}-{secrets.token_hex(4)}"
-    write_json(path, {"tracker": tracker, "id": id})
-    return id, False
+def run_id(path: Path, tracker: str) -> tuple[str, bool]:
+    """The run's id in a tracker, and whether it is known there. `path`: OUT_DIR/tracker.json, which a new run lacks."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(path.read_bytes())
+        if saved["tracker"] == tracker:
+            return str(saved["id"]), True
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', path.parent.resolve().name)}-{secrets.token_hex(4)}", False
 
 
 def run_seconds(rows: Iterable[dict[str, Any]]) -> float:

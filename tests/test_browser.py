@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from chromium import PROGRAM, Browser
@@ -43,15 +44,20 @@ def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):  # noqa
     assert browser.run("label.textContent") == "iteration 8"
 
 
+def with_data(page: str, views: int, **changes) -> str:
+    """The page of a run with its first evaluations alone, and with other data."""
+    raw = re.search(r'id="data">(.*?)</script>', page, re.S)[1]
+    data = json.loads(raw)
+    now = json.dumps({**data, "views": data["views"][:views], **changes}).replace("<", "\\u003c")
+    return page.replace(raw, now).replace(f'max="{len(data["views"]) - 1}"', f'max="{max(0, views - 1)}"')
+
+
 def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # noqa: F811
     """It keeps the place that the reader chose; otherwise it follows the newest evaluation."""
-    page, samples = (run / "run.html").read_text(encoding="utf-8"), rows(run)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    page = (run / "run.html").read_text(encoding="utf-8")
 
     def write(views: int) -> None:
-        now = json.dumps({**data, "running": True, "views": data["views"][:views]}).replace("<", "\\u003c")
-        page_now = page.replace(page.split('id="data">')[1].split("</script>")[0], now)
-        (tmp_path / "run.html").write_text(page_now.replace(f'max="{len(samples) - 1}"', f'max="{views - 1}"'))
+        (tmp_path / "run.html").write_text(with_data(page, views, due=time.time() + 3600))
 
     write(2)
     browser.open((tmp_path / "run.html").as_uri())
@@ -62,6 +68,26 @@ def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # no
     write(4)
     browser.wait_until("!window.before && document.readyState === 'complete' && slider.max === '3'")
     assert browser.run("label.textContent") == "iteration 0"
+
+
+def test_a_page_whose_run_was_killed_stops_reloading(browser, run, tmp_path):  # noqa: F811
+    page, path = (run / "run.html").read_text(encoding="utf-8"), tmp_path / "run.html"
+    path.write_text(with_data(page, 2, due=time.time() + 5))
+    browser.open(path.as_uri())
+    assert browser.run("state.textContent") == "finished"  # the words of the page: it is not overdue
+    browser.run("window.before = true")
+    browser.wait_until("!window.before && document.readyState === 'complete'")
+    assert browser.run("state.textContent") == "no news, perhaps killed"
+    browser.run("window.before = true")
+    time.sleep(11)
+    assert browser.run("window.before")
+
+
+def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):  # noqa: F811
+    (tmp_path / "run.html").write_text(with_data((run / "run.html").read_text(encoding="utf-8"), 0))
+    browser.open((tmp_path / "run.html").as_uri())
+    assert browser.run("reading.textContent").startswith("iteration 20")
+    browser.run("document.querySelector('#chart').dispatchEvent(new MouseEvent('click', { clientX: 300 }))")
 
 
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
@@ -124,6 +150,22 @@ def test_values_can_be_read_off_the_curves(browser, run):  # noqa: F811
     loss, bits = metrics[8]["val_loss"], metrics[8]["bits_per_byte"]
     assert f"training {row['train_loss']:.4f}" in text
     assert f"validation {loss:.4f}, {bits:.3f} bits per byte (at 8)" in text
+
+
+def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):  # noqa: F811
+    """It is the one whose attention is shown. A place that the reader chose is kept."""
+    path = tmp_path / "text.html"
+    options = ["--num-samples", 3, "--max-new-tokens", 2, "--html", path]
+    made = run_script("generate.py", "--checkpoint", run, "--prompt", TEXT[:9], *options)
+    assert made.returncode == 0, made.stderr
+    browser.open(path.as_uri())
+    assert browser.run("slider.value") == "0" and browser.run("label.textContent") == "sample 1 of 3"
+    headings = browser.run("[...document.querySelectorAll('h2')].map((heading) => heading.textContent)")
+    assert "Where the heads look in sample 1" in headings
+    for number in (1, 2):
+        browser.run(f"slider.value = {number}, slider.dispatchEvent(new Event('input'))")
+        browser.reload()
+        assert browser.run("label.textContent") == f"sample {number + 1} of 3"
 
 
 def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # noqa: F811

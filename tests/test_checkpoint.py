@@ -98,13 +98,13 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol):
 
 
 def test_weights_that_do_not_fit_their_configuration():
-    for changes in (
-        {"config": {"model": vars(ModelConfig())}},
-        {"config": {"model": {"n_layer": 1, "colour": "red"}}},
-        {"config": {}},
-        {"model": {}},
+    for changes, words in (
+        ({"config": {"model": vars(ModelConfig())}}, "its weights do not fit its configuration"),
+        ({"model": {}}, "its weights do not fit its configuration"),
+        ({"config": {"model": {"n_layer": 1, "colour": "red"}}}, "its model's configuration is damaged"),
+        ({"config": {}}, "its model's configuration is damaged"),
     ):
-        with pytest.raises(UserError, match="its weights do not fit its configuration"):
+        with pytest.raises(UserError, match=words):
             checkpoint.build_model(content(**changes))
 
 

@@ -10,7 +10,7 @@ import typing
 import pytest
 from conftest import REPO, run_script, unboxed
 
-from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, unescape
 from internals.cli import parse, with_preset
 from internals.settings import differences
 
@@ -81,6 +81,14 @@ def test_the_default_shape_is_the_one_that_was_asked_for():
     assert (TrainConfig().max_iters, TrainConfig().tokens_per_iter) == (16_000, 65_536)
     assert dataclasses.replace(model, vocab_size=50257).padded_vocab_size == 50304
     assert dataclasses.replace(model, vocab_size=64).padded_vocab_size == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(r"\n", "\n"), (r"a\r\n\tb", "a\r\n\tb"), (r"\\n", r"\n"), (r"\x", r"\x"), ("\n", "\n"), ("\\", "\\")],
+)
+def test_escapes_on_the_command_line(given, meant):
+    assert unescape(given) == meant == PrepareConfig(separator=given).separator_text
 
 
 def test_a_configuration_cannot_be_changed():

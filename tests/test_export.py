@@ -399,9 +399,9 @@ DATA = {
 }  # fmt: skip
 
 
-def card(tmp_path: Path, **more) -> str:
+def card(tmp_path: Path, file_format: str = "hf", **more) -> str:
     model = save_checkpoint(tmp_path / "best.pt", "bytes", **more)
-    return export.model_card("my-model", checkpoint.load(tmp_path / "best.pt"), model, "usage")
+    return export.model_card("my-model", checkpoint.load(tmp_path / "best.pt"), model, file_format, "usage")
 
 
 def test_card_tells_what_the_checkpoint_says(tmp_path):
@@ -422,6 +422,10 @@ def test_the_card_of_a_diverged_model_says_so(tmp_path, loss):
     assert ("bits per byte" in text) == math.isfinite(loss)
 
 
+def test_only_a_folder_for_transformers_names_that_library(tmp_path):
+    assert "library_name: transformers" in card(tmp_path) and "library_name" not in card(tmp_path, "gguf")
+
+
 def test_card_does_not_guess(tmp_path):
     text = card(tmp_path)
     assert "not recorded in the checkpoint" in text
@@ -440,9 +444,10 @@ def test_presets_leave_out_dir_alone(capsys):
     assert stop.value.code == 2 and "--out-dir" in capsys.readouterr().err
 
 
-def test_the_folder_of_a_run_is_its_best_model(tmp_path):
+def test_the_folder_of_a_run_is_its_best_model(tmp_path, capsys):
     save_checkpoint(tmp_path / "run" / "best.pt", "bytes")
     export.export(ExportConfig(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "out")))
+    assert "\nLoad it (pip install transformers): python -c " in capsys.readouterr().out
     assert (tmp_path / "out" / "config.json").exists()
 
 

@@ -451,6 +451,15 @@ def test_samples_are_printed_one_after_the_other_with_a_blank_line_between(monke
     assert written[:3] == ["> ", "A", "B"]  # each as it comes
 
 
+@pytest.mark.parametrize(("stop", "expected"), [(r"\n", "one\n"), ("wo", "one\nt\n"), (r"\\n", "one\ntwo\n")])
+def test_a_stop_text_may_be_a_line_break(monkeypatch, capsys, stop, expected):
+    """The shell passes backslash and n."""
+    monkeypatch.setattr(generate, "open_model", lambda source: (Forced(forced_bytes("one\ntwo")), BYTES, "forced"))
+    monkeypatch.setattr(generate, "pack_weights", lambda model: model)
+    generate.main(GenerateConfig(stop=(stop,), temperature=0.0, device="cpu"))
+    assert capsys.readouterr().out == expected
+
+
 def test_text_is_generated_for_programs():
     model = random_model(vocab_size=257)
     texts = generate.generate_text(
@@ -524,6 +533,26 @@ def test_interactive_answers_line_by_line(best):
     assert run.returncode == 0, run.stderr
     single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
     assert run.stdout.startswith("one \ufffd") and run.stdout.endswith(single.stdout)
+    assert "--seed" not in run.stderr and "--seed" not in single.stderr  # no text here depends on it
+    drawn = command(best, "--interactive", "--max-new-tokens", 4, input="one\n")
+    assert "To get the same texts for the same prompts again, add --seed " in drawn.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_no_control_characters_and_a_pipe_the_exact_text(best):
+    import pty
+
+    prompt = "a\x1b[31m\x9bz\u00a0é"
+    args = ["--prompt", prompt, "--max-new-tokens", 0]
+    piped = command(best, *args, encoding="utf-8")
+    assert piped.stdout == f"{prompt}\n" and "--seed" not in piped.stderr
+    main, side = pty.openpty()
+    line = [sys.executable, "generate.py", "--checkpoint", str(best), *map(str, args)]
+    process = subprocess.run(line, cwd=REPO, stdout=side, stderr=subprocess.PIPE)
+    os.close(side)
+    assert process.returncode == 0, process.stderr
+    assert os.read(main, 65536).decode() == "a\ufffd[31m\ufffdz\u00a0é\r\n"
+    os.close(main)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -646,13 +675,23 @@ def test_two_threads_get_what_each_alone_gets(training):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
-def test_a_model_too_large_for_the_device(best, monkeypatch, error):
+@pytest.mark.parametrize("where", ["open_model", "pack_weights"])
+def test_a_model_too_large_for_the_memory(best, monkeypatch, error, where):
     def fail(model):
         raise error
 
-    monkeypatch.setattr(generate, "pack_weights", fail)
-    with pytest.raises(UserError, match="does not fit into memory"):
+    monkeypatch.setattr(generate, where, fail)
+    with pytest.raises(UserError, match=r"--checkpoint .*: does not fit into memory; .* or use a smaller model"):
         generate.main(GenerateConfig(checkpoint=str(best), device="cpu"))
+
+
+def test_a_page_too_large_for_the_memory(best, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(generate.TextPage, "write", fail)
+    with pytest.raises(UserError, match=r"--html .*page\.html: does not fit into memory; "):
+        generate.main(GenerateConfig(checkpoint=str(best), device="cpu", html=str(tmp_path / "page.html")))
 
 
 def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best):
@@ -706,8 +745,10 @@ def test_too_little_memory_is_one_clear_message(best, monkeypatch, capsys, error
         yield
 
     monkeypatch.setattr(generate, "generate", fail)
-    with pytest.raises(UserError, match="--num-samples 8"):
+    with pytest.raises(UserError, match="--num-samples 8: do not fit into memory; use fewer"):
         generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
+    with pytest.raises(UserError, match=r"^the text does not fit into memory; "):
+        generate.main(GenerateConfig(checkpoint=str(best), device="cpu"))
     monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug stays a bug
         generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))

@@ -3,12 +3,18 @@
 No figures are tested here: they need a card. nanoGPT is not part of this project, so its race runs with our own code.
 """
 
+import dataclasses
 import json
 import sys
 
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, write_data
+
+import train
+from config import TrainConfig
+from internals.batch_size import with_batch_size
+from internals.cli import parse
 
 sys.path.append(str(REPO / "benchmarks"))
 import gpu_summary
@@ -107,6 +113,39 @@ def test_the_summary_compares_turns_and_finds_the_runs_below_nanogpts_loss():
     assert "| nanoGPT | 100,000 / 300,000 | 2.00 | 2,000 |" in page
     assert "MFU 40.0%" in page and "would take 1,000 minutes" in page
     assert "At or below nanoGPT's best loss, 4.0000: race-ours-half in 0.50 of the time." in page
+
+
+def test_the_summary_passes_nobody_off_as_ours():
+    """Where ours failed, no ratio, MFU or duration is printed."""
+    turn = {"nanoGPT": measured(100_000, 2000), "transformers GPT-2": measured(50_000, 3000)}
+    figures = {"results": turn, "flops_per_token": 10**8, "batch_size": 64, "run_tokens": 24_000_000_000}
+    page = gpu_summary.markdown({"matrix-rate": part({"flops": 1e14}), "speed-wikipedia-1": part(figures)}, part({}))
+    assert "| nanoGPT | 100,000 |  | 2,000 |" in page and "64 sequences in a micro-step." in page
+    assert "MFU" not in page and "whole run" not in page
+
+
+@pytest.mark.parametrize("batch_size", ["3", "auto"])
+def test_the_benchmarks_train_on_the_tokens_that_they_print(tmp_path, monkeypatch, batch_size):
+    """4 sequences an iteration, which 3 does not divide."""
+    import overhead
+    import race
+
+    data = str(write_data(tmp_path / "data", train_tokens=4_000))
+    flags = [*SHAPE.split(), "--data-dir", data, "--batch-size", batch_size, "--max-iters", "1"]
+    cfg = parse(TrainConfig, "", flags)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=257))
+    seen = []
+
+    def counting(model, cfg, machine):
+        return lambda inputs, targets: (seen.append(inputs.numel()), model(inputs, targets))[1], ""
+
+    monkeypatch.setattr(train, "training_model", counting)
+    race.Ours("ours", cfg, race.read_text(data, None)).step(0)
+    assert sum(seen) == cfg.tokens_per_iter
+    seen.clear()
+    machine = train.make_machine(cfg)
+    overhead.bare_loop(with_batch_size(cfg, machine), machine)
+    assert sum(seen) == cfg.tokens_per_iter
 
 
 @pytest.mark.parametrize("parts", [{}, {"data": part({"train": 1, "val": 1})}])

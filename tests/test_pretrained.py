@@ -105,6 +105,24 @@ def test_names_that_nothing_has(source, words):
     assert_user_error(run_script("generate.py", "--checkpoint", source, env=environment), source, words)
 
 
+def test_a_missing_checkpoint_points_to_those_that_exist(places, tmp_path):
+    """After `make demo`, generate.py without --preset finds no checkpoints/wikipedia/best.pt."""
+    wanted = tmp_path / "checkpoints" / "wikipedia" / "best.pt"
+    for opening in (lambda: pretrained.open_model(str(wanted)), lambda: checkpoint.load(wanted)):
+        with pytest.raises(UserError, match=r"train one first \(train.py\), or name another file or folder$"):
+            opening()
+    for name in ("demo", "mine"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        shutil.copy(places / "run" / "best.pt", tmp_path / "checkpoints" / name)
+    for opening in (lambda: pretrained.open_model(str(wanted)), lambda: checkpoint.load(wanted)):
+        with pytest.raises(UserError) as caught:
+            opening()
+        folders = f"{tmp_path}/checkpoints/demo, {tmp_path}/checkpoints/mine"
+        assert str(caught.value).endswith(f"or name another file or folder: there are models in {folders}")
+    with pytest.raises(UserError, match=r"^--checkpoint: "):
+        pretrained.open_model(str(wanted))
+
+
 def test_generate_takes_a_model_of_the_hub(places, tmp_path):
     """Offline: from the cache of the hub's client."""
     repository, commit = tmp_path / "hub" / "models--somebody--tiny", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
@@ -151,6 +169,12 @@ def test_an_own_model_is_evaluated_like_its_export(places, tmp_path):
         assert result.returncode == 0, result.stderr
         losses.append(result.stdout.split("\nloss ")[1].split()[0])
     assert len(set(losses)) == 1 and not (tmp_path / "none").exists()
+
+
+def test_the_sizes_of_an_own_model_are_read_without_building_it(places, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GPT", None)
+    config = pretrained.initial_config(str(places / "run"), "bytes", ModelConfig(block_size=32, dropout=0.1))
+    assert (config.n_layer, config.block_size, config.dropout) == (3, 32, 0.1)
 
 
 def test_starting_from_what_does_not_fit(places, tmp_path):

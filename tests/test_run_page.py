@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import html.parser
+import itertools
 import json
 import math
 import os
 import re
+import types
 
 import numpy as np
 import pytest
@@ -16,11 +18,13 @@ from test_train import assert_same_end, full_disk, quick, tiny  # noqa: F401  (q
 from torch.nn import functional as F
 
 import train
-from internals import html_page, report
+from internals import html_page, html_text, report
 from internals.checkpoint import load_model
 from internals.html_text import TextPage, attention_weights
+from internals.start import UserError
 from internals.surprise import describe, read_off, readable, surprise, token_texts
 from internals.tokenizer import load_tokenizer
+from model import CausalSelfAttention
 
 TEXT = "Ein Käfer, 三只猫 und “zwei” 🦉 </script><script>alert(1)</script><b>fett</b>\n\nNoch ein Satz. " * 12
 PROMPT = "<img src=x onerror=alert(2)>é"
@@ -96,7 +100,7 @@ def test_the_page_shows_every_evaluation(run):
         expected = [[row["iter"], round(row[key], 4)] for row in metrics if row.get(key) is not None]
         assert data["curve"][name] == expected
     assert data["curve"]["rate"] == [[row["iter"], row["learning_rate"]] for row in metrics if row["iter"]]
-    assert data["running"] is False
+    assert data["due"] is None
 
 
 def test_the_head_names_what_is_not_the_presets(run):
@@ -105,13 +109,18 @@ def test_the_head_names_what_is_not_the_presets(run):
     for words in ("n_layer 2", "max_iters 20", "learning_rate 0.01", "2 layers, 2 heads, 16 dimensions", "float32"):
         assert words in text
     assert "vocab_size" not in text and "out_dir" not in text
+    assert "(temperature 0.8, the 200 likeliest)" in text
 
 
-def test_while_it_runs_the_page_reloads(text_data, tmp_path, monkeypatch):
+def test_while_it_runs_the_page_says_when_the_next_is_due(text_data, tmp_path, monkeypatch):
+    """After an hour, or after three times the seconds since the last page: 200 and 5,000 here."""
+    clock = itertools.accumulate([1_000_000, 200, 5_000, 5_000, 5_000])  # the run begins; each page
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(time=lambda: next(clock)))
     pages, write = [], report.run_page
     monkeypatch.setattr(report, "run_page", lambda *args: (pages.append(Parsed(page := write(*args))), page)[1])
     train.train(tiny(text_data, tmp_path, max_iters=9))
-    assert [page.data["running"] for page in pages] == [True, True, False, False]  # the last by RunLog.close
+    # The last two are of the finished run: its last evaluation, and RunLog.close
+    assert [page.data["due"] for page in pages] == [1_000_200 + 3_600, 1_005_200 + 15_000, None, None]
     assert "running iteration 8 of 9" in pages[1].text and " left, not counting evaluations" in pages[1].text
     assert "finished" in pages[-1].text and " left" not in pages[-1].text.split("The run")[0]
 
@@ -353,7 +362,7 @@ def test_a_continuation_has_the_probabilities_it_was_drawn_from(run, tmp_path):
             len(TEXT[:30].encode()) :
         ]
         assert len(new) == 60 and all(2**-bits >= others[0][1] - 1e-4 for bits, others in new)
-    assert "temperature 0, top-k 200, top-p 1, seed 7" in page.text and "sample 2 of 2" in str(page.data)
+    assert "temperature 0, top-k 200, seed 7" in page.text and "sample 2 of 2" in str(page.data)
     plain = run_script("generate.py", "--checkpoint", run, "--prompt", TEXT[:30], *options, "--seed", "7")
     assert plain.stdout == result.stdout
 
@@ -404,23 +413,81 @@ def test_attention_is_the_models(run):
             torch.testing.assert_close(square, expected[layer, head], atol=0.003, rtol=0)
 
 
-def test_a_page_with_nowhere_to_go_is_refused(run, tmp_path):
-    for path, words in ((tmp_path / "none" / "x.html", "there is no folder"), (tmp_path, "is a folder")):
-        result = run_script("generate.py", "--checkpoint", run, "--html", path)
-        assert_user_error(result, "--html", words)
-        assert result.stdout == ""
+def test_attention_is_that_of_a_changed_model_too(run, monkeypatch):
+    """Here all keys are equal and a token sees two others at most, so it looks at each as much as at itself."""
+
+    def changed(self, x, cache=None, layer=0):
+        q, _, v = self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        near = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril().triu(-2)
+        y = F.scaled_dot_product_attention(q, torch.zeros_like(q), v, attn_mask=near)
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+    monkeypatch.setattr(CausalSelfAttention, "forward", changed)
+    model, _, _ = load_model(run / "last.pt")
+    weights = attention_weights(model, list(TEXT.encode())[:9])
+    expected = torch.ones(9, 9).tril().triu(-2)
+    torch.testing.assert_close(weights, (expected / expected.sum(1, keepdim=True)).expand(2, 2, 9, 9))
+
+
+def test_the_prompt_of_several_samples_is_measured_once(run, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(html_text, "surprise", lambda model, ids: (calls.append(len(ids)), surprise(model, ids))[1])
+    model, tokenizer, _ = load_model(run / "last.pt")
+    page = TextPage(str(tmp_path / "page.html"), model, tokenizer, torch.device("cpu"), "")
+    prompt, samples = list(TEXT.encode())[:10], [[65, 66], [67], [68, 69, 70]]
+    page.write("", prompt, samples)
+    assert calls == [10, 12, 11, 13]
+    for view, sample in zip(parsed(tmp_path / "page.html").data["views"], samples, strict=True):
+        known = surprise(model, [*prompt, *sample]).bits.tolist()
+        assert view["passage"]["bits"][1:] == pytest.approx(known, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("The history\n of  it", "The history of it"),
+        ("<|endoftext|>Newton\n\nWas", "Newton Was"),
+        ("中" * 60, "中" * 44 + "…"),
+        ("a" * 45, "a" * 45),
+        ("<|endoftext|>", "A text"),
+    ],
+)
+def test_the_heading_is_the_beginning_of_the_text(text, shown):
+    assert html_text.heading(text) == shown
+
+
+def test_a_page_with_nowhere_to_go_is_refused_before_the_model_is_opened(tmp_path):
+    places = {
+        tmp_path / "none" / "x.html": "there is no folder",
+        tmp_path: "is a folder",
+        tmp_path / f"{'x' * 300}.html": "cannot be read (File name too long)",
+        tmp_path / ("x" * 300) / "x.html": "cannot be read (File name too long)",
+    }
+    for path, words in places.items():
+        with pytest.raises(UserError) as caught:
+            html_text.check_page_path(str(path))
+        assert str(caught.value).startswith(f"--html {path}: ") and words in str(caught.value)
+    result = run_script("generate.py", "--checkpoint", tmp_path / "nowhere.pt", "--html", tmp_path)
+    assert_user_error(result, "--html", "is a folder")
+
+
+def test_a_conversation_has_no_page(run):
     assert_user_error(run_script("generate.py", "--checkpoint", run, "--interactive", "--html", "x.html"), "--html")
 
 
 def test_html_replaces_its_own_pages_and_no_other_file(run, tmp_path):
-    command = ["generate.py", "--checkpoint", run, "--max-new-tokens", "3", "--html"]
-    page, notes = tmp_path / "page.html", tmp_path / "notes.txt"
+    command = ["generate.py", "--checkpoint", run, "--max-new-tokens", "3", "--top-k", "None", "--html"]
+    page, notes, of_run = tmp_path / "page.html", tmp_path / "notes.txt", tmp_path / "run.html"
     notes.write_text("mine")
+    of_run.write_bytes((run / "run.html").read_bytes())
     for _ in range(2):
         assert run_script(*command, page).returncode == 0
-    assert_user_error(run_script(*command, notes), f"--html {notes}", "was not written by this command")
-    assert notes.read_text() == "mine"
+    assert "temperature 0.8, seed " in parsed(page).text
+    for other in (notes, of_run):
+        before = other.read_bytes()
+        assert_user_error(run_script(*command, other), f"--html {other}", "is not marked as a page of this command")
+        assert other.read_bytes() == before
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe")
-        assert_user_error(run_script(*command, tmp_path / "pipe"), "was not written by this command")
+        assert_user_error(run_script(*command, tmp_path / "pipe"), "is not marked as a page of this command")
         assert (tmp_path / "pipe").is_fifo()

@@ -187,6 +187,20 @@ def test_a_tracker_that_joins_later_gets_every_row_and_a_new_run_a_new_name(data
     assert len(stores) == 3 and [row["iter"] for row in list(stores.values())[2].rows] == [0, 1]
 
 
+def test_a_tracker_that_could_not_start_gets_every_row_later(data_dir, tmp_path, monkeypatch):
+    def missing(run, id):
+        raise ImportError("no package wandb")
+
+    monkeypatch.setitem(trackers.STORES, "wandb", missing)
+    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="wandb"))
+    assert not (tmp_path / "tracker.json").exists()
+    store = Recorder()
+    store.late = 0.0
+    monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id: store)
+    train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True, tracker="wandb"))
+    assert [row["iter"] for row in store.rows] == list(range(13))
+
+
 def test_a_resumed_run_sends_the_last_seconds_again(data_dir, tmp_path, monkeypatch):
     """A killed process may have handed over rows that its tracker had not yet stored."""
     store = Recorder()
