@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
-from internals.files import sha256_of, write_json
+from internals.files import nearest_folder, sha256_of, write_json
 from internals.screen import command_to_train, duration, plural, wrap
 from internals.settings import differences
 from internals.shards import META_FORMAT
@@ -246,8 +246,7 @@ class Display:
 
     def needed_for_downloads(self, size: int) -> int:
         """Bytes of the data folder's disk that such downloads take. Raises UserError if their own disk is too small."""
-        folder = self.source.download_folder
-        folder = next(path for path in (folder, *folder.parents) if path.exists())  # nothing may be there yet
+        folder = nearest_folder(self.source.download_folder)  # nothing may be there yet
         if folder.stat().st_dev == Path(self.cfg.data_dir).stat().st_dev:
             return size
         free = shutil.disk_usage(folder).free
