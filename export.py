@@ -59,8 +59,8 @@ def export(cfg: ExportConfig) -> None:
     dtype = getattr(torch, cfg.dtype)
     gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
     with files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
-        existing = next(folder for folder in out_dir.absolute().parents if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=existing) as temporary:
+        parent = files.nearest_folder(out_dir.parent)
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as temporary:
             folder = Path(temporary, "incomplete")
             folder.mkdir()
             if cfg.format == "hf":

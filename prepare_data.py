@@ -130,7 +130,7 @@ def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
         except UserError as error:
             if not progress.tokens:
                 raise
-            kept = "Finished work is kept; another source or other flags need --overwrite"
+            kept = "Finished work is kept for the same source and flags; changed ones need --overwrite"
             raise UserError(f"{error}. {kept}. {again}") from error
 
 

@@ -246,12 +246,10 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     if not math.isfinite(val_loss):
-        advice = f"continue from the last saved state, {run.out_dir}/last.pt, with --resume and a lower --learning-rate"
+        advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate, or "
         if state.iter == 0:
-            advice = "check the weights of --init-from"
-        raise UserError(
-            f"the validation loss at iteration {state.iter} is {val_loss}; {advice}, or give --dtype float32"
-        )
+            advice = f"check the weights of {run.cfg.init_from}, or " if run.cfg.init_from else ""
+        raise UserError(f"the validation loss at iteration {state.iter} is {val_loss}; {advice}give --dtype float32")
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
     return best
@@ -332,7 +330,7 @@ def main(cfg: TrainConfig) -> None:
     try:
         cfg, kept = resume_settings(cfg)
         if os.environ.get("RANK", "0") == "0":
-            print(*kept, sep="\n", end="\n" if kept else "")
+            print(*map(printable, kept), sep="\n", end="\n" if kept else "")
         train(cfg)
         leave_processes()
     except RuntimeError as error:

@@ -41,7 +41,12 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     check_file(path)
     with reading(path, "is damaged, or not a checkpoint written by this project"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except (OSError, RuntimeError):  # a network drive may have no mmap
+            if not mmap:
+                raise
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint written by this project")
     if checkpoint["format"] != FORMAT:

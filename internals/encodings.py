@@ -41,7 +41,7 @@ class Block(NamedTuple):
     position: int  # bytes of the file on the disk read so far
 
 
-class Checked(NamedTuple):
+class FileCheck(NamedTuple):
     """What a file that was read once is known to hold."""
 
     found: bool  # the mark between documents that was looked for
@@ -124,7 +124,7 @@ def count(blocks: Iterable[Block]) -> Counts:
     return counts
 
 
-def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wanted: bytes) -> Checked:
+def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wanted: bytes) -> FileCheck:
     """Whether the file holds `wanted`, and the size of its text. `blocks()` reads it, decompressed.
 
     Raises:
@@ -145,7 +145,7 @@ def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wan
     suspect = suspect or bool(strict.getstate()[0])  # the last character is incomplete
     if suspect or not codecs.lookup(given).name.startswith("utf-8"):
         refuse_other_encoding(name, blocks, given)
-    return Checked(found, size)
+    return FileCheck(found, size)
 
 
 def refuse_other_encoding(name: str, blocks: Callable[[], Iterator[Block]], given: str) -> None:

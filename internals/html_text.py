@@ -164,7 +164,8 @@ class AttentionWeights(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             # (1, H, T, D) each, on the CPU: on Apple's GPUs, PyTorch before 2.12 needs values of D dimensions
-            q, k = args[0].cpu(), args[1].cpu()
+            q, k, _, *mask = (value.cpu() if torch.is_tensor(value) else value for value in args)
+            options = {name: value.cpu() if torch.is_tensor(value) else value for name, value in kwargs.items()}
             values = torch.eye(k.size(2)).expand(*k.shape[:2], -1, -1)
-            self.layers.append(function(q, k, values, **kwargs)[0])
+            self.layers.append(function(q, k, values, *mask, **options)[0])
         return function(*args, **kwargs)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from config import TrainConfig
 from internals.device import resolve_device, resolve_dtype
 from internals.processes import any_process, join_processes, place_among_processes
-from internals.screen import plural
+from internals.screen import plural, printable
 
 
 class Outcome(NamedTuple):
@@ -63,7 +63,7 @@ class Machine:
 
     def print(self, text: str) -> None:
         if self.is_main:
-            tqdm.write(text)  # leaves a progress bar whole
+            tqdm.write(printable(text))  # leaves a progress bar whole
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision (Micikevicius et al., 2018): matrix products in `dtype`; weights, sums and loss in float32."""

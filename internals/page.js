@@ -142,8 +142,9 @@ let place = found >= 0 ? found : $("chart") || hash === "latest" ? data.views.le
 if ($("chart")) { chart(); addEventListener("resize", chart); addEventListener("beforeprint", chart); }
 if ($("slider")) $("slider").oninput = () => show(+$("slider").value);
 show(place);
-function follow() { // a run that was killed writes no new page, and its last one must not reload for ever
-  if (Date.now() > 1000 * data.due) $("state").textContent = "no news, perhaps killed";
-  else setTimeout(() => ($("tip").hidden ? location.reload() : follow()), 10000);
+function follow() { // a killed run writes no new page, nor does one between two evaluations that are hours apart
+  const overdue = Date.now() > 1000 * data.due;
+  if (overdue) $("state").textContent = "no news, perhaps killed";
+  setTimeout(() => ($("tip").hidden ? location.reload() : follow()), overdue ? 300000 : 10000);
 }
 if (data.due) follow();

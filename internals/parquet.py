@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from internals import reader
-from internals.encodings import Checked
+from internals.encodings import FileCheck
 from internals.reader import CHUNK_ROWS, Article, Chunk, Reader, is_utf8
 from internals.start import UserError, first_line
 
 
 class ParquetReader(Reader):
-    def check_content(self) -> Checked:
+    def check_content(self) -> FileCheck:
         with pq.ParquetFile(self.opened()) as file:
             self.columns(file)
-            return Checked(False, self.text_bytes(file.metadata))
+            return FileCheck(False, self.text_bytes(file.metadata))
 
     @property
     def names(self) -> tuple[str | None, ...]:

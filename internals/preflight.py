@@ -19,7 +19,8 @@ from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
 from internals.report import utilisation
 from internals.run import Run, TrainState
-from internals.screen import about, duration, given_command, lines, plural, size
+from internals.run_folder import check_unused
+from internals.screen import about, duration, given_command, lines, plural, size, wrap
 from internals.shards import verify
 from internals.start import UserError
 from internals.windows import ValidationWindows
@@ -79,10 +80,13 @@ def preflight(
     free = free_disk(run.out_dir)
     if free < disk:
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
-    held = ""
-    if run.resumed_at is None and (run.out_dir / "last.pt").exists():
-        held = f"\n{cfg.out_dir} holds a run: add --overwrite to delete it, or give another --out-dir."
-    machine.print(f"All of this fits.{held}\nTrain: {given_command(without='--check')}")
+    machine.print("All of this fits.")
+    if run.resumed_at is None:
+        try:
+            check_unused(run.out_dir)
+        except UserError as error:
+            machine.print(wrap(f"But {error}"))
+    machine.print(f"Train: {given_command(without='--check')}")
 
 
 def measure(
@@ -157,7 +161,9 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     known = memory.peak and memory.total
     speed = (
         f"{rate:,.0f} tokens/s",
-        f"{timing.iteration:.3g} s an iteration",
+        f"{timing.iteration:.3g} s an iteration"
+        if timing.iteration < 100
+        else f"{duration(timing.iteration)} an iteration",
         f"{timing.evaluation:.1f} s an evaluation",
         utilisation(rate, state.model.flops_per_token(), run.machine),
     )

@@ -164,11 +164,13 @@ def check_same(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state:
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
     changes = differences(saved, others, defaults=shard_settings(PrepareConfig()))
+    same_tokenizer = tokenizer.items() <= saved.items()
+    if cfg.by_size and "max_tokens" in changes:  # share and vocabulary follow from it: they were not flags
+        changes.pop("val_fraction", None)
+        same_tokenizer = same_tokenizer or bool(tokenizer.get("trained") and saved.get("trained"))
     differs = [begun_with(f"--{name.replace('_', '-')}", old, new) for name, (old, new) in changes.items()]
-    if not tokenizer.items() <= saved.items():
+    if not same_tokenizer:
         differs.insert(0, f"with {tokenizer_flags(saved)}, not {tokenizer_flags(tokenizer)}")
-    if cfg.by_size and "max_tokens" in changes:  # settings that follow from the size of the text were not flags
-        differs = [begun_with("--max-tokens", *changes["max_tokens"])]
     if not source.identity.items() <= saved["source"].items():
         other = f"from another source ({describe(saved['source'])}, not {describe(source.identity)})"
         differs = [other] if cfg.by_size else [other, *differs]

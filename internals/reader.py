@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from internals.encodings import Block, Checked, as_utf8, check_text
+from internals.encodings import Block, FileCheck, as_utf8, check_text
 from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
 from internals.tokenizer_json import END_OF_TEXT
@@ -117,7 +117,7 @@ class Reader:
     name: str
     options: ReadOptions
 
-    def check(self) -> Checked:
+    def check(self) -> FileCheck:
         """Whether the file holds `wanted`, and its size. Raises UserError if its content does not match its name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
@@ -132,7 +132,7 @@ class Reader:
         """The mark to look for between documents: the first line of the separator, or end-of-text."""
         return (self.options.separator.strip("\r\n").split("\n")[0] or END_OF_TEXT).encode()
 
-    def check_content(self) -> Checked:
+    def check_content(self) -> FileCheck:
         return check_text(self.name, self.raw_blocks, self.options.encoding, self.wanted)
 
     def opened(self) -> pa.NativeFile:

@@ -39,7 +39,7 @@ from internals.start import first_line
 from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
 
-NEXT_PAGE = 3600.0  # seconds, at least, until a page of a run under way is overdue
+NEXT_PAGE = 3600.0  # a page of a running run is overdue after so many seconds, or later
 
 
 def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:

@@ -137,7 +137,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     if not (cfg.resume or cfg.auto_resume) or not last.exists():
         return Resumed(cfg, [])
     if cfg.resume and cfg.config:
-        raise UserError("--config: is only for a new run; change the settings of one that is resumed by flags")
+        raise UserError("--config: only for a new run; change a resumed run with flags")
     saved = checkpoint.load(last, mmap=True)["config"]
     preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
     data_dir = saved.get("data_dir", cfg.data_dir)
@@ -253,7 +253,9 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
             "or another --out-dir"
         )
     if "init_from" in changed:
-        raise UserError(f"{last} did not start from {cfg.init_from}; leave --init-from out, or give another --out-dir")
+        raise UserError(
+            f"{last} did not start from {cfg.init_from!r}; leave --init-from out, or give another --out-dir"
+        )
     done, last_iter = saved["iter"], saved["config"]["max_iters"]
     if cfg.max_iters <= done < last_iter:
         raise UserError(

@@ -191,9 +191,8 @@ def command(script: str, preset: str, **flags: Any) -> str:
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif value != getattr(usual, name) or (
-            flags.get("resume") and name != "out_dir"
-        ):  # a value that begins with a dash must not look like a flag
+        elif value != getattr(usual, name) or (flags.get("resume") and name != "out_dir"):
+            # A value that begins with a dash must not look like a flag
             words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return started_with(script, words)
 

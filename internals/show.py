@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from internals.screen import printable
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -45,4 +46,5 @@ def find_article(stream: TokenStream, number: int, end: int) -> tuple[int, int]:
 
 
 def decode(encoding: tiktoken.Encoding, tokens: np.ndarray) -> str:
-    return encoding.decode_bytes([int(token) for token in tokens]).decode("utf-8", "replace")
+    """The text of these tokens, for a screen."""
+    return printable(encoding.decode_bytes([int(token) for token in tokens]).decode("utf-8", "replace"))

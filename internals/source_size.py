@@ -39,6 +39,8 @@ def choose_by_size(cfg: PrepareConfig, source: Source) -> PrepareConfig:
         chosen["val_fraction"] = val_fraction_for(text_bytes)
     if chosen:
         flags = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in chosen.items())
-        assumed = " (a large Wikipedia is assumed)" if math.isinf(source.text_bytes) else ""
-        print(f"chosen by the size of the source{assumed}: {flags}")
+        basis = "--max-tokens" if text_bytes < source.text_bytes else "the size of the source"
+        if math.isinf(text_bytes):
+            basis += " (a large Wikipedia is assumed)"
+        print(f"chosen by {basis}: {flags}")
     return dataclasses.replace(cfg, **chosen)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from internals.files import write_json
 from internals.run import Run
-from internals.start import first_line
+from internals.start import UserError, first_line
 
 PROJECT = "wikipedia-transformer"
 RECENT = 10.0  # seconds of training; when a run is killed, a tracker may not have stored rows this recent
@@ -40,26 +40,37 @@ class Tracker:
     def __init__(self, name: str):
         self.name = name
         self.store: Store | None = None
+        self.sent = -1.0  # `seconds` of the last row that was handed over
+        self.remember: Callable[..., None] = lambda **values: None  # writes tracker.json
 
     def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
         """Start, or continue if the run was started with this tracker. `rows`: those of the run so far."""
+        if self.name == "none":
+            return
+        path = run.out_dir / "tracker.json"
+        saved = read_record(path, self.name)
+        id = saved.get("id") or new_id(run.out_dir)
+        self.remember = lambda **values: write_json(path, {"tracker": self.name, "id": id, **values})
+        if saved:
+            self.sent = saved.get("sent", run_seconds(rows))
 
         def connect() -> None:
-            path = run.out_dir / "tracker.json"
-            id, known = run_id(path, self.name)
             self.store = STORES[self.name](run, id)
-            since = run_seconds(rows) - self.store.late if known else -1.0
+            since = self.sent - self.store.late
             for row in rows:
                 if row.get("seconds", 0.0) > since:
-                    self.store.log(row)
-            write_json(path, {"tracker": self.name, "id": id})  # last: only now is the tracker known to have the rows
+                    self._send(row)
+            self.remember()
 
-        if self.name != "none":
-            self._attempt(connect)
+        self._attempt(connect)
 
     def log(self, row: dict[str, Any]) -> None:
         if self.store:
-            self._attempt(lambda: self.store.log(row))
+            self._attempt(lambda: self._send(row))
+
+    def _send(self, row: dict[str, Any]) -> None:
+        self.store.log(row)
+        self.sent = row.get("seconds", self.sent)
 
     def flush(self) -> None:
         if self.store:
@@ -78,15 +89,22 @@ class Tracker:
             if isinstance(error, ImportError):
                 reason += "; pip install -r requirements-trackers.txt"
             tqdm.write(f"--tracker {self.name}: {reason}; training continues without it")
+            with contextlib.suppress(UserError):  # the disk is full
+                self.remember(sent=self.sent)  # the rows from here on go to it when it works again
 
 
-def run_id(path: Path, tracker: str) -> tuple[str, bool]:
-    """The run's id in a tracker, and whether it is known there. `path`: OUT_DIR/tracker.json, which a new run lacks."""
+def read_record(path: Path, tracker: str) -> dict[str, Any]:
+    """What OUT_DIR/tracker.json says of this tracker: `id`, and `sent` if it failed. Empty if it says nothing."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(path.read_bytes())
         if saved["tracker"] == tracker:
-            return str(saved["id"]), True
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', path.parent.resolve().name)}-{secrets.token_hex(4)}", False
+            return {"id": str(saved["id"]), **({"sent": float(saved["sent"])} if "sent" in saved else {})}
+    return {}
+
+
+def new_id(out_dir: Path) -> str:
+    """A name for the run in a tracker: `checkpoints/demo -> demo-1f0c9a3e`."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', out_dir.resolve().name)}-{secrets.token_hex(4)}"
 
 
 def run_seconds(rows: Iterable[dict[str, Any]]) -> float:

@@ -74,7 +74,12 @@ train.MicroBatch.retry_smaller = noted
     cards = {"FAKEGPU_MIB": 4000, "FAKEGPU_BUSY_MIB": "0,2920"}  # others hold too little to end the run
     result = launch(text, tmp_path / "run", *flags, before=before, after=told, **cards)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Out of memory: micro-steps now have 128 sequences, not 256; the text is the same.") == 1
+    assert (
+        result.stdout.count(
+            "Out of memory: micro-steps now have 128 sequences, not 256; each iteration still reads the same text."
+        )
+        == 1
+    )
     assert "Done." in result.stdout
     # One set per process; both evaluated with all 256 sequences, before there were gradients and moments
     assert result.stdout.count("micro-steps: [128, 256]") == 2, result.stdout

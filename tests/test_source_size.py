@@ -1,5 +1,6 @@
 """internals/source_size.py: preset laptop takes a text of any size without further flags."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -100,8 +101,10 @@ def test_the_hub_is_large_without_being_asked(tmp_path, capsys):
     cfg = parse(PrepareConfig, "", ["--preset", "laptop"])
     source = make_source(cfg, tmp_path)
     assert isinstance(source, HubWikipedia)
+    choose_by_size(dataclasses.replace(cfg, max_tokens=None), source)
+    assert "by the size of the source (a large Wikipedia is assumed): --vocab-size 8192" in capsys.readouterr().out
     cfg = choose_by_size(cfg, source)
-    assert "(a large Wikipedia is assumed): --vocab-size 8192" in capsys.readouterr().out
+    assert "chosen by --max-tokens: --vocab-size 8192" in capsys.readouterr().out
     assert (cfg.sources, cfg.data_dir, cfg.trained_size, cfg.held_out) == (
         ("wikipedia",), "data/laptop", 8192, 0.005,
     )  # fmt: skip

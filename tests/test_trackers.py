@@ -187,18 +187,27 @@ def test_a_tracker_that_joins_later_gets_every_row_and_a_new_run_a_new_name(data
     assert len(stores) == 3 and [row["iter"] for row in list(stores.values())[2].rows] == [0, 1]
 
 
-def test_a_tracker_that_could_not_start_gets_every_row_later(data_dir, tmp_path, monkeypatch):
+def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypatch):
+    """It fails at the start of a new run, in the middle of one, and at the start of a resumed one."""
+
     def missing(run, id):
         raise ImportError("no package wandb")
 
-    monkeypatch.setitem(trackers.STORES, "wandb", missing)
-    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="wandb"))
-    assert not (tmp_path / "tracker.json").exists()
-    store = Recorder()
-    store.late = 0.0
-    monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id: store)
-    train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True, tracker="wandb"))
-    assert [row["iter"] for row in store.rows] == list(range(13))
+    class Failing(Recorder):
+        def log(self, row):
+            if row["iter"] == 14:
+                raise OSError("no network")
+            super().log(row)
+
+    rows = []
+    for max_iters, make in ((8, missing), (12, Recorder), (16, Failing), (18, missing), (20, Recorder)):
+        store = make() if make is not missing else None
+        if store:
+            store.late = 0.0
+        monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id, store=store: store or missing(run, id))
+        train.train(tiny(data_dir, tmp_path, max_iters=max_iters, resume=max_iters > 8, tracker="wandb"))
+        rows += [row["iter"] for row in store.rows] if store else []
+    assert rows == list(range(21))
 
 
 def test_a_resumed_run_sends_the_last_seconds_again(data_dir, tmp_path, monkeypatch):
