@@ -142,9 +142,8 @@ let place = found >= 0 ? found : $("chart") || hash === "latest" ? data.views.le
 if ($("chart")) { chart(); addEventListener("resize", chart); addEventListener("beforeprint", chart); }
 if ($("slider")) $("slider").oninput = () => show(+$("slider").value);
 show(place);
-function follow() { // a killed run writes no new page, nor does one between two evaluations that are hours apart
-  const overdue = Date.now() > 1000 * data.due;
-  if (overdue) $("state").textContent = "no news, perhaps killed";
-  setTimeout(() => ($("tip").hidden ? location.reload() : follow()), overdue ? 300000 : 10000);
-}
-if (data.due) follow();
+if (data.due) (function follow() { // a killed run writes no new page, but the next may also be hours away
+  const wait = Date.now() > 1000 * data.due ? 300000 : 10000; // milliseconds
+  if (wait > 10000) $("state").textContent = "no news, perhaps killed";
+  setTimeout(() => ($("tip").hidden ? location.reload() : follow()), wait);
+})();
