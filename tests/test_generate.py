@@ -14,12 +14,13 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, assert_user_error, run_script, without_network_settings
+from conftest import REPO, assert_user_error, run_script, unboxed, without_network_settings
 from test_model import transformers_twin
 
 import generate
 from config import GenerateConfig, ModelConfig
 from internals import checkpoint, text_stream
+from internals.cli import parse
 from internals.cpu_kernels import pack_weights
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -725,8 +726,11 @@ def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best
         (["--topk", "3"], ["--topk"]),
     ],
 )  # fmt: skip
-def test_a_wrong_flag_is_one_clear_message(args, words):
-    assert_user_error(run_script("generate.py", *args), *words)
+def test_a_wrong_flag_is_one_clear_message(args, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(GenerateConfig, "", args)
+    told = unboxed(capsys.readouterr().err)
+    assert ended.value.code == 2 and all(word in told for word in words), told
 
 
 def test_invalid_utf8_on_stdin_is_one_clear_message(best):
