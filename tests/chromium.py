@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+ANSWER_SECONDS = 60
 
 
 class Browser:
@@ -62,6 +64,8 @@ class Browser:
 
     def receive(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.answers], [], [], ANSWER_SECONDS)
+            assert ready, f"Chromium has said nothing for {ANSWER_SECONDS} s"
             block = os.read(self.answers, 1 << 16)
             assert block, "Chromium has ended"
             self.buffer += block

@@ -15,8 +15,9 @@ from internals.shards import META_FORMAT, ShardWriter
 
 REPO = Path(__file__).resolve().parent.parent
 
-# The test models are so small that a second thread costs more time than it saves, above all on a busy machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The test models are so small that a second thread costs more time than it saves, above all on a busy machine. And sums
+# of several threads may differ in their last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell script's background job (`make test &`) ignores Ctrl-C, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +49,16 @@ def run_on_fake_gpu(*args, timeout=300, **variables) -> subprocess.CompletedProc
         **{name: str(value) for name, value in variables.items()},
     }
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def without_network_settings() -> dict[str, str]:
+    """This process's environment, but with the usual settings of the network and of the Hugging Face hub."""
+    prefixes = ("HF_", "HUGGING", "TRANSFORMERS_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if "proxy" not in name.lower() and not name.upper().startswith(prefixes)
+    }
 
 
 def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:

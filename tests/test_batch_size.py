@@ -1,11 +1,10 @@
 """`--batch-size auto`: a number that divides the iteration and fits into the card's memory."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from conftest import assert_user_error, needs_fake_gpu, run_on_fake_gpu, run_script
+from conftest import REPO, assert_user_error, needs_fake_gpu, run_on_fake_gpu, run_script
 
 from config import TrainConfig
 from internals import checkpoint
@@ -114,6 +113,6 @@ print(cfg.batch_size, round(torch.cuda.max_memory_reserved() / 2**20), round(tor
 )  # fmt: skip
 def test_what_is_calculated_fits_the_card(preset, mib, expected, tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
-    result = run_on_fake_gpu("python", tmp_path / "steps.py", preset, FAKEGPU_MIB=mib, PYTHONPATH=os.getcwd())
+    result = run_on_fake_gpu("python", tmp_path / "steps.py", preset, FAKEGPU_MIB=mib, PYTHONPATH=REPO)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[0]) == expected, result.stdout

@@ -50,12 +50,10 @@ def with_fault(tmp_path: Path, fault: str) -> Path:
     return script
 
 
-def run(command: list[str], timeout: float = 120) -> tuple[subprocess.CompletedProcess, float]:
-    """The finished command and its duration in seconds."""
-    begin = time.monotonic()
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """The finished command. Its limit is far below the 30 minutes after which a collective gives up."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
-    return result, time.monotonic() - begin
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of a run on two processes."""
     out_dir = tmp_path_factory.mktemp("two")
     # Muon orthogonalises in bfloat16, which amplifies rounding errors more than float32 does
-    result, _ = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
+    result = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout + result.stderr
 
@@ -101,7 +99,7 @@ def threads():
             pass
     os.write(1, f"threads: {RANK} {[name for name in names if 'gloo' in name]}\\n".encode())
 atexit.register(threads)"""
-    result, _ = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
+    result = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
     assert result.returncode == 0, result.stderr
     # The processes may write at the same time, so lines may run together
     assert sorted(re.findall(r"threads: (\d) (\[[^]]*\])", result.stdout)) == [("0", "[]"), ("1", "[]")], result.stdout
@@ -131,7 +129,7 @@ def limited(self, idx, targets=None, **rest):
     return forward(self, idx, targets, **rest)
 GPT.forward = limited"""
     command = flags(data_dir, tmp_path / "run", optimizer="adamw", batch_size=4)
-    result, _ = run(torchrun(*command, script=with_fault(tmp_path, short)))
+    result = run(torchrun(*command, script=with_fault(tmp_path, short)))
     assert result.returncode == 0, result.stderr
     for size, count in ((2, "2 sequences"), (1, "1 sequence")):
         assert (
@@ -155,7 +153,7 @@ def hang(it, cfg):
         time.sleep(1)
     return get_lr(it, cfg)
 train.get_lr = hang"""
-    result, _ = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, stuck)))
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, stuck)))
     assert result.stderr.count("error: another process of this run ended") == 1, result.stderr
     ends = re.findall(r"exitcode +: (-?\d+)", result.stderr)
     assert sorted(ends) == ["-9", "2"], result.stderr  # the launcher would kill it after 30 seconds, with -9
@@ -203,9 +201,9 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
     (again,) = re.findall("Continue: (.*)", output)
     assert again.startswith("torchrun --standalone --nproc-per-node 2 ") and again.endswith("--resume"), again
     assert 0 < checkpoint.load(out_dir / "last.pt")["iter"] < 20
-    result, _ = run(torchrun(*flags(data_dir, out_dir, dropout=0.1), "--resume"))
+    result = run(torchrun(*flags(data_dir, out_dir, dropout=0.1), "--resume"))
     assert result.returncode == 0, result.stderr
-    result, _ = run(torchrun(*flags(data_dir, straight, dropout=0.1)))
+    result = run(torchrun(*flags(data_dir, straight, dropout=0.1)))
     assert result.returncode == 0, result.stderr
     assert_same_end(out_dir, straight)
 
@@ -234,19 +232,18 @@ SAYS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
-    result, seconds = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, FAULTS[fault])))
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, FAULTS[fault])))
     assert result.returncode != 0
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # the launcher's own
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     # There may be no time for the message that another process ended.
     assert len(messages) <= len(SAYS[fault]) and len(messages) >= (fault in ("memory", "nan")), result.stderr
     assert all(message.startswith(words) for message, words in zip(messages, SAYS[fault], strict=False)), result.stderr
-    assert seconds < 60  # not the minutes of a collective's timeout; this is not a speed test
     if fault != "memory":
         assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 
 
 def test_a_mistake_is_said_once(tmp_path):
-    result, _ = run(torchrun(*flags(tmp_path / "nowhere", tmp_path)))
+    result = run(torchrun(*flags(tmp_path / "nowhere", tmp_path)))
     assert result.returncode != 0
     assert result.stderr.count("there is no such folder") == 1

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pytest
 from articles import command, config, files, texts
-from conftest import assert_user_error, run_script
+from conftest import run_script
 
 from internals import reader
 from internals.shards import read_meta
@@ -65,12 +65,15 @@ def test_another_encoding_is_refused_and_the_advice_works(tmp_path, encoding, en
     if ending == ".jsonl":
         text = json.dumps({"text": text}, ensure_ascii=False) + "\n"
     data = text.encode(encoding)
-    (tmp_path / f"a{ending}").write_bytes(gzip.compress(data) if ending == ".txt.gz" else data)
-    result = run_script(*command(tmp_path / "out", tmp_path / f"a{ending}"))
-    assert_user_error(result, f"a{ending}", "--encoding", "NUL" if "utf" in encoding else "byte")
+    source = tmp_path / f"a{ending}"
+    source.write_bytes(gzip.compress(data) if ending == ".txt.gz" else data)
+    with pytest.raises(UserError) as error:
+        prepare(config(tmp_path / "out", source))
+    for word in (f"a{ending}", "--encoding", "NUL" if "utf" in encoding else "byte"):
+        assert word in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
     assert not files(tmp_path / "out")
-    result = run_script(*command(tmp_path / "out", tmp_path / f"a{ending}", "--encoding", encoding))
-    assert result.returncode == 0, result.stderr
+    prepare(config(tmp_path / "out", source, encoding=encoding))
     assert text.strip() in whole_text(tmp_path / "out") or ending == ".jsonl"
 
 
@@ -108,7 +111,8 @@ def test_a_utf8_file_under_another_encoding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["nonsense", "base64", "rot13", "idna", "undefined"])
 def test_an_unknown_encoding_is_a_message(tmp_path, name):
-    assert_user_error(run_script(*command(tmp_path / "out", tmp_path, "--encoding", name)), "--encoding")
+    with pytest.raises(UserError, match=rf"--encoding {name}"):
+        prepare(config(tmp_path / "out", tmp_path, encoding=name))
 
 
 def test_repaired_files_are_listed_with_their_share(tmp_path):

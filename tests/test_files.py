@@ -62,6 +62,14 @@ def test_json_is_written_as_people_read_it(tmp_path):
 def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "meta.json"
     write_json(path, {"a": "東京"})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"meta\.json: could not be written"):
+        write_json(path, {"a": "another"})
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "東京"}
+    assert os.listdir(tmp_path) == ["meta.json"]

@@ -5,18 +5,21 @@ No figures are tested here: they need a card. nanoGPT is not part of this projec
 
 import dataclasses
 import json
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import REPO, assert_user_error, run_script, write_data
+from conftest import REPO, run_script, write_data
 
 import train
 from config import TrainConfig
 from internals.batch_size import with_batch_size
 from internals.cli import parse
+from internals.start import UserError
 
 sys.path.append(str(REPO / "benchmarks"))
+import gpu as gpu_benchmark
 import gpu_summary
 
 SHAPE = (
@@ -29,17 +32,24 @@ def gpu(out, *args):
     return run_script("benchmarks/gpu.py", "--small", "--out", out, *args)
 
 
-def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path):
-    write_data(tmp_path / "data", train_tokens=4_000)
-    first = gpu(tmp_path, "--part", "data", "matrix-rate", "race-ours-third", "--piece-minutes", "0.15")
-    assert first.returncode in (0, 2), first.stderr  # 2: on a slow machine the run was stopped before it had begun
-    card = tmp_path / "CPU"
+def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path, monkeypatch):
+    data, card = write_data(tmp_path / "data", train_tokens=4_000), tmp_path / "CPU"
+    first = gpu(tmp_path, "--part", "data", "matrix-rate")
+    assert first.returncode == 0, first.stderr
+    get_lr = train.get_lr
+    with monkeypatch.context() as patch:  # the benchmark ends a piece of a run with SIGTERM, too
+        patch.setattr(
+            train, "get_lr", lambda it, cfg: (it == 2 and signal.raise_signal(signal.SIGTERM), get_lr(it, cfg))[1]
+        )
+        flags = ["--data-dir", str(data), "--out-dir", str(card / "runs" / "race-ours-third"), "--eval-interval", "1"]
+        train.train(parse(TrainConfig, "", [*gpu_benchmark.SMALL_RUN.split(), "--max-iters", "5", *flags]))
     kept = (card / "matrix-rate.json").read_text()
     assert json.loads(kept)["figures"]["flops"] > 0
     assert json.loads((card / "data.json").read_text())["figures"] == {"train": 4_000, "val": 500}
 
     second = gpu(tmp_path, "--part", "matrix-rate", "race-ours-third")
     assert second.returncode == 0, second.stderr
+    assert "at iteration 3" in second.stdout
     assert "== matrix-rate" not in second.stdout
     assert (card / "matrix-rate.json").read_text() == kept
     assert "Left: loss-eager, " in second.stdout.splitlines()[-2]
@@ -52,7 +62,9 @@ def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path):
 
 
 def test_a_part_that_does_not_exist_is_named(tmp_path):
-    assert_user_error(gpu(tmp_path, "--part", "speed"), "--part speed", "matrix-rate", "default-run")
+    args = gpu_benchmark.Gpu(out=str(tmp_path), small=True, part=("speed",))
+    with pytest.raises(UserError, match=r"^--part speed: .*matrix-rate.*default-run"):
+        gpu_benchmark.choose(args, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -64,20 +76,23 @@ def test_competitors_that_fail_are_named_and_the_others_get_their_turn():
     assert all(name in message for name in ("ours", "ours, eager", "transformers GPT-2"))
 
 
-def test_a_race_in_pieces_is_the_same_race(tmp_path):
+def test_a_race_in_pieces_is_the_same_race(tmp_path, monkeypatch, capsys):
+    import race
+
     data = write_data(tmp_path / "data", train_tokens=4_000)
 
-    def race(*args):
+    def output(*args):
         shape = [f"--shape={SHAPE}", "--run=", "--run=--optimizer adamw"]
-        result = run_script("benchmarks/race.py", "--data-dir", data, *shape, "--evaluations", 3, *args)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        words = ["race.py", "--data-dir", data, *shape, "--evaluations", 3, *args]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        race.main()
+        return capsys.readouterr().out
 
-    race("--out", tmp_path / "whole.json")
+    output("--out", tmp_path / "whole.json")
     pieces = ("--state", tmp_path / "state.pt", "--minutes", 0, "--out", tmp_path / "pieces.json")
-    assert "After 1 of 3 parts" in race(*pieces)
-    assert "After 2 of 3 parts" in race(*pieces)
-    assert "At the end" in race(*pieces)
+    assert "After 1 of 3 parts" in output(*pieces)
+    assert "After 2 of 3 parts" in output(*pieces)
+    assert "At the end" in output(*pieces)
     whole, parted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "pieces"))
     for name, curve in whole.items():
         assert [(tokens, loss) for tokens, _, loss in curve] == [(tokens, loss) for tokens, _, loss in parted[name]]

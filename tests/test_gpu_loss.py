@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from conftest import needs_fake_gpu, run_on_fake_gpu
+from conftest import REPO, needs_fake_gpu, run_on_fake_gpu
 
 ROWS, C, VOCAB, PADDED = 16_384, 384, 50_257, 50_304  # a micro-step of the default run
 
@@ -89,7 +89,7 @@ def on_fake_gpu(program: str, tmp_path: Path, **variables) -> dict:
     """The last line of a program's output, as JSON. Inductor's caches are off: a cached kernel is not counted."""
     file = tmp_path / "program.py"
     file.write_text(program)
-    variables = {"PYTHONPATH": os.getcwd(), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1, **variables}
+    variables = {"PYTHONPATH": REPO, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": 1, **variables}
     result = run_on_fake_gpu("python", file, os.environ["FAKE_GPU_DIR"], **variables)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -273,12 +273,12 @@ max_minutes.MEASURING, try_out = 1e-5, max_minutes.try_out
 start.seconds_passed = lambda: 20.0 * RANK
 max_minutes.try_out = lambda *args: (try_out(*args), Timing(iteration=25.0 + 15 * RANK, evaluation=5.0))[1]"""
     minutes = two_flags(data_dir, tmp_path / "minutes", max_minutes=10)
-    result, _ = run_processes(torchrun(*minutes, script=with_fault(tmp_path, clock)))
+    result = run_processes(torchrun(*minutes, script=with_fault(tmp_path, clock)))
     assert result.returncode == 0, result.stderr
     count = max_iters(tmp_path / "minutes")
     assert count == 13  # in 0.97 x 600 - 20 = 562 s, with 3 evaluations; process 0 would have time for 22
     assert " ".join(result.stdout.split()).count(f"time for {count:,} iterations") == 1
-    result, _ = run_processes(torchrun(*two_flags(data_dir, tmp_path / "iters", max_iters=count)))
+    result = run_processes(torchrun(*two_flags(data_dir, tmp_path / "iters", max_iters=count)))
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "minutes", tmp_path / "iters")
 

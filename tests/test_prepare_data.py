@@ -324,7 +324,7 @@ def test_a_disk_that_is_too_small_is_noticed_early(tmp_path, monkeypatch):
 @posix
 @pytest.mark.parametrize("seconds", [0, 0.02, 0.1, 0.3])  # the threads start, the threads work
 def test_ctrl_c(tmp_path, seconds):
-    write_parquet(tmp_path / "a.parquet", make_articles(60_000))
+    write_parquet(tmp_path / "a.parquet", make_articles(600) * 100)
     process = start_script(command(tmp_path / "out", tmp_path / "a.parquet"))
     wait_for(tmp_path / "out" / "progress.json", process)
     time.sleep(seconds)

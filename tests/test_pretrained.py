@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, write_data
 from test_export import save_checkpoint
 
 import export
-from config import ExportConfig, ModelConfig
+import train as training
+from config import ExportConfig, ModelConfig, TrainConfig
 from internals import checkpoint, pretrained
+from internals.cli import parse
 from internals.start import UserError
 
 resource = pytest.importorskip("resource")  # Windows has none
@@ -100,9 +103,13 @@ def test_what_holds_no_model_says_what_it_is(places, name):
         ("checkpoint", "there is no such file or folder"),
     ],
 )
-def test_names_that_nothing_has(source, words):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    assert_user_error(run_script("generate.py", "--checkpoint", source, env=environment), source, words)
+def test_names_that_nothing_has(monkeypatch, source, words):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^--checkpoint: ") as error:
+        pretrained.open_model(source)
+    assert source in str(error.value) and words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_missing_checkpoint_points_to_those_that_exist(places, tmp_path):
@@ -140,10 +147,27 @@ def test_generate_takes_a_model_of_the_hub(places, tmp_path):
 # Training from a model of this project
 
 
-def train(data: Path, out_dir: Path, *args):
+def arguments(data: Path, out_dir: Path, *args) -> list[str]:
     sizes = ["--block-size", "32", "--batch-size", "2", "--tokens-per-iter", "64", "--eval-tokens", "64"]
     more = ["--max-iters", "2", "--dtype", "float32", "--compile", "off", "--device", "cpu"]
-    return run_script("train.py", "--data-dir", data, "--out-dir", out_dir, *sizes, *more, *args)
+    return [str(value) for value in ("--data-dir", data, "--out-dir", out_dir, *sizes, *more, *args)]
+
+
+def train(data: Path, out_dir: Path, *args):
+    return run_script("train.py", *arguments(data, out_dir, *args))
+
+
+def refusal(data: Path, out_dir: Path, *args) -> str:
+    """The message with which training ends before it begins."""
+    with pytest.raises(UserError) as error:
+        training.train(parse(TrainConfig, "", arguments(data, out_dir, *args)))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def assert_has(text: str, *words: str) -> None:
+    for word in words:
+        assert word in text
 
 
 @pytest.mark.parametrize("name", ["run/best.pt", "run", "stopped/last.pt"])
@@ -179,16 +203,16 @@ def test_the_sizes_of_an_own_model_are_read_without_building_it(places, monkeypa
 
 def test_starting_from_what_does_not_fit(places, tmp_path):
     other = write_data(tmp_path / "gpt2-data", tokenizer="gpt2")
-    tokens = train(other, tmp_path / "new", "--init-from", places / "run")
-    assert_user_error(tokens, "--init-from", "trained with the tokenizer bytes", "gpt2")
-    longer = train(places / "data", tmp_path / "new", "--init-from", places / "run", "--block-size", "256", "--eval-tokens", "256", "--tokens-per-iter", "512")  # fmt: skip
-    assert_user_error(longer, "--block-size 256", "has 128 positions", "--block-size 128")
-    wider = train(places / "data", tmp_path / "new", "--init-from", places / "run", "--n-layer", "5")
-    assert_user_error(wider, "--n-layer 5", "the model of --init-from has 3", "leave --n-layer out")
-    misspelt = train(places / "data", tmp_path / "new", "--init-from", places / "rnu")
-    assert_user_error(misspelt, "--init-from", "there is no such file or folder")
-    exported = train(places / "data", places / "hf", "--eval-only")
-    assert_user_error(exported, "in Hugging Face format", "--init-from")
+    tokens = refusal(other, tmp_path / "new", "--init-from", places / "run")
+    assert_has(tokens, "--init-from", "trained with the tokenizer bytes", "gpt2")
+    longer = refusal(places / "data", tmp_path / "new", "--init-from", places / "run", "--block-size", "256", "--eval-tokens", "256", "--tokens-per-iter", "512")  # fmt: skip
+    assert_has(longer, "--block-size 256", "has 128 positions", "--block-size 128")
+    wider = refusal(places / "data", tmp_path / "new", "--init-from", places / "run", "--n-layer", "5")
+    assert_has(wider, "--n-layer 5", "the model of --init-from has 3", "leave --n-layer out")
+    misspelt = refusal(places / "data", tmp_path / "new", "--init-from", places / "rnu")
+    assert_has(misspelt, "--init-from", "there is no such file or folder")
+    exported = refusal(places / "data", places / "hf", "--eval-only")
+    assert_has(exported, "in Hugging Face format", "--init-from")
     assert not (tmp_path / "new").exists()
 
 

@@ -289,9 +289,11 @@ def test_json_in_every_form(tmp_path, form, ending):
 def test_json_that_is_not_articles(tmp_path, text, words):
     for name in ("a.json", "b.jsonl"):
         (tmp_path / name).write_text(text)
-        result = run_script(*command(tmp_path / "out", tmp_path / name))
-        assert_user_error(result, name, *words)
-        assert len(result.stderr.splitlines()) == 1
+        with pytest.raises(UserError) as error:
+            prepare(config(tmp_path / "out", tmp_path / name))
+        for word in (name, *words):
+            assert word in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("form", ["doc", "json"])

@@ -1,13 +1,17 @@
 """internals/show.py: the text around a token, and the article that it is part of, from the data folder alone."""
 
+import pytest
 from articles import config, make_articles, texts, write_jsonl
-from conftest import assert_user_error, run_script
+from conftest import run_script
 
+from config import PrepareConfig
+from internals.cli import parse
+from internals.start import UserError
 from internals.windows import TokenStream
 from prepare_data import prepare
 
 
-def test_show(tmp_path):
+def test_show(tmp_path, capsys):
     rows = make_articles(100)
     write_jsonl(tmp_path / "a.jsonl", rows)
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=5000))
@@ -18,16 +22,24 @@ def test_show(tmp_path):
         starts.append(starts[-1] + len(text.encode()) + 1)
     for article in (0, 7, len(want) - 1):
         for number in (starts[article], starts[article + 1] - 1):
-            result = run_script("prepare_data.py", "--data-dir", tmp_path / "out", "--show", number)
-            assert result.returncode == 0, result.stderr
+            prepare(config(tmp_path / "out", "sample", show=((number,),)))
             title = want[article].split("\n")[0]
-            assert f"training token {number:,} of {len(stream):,}, in article {article + 1}: {title}\n" in result.stdout
+            line = f"training token {number:,} of {len(stream):,}, in article {article + 1}: {title}\n"
+            assert line in capsys.readouterr().out
     several = run_script("prepare_data.py", "--data-dir", tmp_path / "out", "--show", "1", "2", "--show", "3")
-    assert several.stdout.count("training token") == 3
-    for bad in (len(stream), -1, 10**12):
-        assert_user_error(
-            run_script("prepare_data.py", "--data-dir", tmp_path / "out", f"--show={bad}"), f"--show {bad}"
-        )
+    assert several.returncode == 0 and several.stdout.count("training token") == 3, several.stderr
+
+
+def test_a_token_that_cannot_be_shown_is_a_message(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(100))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    for bad in (len(TokenStream.open(tmp_path / "out", "train")), -1, 10**12):
+        cfg = parse(PrepareConfig, "", ["--data-dir", str(tmp_path / "out"), f"--show={bad}"])
+        with pytest.raises(UserError, match=rf"^--show {bad}: "):
+            prepare(cfg)
     for bad in ("x", "1.5"):
-        assert_user_error(run_script("prepare_data.py", "--data-dir", tmp_path / "out", "--show", bad), "--show")
-    assert_user_error(run_script("prepare_data.py", "--data-dir", tmp_path / "none", "--show", "1"), "no such folder")
+        with pytest.raises(SystemExit):
+            parse(PrepareConfig, "", ["--show", bad])
+        assert "--show" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such folder"):
+        prepare(config(tmp_path / "none", "sample", show=((1,),)))

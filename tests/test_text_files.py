@@ -32,8 +32,10 @@ def test_several_sources_in_both_forms(preset):
 
 @pytest.mark.parametrize("flags", [["--source"], ["--source", ""], ["--source", "wikipedia", "a.txt"],
                                    ["--source", "a", "--source", "wikipedia"], ["--source", "sample", "wikipedia"]])  # fmt: skip
-def test_sources_that_make_no_sense(flags):
-    assert_user_error(run_script("prepare_data.py", *flags), "--source")
+def test_sources_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(PrepareConfig, "", flags)
+    assert ended.value.code == 2 and "--source" in capsys.readouterr().err
 
 
 def test_several_sources_are_one_text(tmp_path):

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -18,12 +19,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, write_data
 
-import config
 import train
 from config import ModelConfig, TrainConfig
 from internals import checkpoint, preflight, reference, report
@@ -145,7 +146,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     long = dict(max_iters=3 * kills + 20, checkpoint_interval=1, eval_interval=4)
     cfg = tiny(data_dir, tmp_path / "killed", auto_resume=True, **long)
     rng = random.Random(0)
-    during_a_save = 0
+    hits, during_a_save = 0, 0
     for kill in range(kills):
         child = context.Process(target=run_in_child, args=(cfg, 0.002))
         child.start()
@@ -163,7 +164,8 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
             time.sleep(rng.random() * 0.5)
         child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL
+        assert child.exitcode in (-signal.SIGKILL, 0)  # 0: on a busy machine the run may be over before the kill
+        hits += child.exitcode == -signal.SIGKILL
         during_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
     child = context.Process(target=run_in_child, args=(cfg, 0))
     child.start()
@@ -172,14 +174,26 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     train.train(tiny(data_dir, tmp_path / "straight", **long))
     assert_same_end(tmp_path / "killed", tmp_path / "straight")
     assert not list((tmp_path / "killed").glob("*.tmp"))
+    assert hits > 0
     with capfd.disabled():
-        print(f" [{kills} kills, {during_a_save} of them during a save]", end="")
+        print(f" [{hits} kills, {during_a_save} of them during a save]", end="")
+
+
+@pytest.fixture
+def heeded():
+    """The closing of the terminal is heeded, even if the tests run under nohup, which ignores it."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("it", [0, 7, 8, 13, 19])
 def test_a_signal_saves_and_resuming_equals_uninterrupted(
-    data_dir, tmp_path, monkeypatch, straight, capsys, it, number
+    data_dir, tmp_path, monkeypatch, heeded, straight, capsys, it, number
 ):
     with monkeypatch.context() as patch:
         get_lr = train.get_lr
@@ -864,7 +878,7 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
         with pytest.raises(UserError, match="out of memory"):
             train.train(tiny(data_dir, tmp_path, check=True))
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 1000}))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(UserError, match=r"--out-dir .*: checkpoints need .* but only 1000 B"):
             train.train(tiny(data_dir, tmp_path, check=True))
     damaged = write_data(tmp_path / "damaged")
@@ -980,34 +994,12 @@ def test_mistakes_end_in_a_short_message(data_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_every_field():
-    result = run_script("train.py", "--help")
-    assert result.returncode == 0
-    text = " ".join(result.stdout.replace("│", " ").split())
-    for field in (*dataclasses.fields(TrainConfig), *dataclasses.fields(ModelConfig)):
-        if field.name not in ("model", "vocab_size"):
-            assert f"--{field.name.replace('_', '-')}" in text
-
-
 def test_every_field_is_read():
     """Every option is read somewhere."""
-    names = (
-        "train.py",
-        "internals/machine.py",
-        "internals/compilation.py",
-        "internals/report.py",
-        "internals/run.py",
-        "internals/optimizer.py",
-        "model.py",
-    )
-    sources = [(Path(config.__file__).parent / name).read_text() for name in names]
-    code = (
-        "\n".join(sources)
-        + Path(config.__file__).read_text().split("# python train.py")[1].split("__post_init__", 1)[1]
-    )
+    files = [*REPO.glob("*.py"), *(REPO / "internals").glob("*.py")]
+    code = "\n".join(file.read_text(encoding="utf-8") for file in files)
     for field in dataclasses.fields(TrainConfig):
-        if field.name != "preset":
-            assert f"cfg.{field.name}" in code or f"self.{field.name}" in code or f'"{field.name}"' in code, field.name
+        assert re.search(rf"\b(cfg|self)\.{field.name}\b", code), field.name
 
 
 def flags(data_dir, out_dir, **changes) -> list[str]:
@@ -1038,7 +1030,7 @@ def flags(data_dir, out_dir, **changes) -> list[str]:
 )
 def test_a_run_outlives_its_listeners(data_dir, tmp_path, straight, redirection):
     command = shlex.join([sys.executable, "train.py", *flags(data_dir, tmp_path / "run")])
-    shell = f"{{ {command}; echo $? > {tmp_path}/status; }} {redirection}"
+    shell = f"{{ {command}; echo $? > {shlex.quote(str(tmp_path / 'status'))}; }} {redirection}"
     result = subprocess.run(["sh", "-c", shell], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert (tmp_path / "status").read_text() == "0\n", result.stderr
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr

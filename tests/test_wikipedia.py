@@ -24,7 +24,7 @@ from articles import (
     texts,
     write_parquet,
 )
-from conftest import assert_user_error, needs_wikipedia, run_script
+from conftest import assert_user_error, needs_wikipedia, run_script, without_network_settings
 
 from internals.progress import Display, Progress
 from internals.shards import read_meta
@@ -57,7 +57,8 @@ def serve(hub_folder, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         home = tmp_path / f"home{len(servers)}"
-        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
+        address = f"http://127.0.0.1:{server.server_port}"
+        env = {**without_network_settings(), "HF_ENDPOINT": address, "HF_HOME": str(home)}
         return server.RequestHandlerClass, env
 
     yield start_hub
