@@ -106,7 +106,7 @@ def test_what_holds_no_model_says_what_it_is(places, name):
 def test_names_that_nothing_has(monkeypatch, source, words):
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"^--checkpoint: ") as error:
+    with pytest.raises(UserError) as error:
         pretrained.open_model(source)
     assert source in str(error.value) and words in str(error.value)
     assert len(str(error.value).splitlines()) == 1
