@@ -61,7 +61,7 @@ class MicroBatch:
     def _shrink(self) -> None:
         smaller = next(n for n in range(self.size // 2, 0, -1) if self.size % n == 0)
         self.machine.print(
-            f"Out of memory: micro-steps now have {plural(smaller, 'sequence')}, not {self.size}; each iteration still reads the same text."
+            f"Out of memory: micro-steps now have {plural(smaller, 'sequence')}, not {self.size}, of the same text."
         )
         self.size = smaller
         self.model.zero_grad()

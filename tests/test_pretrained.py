@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, write_data
@@ -105,7 +104,7 @@ def test_what_holds_no_model_says_what_it_is(places, name):
 )
 def test_names_that_nothing_has(monkeypatch, source, words):
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as error:
         pretrained.open_model(source)
     assert source in str(error.value) and words in str(error.value)
