@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GenerateConfig, unescape
 from internals.cpu_kernels import pack_weights
@@ -60,8 +61,6 @@ def main(cfg: GenerateConfig) -> None:
     if notice := unused_card(cfg.device, device):
         say(notice)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
-    # The attention that PyTorch prefers on Hopper and Blackwell builds a plan for each length of the cache
-    torch.backends.cuda.enable_cudnn_sdp(False)
     parameters = model.num_parameters()["total"]
     say(f"{description}: {parameters / 1e6:.1f} million parameters")
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
@@ -75,10 +74,11 @@ def main(cfg: GenerateConfig) -> None:
         what = "texts for the same prompts" if cfg.interactive else "text"
         say(f"To get the same {what} again, add --seed {seed}")
     writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
-    if cfg.interactive:
-        interact(writer.answer)
-    else:
-        writer.answer(prompt)
+    with attention_of_any_length():
+        if cfg.interactive:
+            interact(writer.answer)
+        else:
+            writer.answer(prompt)
 
 
 def prepare_streams() -> None:
@@ -215,8 +215,15 @@ def generate_text(
     """
     options = Sampling(**sampling)
     streams = [TextStream(tokenizer, stop, ignore_eot) for _ in range(options.num_samples)]
-    deque(continue_text(model, encode(tokenizer, prompt), max_new_tokens, options, streams), maxlen=0)
+    with attention_of_any_length():
+        deque(continue_text(model, encode(tokenizer, prompt), max_new_tokens, options, streams), maxlen=0)
     return [stream.text for stream in streams]
+
+
+def attention_of_any_length() -> contextlib.AbstractContextManager:
+    """Keeps PyTorch from using cuDNN's attention, which it prefers on Hopper and Blackwell GPUs: cuDNN makes a plan for each
+    new length of the cache, and 64 plans took an H200 3 s (docs/experiments.md). Training, with one length, keeps it."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:

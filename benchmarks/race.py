@@ -164,10 +164,10 @@ class NanoGPT:
         self.rng = np.random.default_rng(cfg.seed)
         self.val_windows = ValidationWindows(text.val, c.block_size, cfg.eval_tokens)
 
-    def loss(self, array: np.ndarray) -> torch.Tensor:
+    def loss(self, forward: Callable, array: np.ndarray) -> torch.Tensor:
         inputs, targets = self.machine.to_device(array)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.cuda):
-            return self.forward(inputs, targets.contiguous())[1]
+            return forward(inputs, targets.contiguous())[1]
 
     def step(self, it: int) -> None:
         cfg, block = self.cfg, self.cfg.model.block_size
@@ -177,7 +177,7 @@ class NanoGPT:
         for _ in range(steps):
             starts = self.rng.integers(len(self.tokens) - block - 1, size=self.batch_size)
             batch = np.stack([self.tokens[s : s + block + 1] for s in starts]).astype(np.int64)
-            (self.loss(batch) / steps).backward()
+            (self.loss(self.forward, batch) / steps).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -199,7 +199,8 @@ class NanoGPT:
         total, count = 0.0, len(self.val_windows)
         for first in range(0, count, VAL_BATCH):
             last = min(first + VAL_BATCH, count)
-            total += self.loss(self.val_windows.batch(first, last)).item() * (last - first)
+            # Not compiled: batches of other sizes would be compiled again
+            total += self.loss(self.model, self.val_windows.batch(first, last)).item() * (last - first)
         self.model.train()
         return total / count
 

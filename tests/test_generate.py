@@ -471,6 +471,19 @@ def test_text_is_generated_for_programs():
     assert generate.generate_text(model, BYTES, "abc", 0) == [""]
 
 
+def test_no_attention_that_plans_for_each_length_and_training_may_use_it_again():
+    """cuDNN's, on Hopper and Blackwell: seconds for a text. train.py generates between iterations."""
+
+    class Watched(Forced):
+        def forward(self, *args, **kwargs):
+            seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return super().forward(*args, **kwargs)
+
+    seen, before = [], torch.backends.cuda.cudnn_sdp_enabled()
+    generate.generate_text(Watched(forced_bytes("one")), BYTES, "x", 3, temperature=0)
+    assert before and seen == [False] * 3 and torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
