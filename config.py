@@ -345,9 +345,9 @@ class ExportConfig(CheckpointFile):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The defaults above: 30.0 million parameters, 1.05 billion tokens, 40 minutes of an RTX 4090 (calculated).
+    # The defaults above: 30.0 million parameters, 1.05 billion tokens, 53 minutes of an RTX 4090 (calculated).
     "wikipedia": {},
-    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens (all of Wikipedia); fits 24 GB, 15 hours of
+    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens (all of Wikipedia); fits 24 GB, 20 hours of
     # an RTX 4090 (calculated).
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
