@@ -252,19 +252,23 @@ class TrainConfig(Compute, DataDir):
 
     def __post_init__(self):
         super().__post_init__()
+        modes = [name for name in ("resume", "auto_resume", "overwrite", "check", "eval_only") if getattr(self, name)]
+        flags = [f"--{name.replace('_', '-')}" for name in modes]
+        require(len(modes) <= 1, f"{' and '.join(flags)}: give one of them")
+        if not (self.resume or self.auto_resume or self.eval_only):  # these take settings from a file
+            self.check_together()
+
+    def check_together(self) -> None:
+        """Raise ValueError if settings contradict each other."""
         require(
             self.final_lr <= self.learning_rate,
             f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
         )
-        modes = [name for name in ("resume", "auto_resume", "overwrite", "check", "eval_only") if getattr(self, name)]
-        flags = [f"--{name.replace('_', '-')}" for name in modes]
-        require(len(modes) <= 1, f"{' and '.join(flags)}: give one of them")
         require(
             self.eval_tokens >= self.model.block_size,
             f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
         )
-        if not self.eval_only:
-            self.sequences_per_process(processes=1)
+        self.sequences_per_process(processes=1)
 
     def sequences_per_process(self, processes: int) -> int:
         """Sequences of an iteration that each process reads. Raises ValueError if it is not a whole number."""

@@ -346,7 +346,10 @@ class Context:
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """The next token of each row: logits (B, V) to ids (B,) int64."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        likeliest, ids = logits.max(-1)  # NaN is above all numbers
+        if not likeliest.isfinite().all():
+            raise UserError(NOT_FINITE)
+        return ids
     p, ids = probabilities(logits, sampling)
     choice = draw(p, sampling.generator)  # (B, 1)
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)

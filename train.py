@@ -42,7 +42,7 @@ from internals.max_minutes import fit_minutes
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
-from internals.processes import LOST_PROCESS, is_lost_process, leave_processes
+from internals.processes import is_failed_exchange, leave_processes, why_exchange_failed
 from internals.report import RunLog, already_finished, ending, startup, validation_row
 from internals.run import (
     Run,
@@ -209,7 +209,7 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
         f"norm {outcome.grad_norm:.3g}). The weights were not changed. The batch: windows of {block_size} tokens of the "
         f"training split that begin at token {shown}. {window_text(run, window_ids[0])}Continue from the last good checkpoint, "
-        f"{run.out_dir}/last.pt, with --resume and a lower --learning-rate, or --dtype float32"
+        f"{run.out_dir}/last.pt, with --resume and a lower --learning-rate{run.machine.or_float32}"
     )
 
 
@@ -246,10 +246,11 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     if not math.isfinite(val_loss):
-        advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate, or "
+        advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
         if state.iter == 0:
-            advice = f"check the weights of {run.cfg.init_from}, or " if run.cfg.init_from else ""
-        raise UserError(f"the validation loss at iteration {state.iter} is {val_loss}; {advice}give --dtype float32")
+            advice = f"check the weights of {run.cfg.init_from}" if run.cfg.init_from else "start again"
+        advice += run.machine.or_float32
+        raise UserError(f"the validation loss at iteration {state.iter} is {val_loss}; {advice}")
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
     return best
@@ -337,8 +338,8 @@ def main(cfg: TrainConfig) -> None:
         if is_out_of_memory(error):
             advice = held_by_others(0.5) or "take a smaller --batch-size, --block-size or model"
             raise UserError(f"out of memory; {advice}") from error
-        if is_lost_process(error):
-            raise UserError(LOST_PROCESS) from error
+        if is_failed_exchange(error):
+            raise UserError(why_exchange_failed(error)) from error
         raise
 
 

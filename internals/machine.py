@@ -79,6 +79,11 @@ class Machine:
         tokens = tokens.to(self.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
+    @property
+    def or_float32(self) -> str:
+        """More advice against a loss that is not finite; empty if the run computes in float32 already."""
+        return "" if self.dtype == torch.float32 else ", or give --dtype float32"
+
     def gather(self, values: Tensor) -> Tensor:
         """(N,) of this process -> (processes, N) of all, on the CPU. Waits for the device and the other processes."""
         values = values.cpu()

@@ -57,9 +57,7 @@ def fit_minutes(
 
     # The number of iterations decides `--dropout auto`, and dropout changes an iteration's time
     for attempt in range(2):
-        timing = try_out(
-            run, min(MEASURING * 60 * cfg.max_minutes, MOST_MEASURING), forward_backward, evaluate, sample_text
-        )
+        timing = try_out(run, measuring_seconds(cfg.max_minutes), forward_backward, evaluate, sample_text)
         passed = start.seconds_passed()
         seconds = (1 - MARGIN) * 60 * cfg.max_minutes - passed
         iterations = int(machine.gather(torch.tensor([iterations_within(seconds, cfg, epoch_tokens, timing)])).min())
@@ -78,6 +76,11 @@ def fit_minutes(
     )
     machine.print(wrap(words))
     return dataclasses.replace(cfg, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
+
+
+def measuring_seconds(minutes: float) -> float:
+    """How long iterations are measured for a command that takes so many minutes."""
+    return min(MEASURING * 60 * minutes, MOST_MEASURING)
 
 
 def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timing: Timing) -> int:
@@ -102,7 +105,11 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
     if iterations >= fewest:
         return
     shortest = choose_numbers(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
-    minutes = math.ceil(10 * (passed + timing.of_run(shortest)) / (1 - MARGIN) / 60) / 10
+    seconds = (passed + timing.of_run(shortest)) / (1 - MARGIN)
+    # With more time, measuring takes longer: a third more for the evaluations, and the last iteration may begin late
+    longer = measuring_seconds(seconds / 60) - measuring_seconds(cfg.max_minutes)
+    seconds += (4 / 3 * longer + timing.iteration) / (1 - MARGIN)
+    minutes = math.ceil(10 * seconds / 60) / 10
     raise UserError(
         f"--max-minutes {cfg.max_minutes:g}: too short. An iteration takes {timing.iteration:.3g} s here, an evaluation "
         f"with its text, page and checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; give "

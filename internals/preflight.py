@@ -81,11 +81,10 @@ def preflight(
     if free < disk:
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
     machine.print("All of this fits.")
-    if run.resumed_at is None:
-        try:
-            check_unused(run.out_dir)
-        except UserError as error:
-            machine.print(wrap(f"But {error}"))
+    try:
+        check_unused(run.out_dir)
+    except UserError as error:
+        machine.print(wrap(f"But {error}"))
     machine.print(f"Train: {given_command(without='--check')}")
 
 

@@ -79,9 +79,17 @@ def any_process(value: bool) -> bool:
     return bool(flag)
 
 
-def is_lost_process(error: RuntimeError) -> bool:
+def is_failed_exchange(error: RuntimeError) -> bool:
     """NCCL and the store have their own exceptions for this. Gloo raises a RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def why_exchange_failed(error: RuntimeError) -> str:
+    """Another process has ended, or this machine's network, NCCL or shared memory is not as they need it."""
+    if FIRST_PROCESS_ENDED.is_set() or (Watch.current and Watch.current.one_ended.wait(1)):
+        return LOST_PROCESS
+    *_, reason = str(error).strip().splitlines() or [type(error).__name__]  # NCCL puts it last
+    return f"the processes cannot exchange data ({reason}); see docs/training.md, Several GPUs"
 
 
 class Watch:
@@ -109,7 +117,7 @@ class Watch:
         cls.current.thread.join()
 
     def __init__(self, connections: list[socket.socket]):
-        self.connections, self.over = connections, threading.Event()
+        self.connections, self.over, self.one_ended = connections, threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._wait, daemon=True)
         self.thread.start()
 
@@ -123,6 +131,7 @@ class Watch:
             for connection in self.connections:
                 selector.register(connection, selectors.EVENT_READ)
             selector.select()
+        self.one_ended.set()
         if int(os.environ["RANK"]) > 0:
             FIRST_PROCESS_ENDED.set()
         self.close()

@@ -275,7 +275,7 @@ class Rows:
         self.path, self.rows = path, []
         self.lines: list[bytes] = []  # of the file, without those that wait
         self.waiting: list[bytes] = []
-        self.torn = False  # the last write failed, perhaps half-way
+        self.torn = True  # the file may not be as it is in memory: not cut back yet, or the last write failed half-way
         *lines, last = self._read().split(b"\n")
         for line in [*lines, last] if parse_row(last) else lines:
             row = parse_row(line)

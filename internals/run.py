@@ -30,7 +30,7 @@ from internals.optimizer import get_lr
 from internals.processes import WRITING
 from internals.run_folder import RUN_FILES, check_own, check_unused
 from internals.run_length import choose_numbers, keep_numbers
-from internals.settings import differences, upgrade, with_settings
+from internals.settings import differences, read_settings, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
@@ -105,6 +105,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     meta = read_meta(cfg.data_dir)
     cfg = complete_config(cfg, meta, saved)
     try:
+        cfg.check_together()
         cfg.sequences_per_process(machine.processes)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -112,13 +113,33 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     if saved is None:
         cfg, chosen = choose_numbers(cfg, train_windows.per_epoch * cfg.model.block_size)
-        return Run(with_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
+        run = Run(with_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
+        check_same_everywhere(run)
+        return run
     cfg = with_batch_size(keep_numbers(cfg, saved["config"]), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
     before = len(ValidationWindows(val_windows.stream, cfg.model.block_size, eval_tokens))
-    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
+    run = Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
+    check_same_everywhere(run)
+    return run
+
+
+def check_same_everywhere(run: Run) -> None:
+    """Raise UserError if a process has other settings or text than process 0: each machine has its own command line,
+    config.py and data. Their gradients would be added up, but every process would go its own way."""
+    if run.machine.processes == 1:
+        return
+    own = ("device", "dtype", "compile", "data_dir", "out_dir")  # may differ between machines
+    settings = {name: value for name, value in run.cfg.settings().items() if name not in own}
+    settings["data"] = describe_data(run.meta)["sha256"]
+    everyone = [settings] * run.machine.processes
+    dist.all_gather_object(everyone, settings)
+    for other in everyone:
+        if changed := differences(settings, other, settings):
+            values = ", ".join(f"{name}: {plain(one)} and {plain(two)}" for name, (one, two) in changed.items())
+            raise UserError(f"the processes differ ({values}); give all machines the same command, config.py and data")
 
 
 class Resumed(NamedTuple):
@@ -145,6 +166,8 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     here = dataclasses.replace(usual, max_epochs=None, out_dir=cfg.out_dir, data_dir=data_dir)
     with checkpoint.fitting(f"{last}: its settings are not those of this version"):
         then = with_settings(here, saved)
+    if cfg.config:  # --auto-resume, in whose command it stays
+        here = with_settings(here, read_settings(cfg.config))
     resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, here))
     if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
         raise UserError(
@@ -187,7 +210,10 @@ def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any
     elif cfg.init_from:
         model = pretrained.initial_config(cfg.init_from, read_tokenizer(cfg.data_dir, meta), model)
     if cfg.init_from:
-        pretrained.refuse_other_flags(cfg.model, with_preset(TrainConfig, cfg.preset).model, model)
+        usual = with_preset(TrainConfig, cfg.preset)
+        if cfg.config:
+            usual = with_settings(usual, read_settings(cfg.config))
+        pretrained.refuse_other_flags(cfg.model, usual.model, model)
     return dataclasses.replace(cfg, model=model)
 
 

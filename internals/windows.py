@@ -12,17 +12,17 @@ from internals.start import UserError
 
 
 class TokenStream:
-    """The shards of a split as one sequence of tokens."""
+    """The shards of a split as one sequence of tokens. All ids are below `vocab_size`, unless a shard is damaged."""
 
-    def __init__(self, shards: Sequence[np.ndarray]):
-        self.shards = shards
+    def __init__(self, shards: Sequence[np.ndarray], vocab_size: int = 2**16, name: str = ""):
+        self.shards, self.vocab_size, self.name = shards, vocab_size, name
         self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> "TokenStream":
         """A split of a finished data folder. Each shard is checked for its size."""
-        shards = []
-        for entry in read_meta(data_dir)["splits"][split]["shards"]:
+        shards, meta = [], read_meta(data_dir)
+        for entry in meta["splits"][split]["shards"]:
             path = Path(data_dir) / entry["file"]
             shards.append(read_shard(path))
             if len(shards[-1]) != entry["tokens"]:
@@ -30,7 +30,7 @@ class TokenStream:
                     f"{path}: holds {len(shards[-1]):,} tokens, but meta.json says {entry['tokens']:,}; "
                     "prepare the data again (prepare_data.py --overwrite)"
                 )
-        return cls(shards)
+        return cls(shards, meta["vocab_size"], str(data_dir))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -96,7 +96,7 @@ class ValidationWindows:
         if self.available < 1:
             raise UserError(
                 f"the validation split has {len(stream):,} tokens, too few for --block-size {block_size}; prepare with "
-                "a larger --val-fraction, or take a smaller --block-size"
+                "a larger --val-fraction, or train with a smaller --block-size"
             )
         self.count = min(self.available, max(1, eval_tokens // block_size))
 
@@ -110,4 +110,10 @@ class ValidationWindows:
 
 
 def read_windows(stream: TokenStream, starts: Sequence[int], block_size: int) -> np.ndarray:
-    return np.stack([stream.read(start, block_size + 1) for start in starts]).astype(np.int64)
+    windows = np.stack([stream.read(start, block_size + 1) for start in starts])
+    if windows.max() >= stream.vocab_size:  # on a GPU it would be an assertion that names no cause
+        raise UserError(
+            f"{stream.name}: has token {windows.max()}, but a vocabulary of {stream.vocab_size}, so a shard is damaged; "
+            "train.py --check says which"
+        )
+    return windows.astype(np.int64)

@@ -20,7 +20,7 @@ from config import PRESETS, TrainConfig
 from internals import checkpoint
 from internals.cli import with_preset
 from internals.machine import Machine
-from internals.processes import WRITING, Watch
+from internals.processes import LOST_PROCESS, WRITING, Watch, is_failed_exchange, why_exchange_failed
 from internals.run import Run
 
 FLAGS = {
@@ -211,6 +211,7 @@ def limited(self, idx, targets=None, **rest):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return forward(self, idx, targets, **rest)
 GPT.forward = limited""",
+    "settings": "sys.argv += ['--learning-rate=5e-3'] * RANK",
     "nan": """
 calls = iter(range(1000))
 def poisoned(self, idx, targets=None, **rest):
@@ -221,6 +222,7 @@ GPT.forward = poisoned""",
 SAYS = {
     "killed": ["error: another process of this run ended"],
     "memory": ["error: out of memory at --batch-size 1; take a smaller --block-size or a smaller model"],
+    "settings": ["error: the processes differ (learning_rate: 0.01 and 0.005); give all machines the same command"],
     "nan": ["error: the loss of micro-step 2 of 4 is not finite in iteration 4"],
 }
 
@@ -232,10 +234,25 @@ def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # the launcher's own
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     # There may be no time for the message that another process ended.
-    assert len(messages) <= len(SAYS[fault]) and len(messages) >= (fault in ("memory", "nan")), result.stderr
+    assert len(SAYS[fault]) >= len(messages) >= (fault != "killed"), result.stderr
     assert all(message.startswith(words) for message, words in zip(messages, SAYS[fault], strict=False)), result.stderr
-    if fault != "memory":
+    if fault in ("killed", "nan"):
         assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
+
+
+def test_an_exchange_fails_because_a_process_ended_or_else_with_its_own_reason(monkeypatch):
+    failure = RuntimeError("[enforce fail at gloo/device.cc:84] rc != -1\nUnable to find address for: eth9")
+    assert is_failed_exchange(failure)
+    assert "exchange data (Unable to find address for: eth9); see docs/training.md" in why_exchange_failed(failure)
+    here, there = socket.socketpair()
+    watch = object.__new__(Watch)
+    watch.connections, watch.over, watch.one_ended = [here], threading.Event(), threading.Event()
+    watch.over.set()  # so that nothing ends this process
+    monkeypatch.setattr(Watch, "current", watch)
+    monkeypatch.setenv("RANK", "0")
+    there.close()
+    watch._wait()
+    assert why_exchange_failed(failure) == LOST_PROCESS
 
 
 def test_a_mistake_is_said_once(tmp_path):

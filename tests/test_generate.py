@@ -311,11 +311,11 @@ def test_a_draw_is_exact_to_the_rarest_token(monkeypatch, uniform, index):
     assert generate.draw(p).tolist() == [[index]]
 
 
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_logits_that_become_nan_later_are_an_error(top_k):
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"temperature": 0.0}])
+def test_logits_that_become_nan_later_are_an_error(sampling):
     logits = torch.tensor([LOGITS, [math.nan] * len(LOGITS)])
     with pytest.raises(UserError, match="infinite or NaN"):
-        generate.sample(logits, generate.Sampling(top_k=top_k))
+        generate.sample(logits, generate.Sampling(**sampling))
 
 
 def test_a_seed_makes_the_same_tokens_again():

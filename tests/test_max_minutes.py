@@ -182,8 +182,25 @@ def test_a_time_that_is_too_short_says_how_long_it_must_be(data_dir, tmp_path, s
         train.train(tiny(data_dir, tmp_path / "run", max_minutes=1.0))
     words = str(error.value)
     assert "An iteration takes 8 s here, an evaluation with its text, page and checkpoints 5 s" in words
-    assert "and 5 s have passed; give at least --max-minutes 1.8" in words  # 100 s / 0.97
+    assert "and 5 s have passed; give at least --max-minutes 1.9" in words  # 100 s, 8 s for measuring, / 0.97
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_advised_time_is_enough_although_measuring_takes_longer_then(data_dir, tmp_path, monkeypatch):
+    passed = [0.0]
+
+    def try_out(run, seconds, *args) -> Timing:  # the last iteration begins just before the end
+        passed[0] = 5.0 + seconds + 3.9 + seconds / 3
+        return Timing(iteration=4.0, evaluation=3.0, telling=2.0)
+
+    monkeypatch.setattr(max_minutes, "try_out", try_out)
+    monkeypatch.setattr(start, "seconds_passed", lambda: passed[0])
+    for minutes in (0.1, 0.5, 0.9):
+        with pytest.raises(UserError) as error:
+            train.train(tiny(data_dir, tmp_path / "refused", max_minutes=minutes))
+        advised = float(str(error.value).split("at least --max-minutes ")[1].split(",")[0])
+        train.train(tiny(data_dir, tmp_path / str(minutes), max_minutes=advised))
+        assert max_iters(tmp_path / str(minutes)) >= 10
 
 
 def test_a_text_that_allows_a_few_iterations_needs_no_time_for_more(data_dir, tmp_path, speed):

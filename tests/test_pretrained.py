@@ -18,6 +18,7 @@ import train as training
 from config import ExportConfig, ModelConfig, TrainConfig
 from internals import checkpoint, pretrained
 from internals.cli import parse
+from internals.shards import read_meta
 from internals.start import UserError
 
 resource = pytest.importorskip("resource")  # Windows has none
@@ -208,6 +209,15 @@ def test_starting_from_what_does_not_fit(places, tmp_path):
     assert_has(longer, "--block-size 256", "has 128 positions", "--block-size 128")
     wider = refusal(places / "data", tmp_path / "new", "--init-from", places / "run", "--n-layer", "5")
     assert_has(wider, "--n-layer 5", "the model of --init-from has 3", "leave --n-layer out")
+    settings = {**TrainConfig().settings(), "model": {**vars(ModelConfig(n_layer=7))}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    cfg = dataclasses.replace(
+        TrainConfig(data_dir=str(places / "data"), init_from=str(places / "run"), config=str(tmp_path / "config.json")),
+        model=ModelConfig(n_layer=7, block_size=32),
+    )
+    assert (
+        training.complete_config(cfg, read_meta(places / "data"), None).model.n_layer == 3
+    )  # 7 is the file's, not a flag's
     misspelt = refusal(places / "data", tmp_path / "new", "--init-from", places / "rnu")
     assert_has(misspelt, "--init-from", "there is no such file or folder")
     exported = refusal(places / "data", places / "hf", "--eval-only")

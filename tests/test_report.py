@@ -78,6 +78,19 @@ def test_resuming_cuts_the_rows_back(tmp_path):
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
+def test_rows_that_could_not_be_cut_are_cut_before_the_next_is_written(tmp_path, monkeypatch, capsys):
+    """The disk is full when a run resumes, and has room later."""
+    log = run_log(tmp_path)
+    for iter in range(5):
+        log.write_row(state(iter), evaluated=False)
+    with monkeypatch.context() as full:
+        full.setattr(report.Rows, "cut", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log = run_log(tmp_path, iter=2)
+    assert "could not be written" in capsys.readouterr().out
+    log.write_row(state(3), evaluated=False)
+    assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
+
+
 def test_other_processes_write_nothing(tmp_path, capsys):
     log = run_log(tmp_path, machine=dataclasses.replace(MACHINE, rank=1, processes=2))
     log.iteration(4.5, 1e-3, 0.7, seconds=0.5)

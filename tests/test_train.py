@@ -28,6 +28,7 @@ from conftest import REPO, assert_user_error, run_script, write_data
 import train
 from config import ModelConfig, TrainConfig
 from internals import checkpoint, preflight, reference, report
+from internals.cli import parse
 from internals.machine import make_machine
 from internals.run import Run, TrainState, resume_settings
 from internals.start import UserError
@@ -353,6 +354,26 @@ def test_a_last_pt_of_an_earlier_version_resumes(data_dir, tmp_path, monkeypatch
     assert_same_end(tmp_path / "old", tmp_path / "straight")
     out = run_command(data_dir, tmp_path / "old", "--resume", "--max-iters", "21")
     assert "kept from last.pt: optimizer adamw (config.py: muon)" in out
+
+
+def test_flags_of_a_resumed_run_are_checked_against_its_own_settings(data_dir, tmp_path):
+    """Preset wikipedia has a lower learning rate and a larger context than this run."""
+    train.train(tiny(data_dir, tmp_path, max_iters=2))
+    out_dir = ["--out-dir", str(tmp_path)]
+    config = ["--auto-resume", "--config", str(tmp_path / "config.json")]
+    for how in (["--resume"], ["--auto-resume"], config):
+        args = [*out_dir, *how, "--min-lr=5e-3", "--eval-tokens=64", "--tokens-per-iter=48"]
+        cfg, kept = resume_settings(parse(TrainConfig, "", args), args)
+        assert (cfg.learning_rate, cfg.min_lr, cfg.eval_tokens, cfg.tokens_per_iter) == (1e-2, 5e-3, 64, 48)
+        assert any("learning_rate 0.01 (config.py: 0.001)" in line for line in kept) == (how != config)
+    for changes, words in (
+        ({"min_lr": 0.02}, "must not be above --learning-rate 0.01"),
+        ({"eval_tokens": 8}, "window"),
+    ):
+        for mode, folder in (("resume", tmp_path), ("auto_resume", tmp_path), ("auto_resume", tmp_path / "new")):
+            with pytest.raises(UserError, match=words):
+                train.train(tiny(data_dir, folder, **{mode: True}, **changes))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
@@ -684,8 +705,9 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, mo
         train.train(tiny(data_dir, tmp_path))
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 5
     monkeypatch.setattr(train, "evaluate", lambda *args: math.nan)
-    with pytest.raises(UserError, match="at iteration 0 is nan; give --dtype float32"):
-        train.train(tiny(data_dir, tmp_path / "new"))
+    for dtype, advice in (("float32", "start again$"), ("bfloat16", "start again, or give --dtype float32$")):
+        with pytest.raises(UserError, match=f"at iteration 0 is nan; {advice}"):
+            train.train(tiny(data_dir, tmp_path / dtype, dtype=dtype))
 
 
 @pytest.fixture

@@ -71,3 +71,13 @@ def test_a_split_shorter_than_a_window_is_refused():
         TrainingWindows(TokenStream([random_tokens(16)]), 16, seed=0)
     with pytest.raises(UserError, match="--val-fraction"):
         ValidationWindows(TokenStream([random_tokens(16)]), 16, eval_tokens=100)
+
+
+def test_a_token_that_the_vocabulary_lacks_is_a_damaged_shard():
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[70] = 300
+    stream = TokenStream([tokens], vocab_size=300, name="data/mine")
+    windows = ValidationWindows(stream, block_size=16, eval_tokens=1000)
+    windows.batch(0, 4)
+    with pytest.raises(UserError, match=r"data/mine: has token 300, but a vocabulary of 300, .* --check says which"):
+        windows.batch(4, 5)
