@@ -151,7 +151,7 @@ class PrepareConfig(DataDir):
     val_fraction: Share | None = None  # share held out; None: 0.005 (sample: 0.1; laptop, demo: by the text's size)
     shard_tokens: ShardTokens = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: Count | None = None  # stop after about this many, at an article's end or inside a long one; None: all
-    workers: Count | None = None  # tokenizing threads; None: one for each CPU core
+    workers: Count | None = None  # tokenizing threads; None: one for each CPU core, at most 8
     keep_downloads: bool = False  # of --source wikipedia: keep the downloaded files, in the Hugging Face cache (12 GB for en); later runs find them
     overwrite: bool = False  # delete the shards in data_dir and start again
     show: Numbers = ()  # write nothing, but print the text around these tokens of the training split in data_dir

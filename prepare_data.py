@@ -45,7 +45,7 @@ from internals.cli import with_preset
 from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
-from internals.files import locked, sha256, sha256_of, write_json, write_text, writing
+from internals.files import locked, sha256_of, write_json, writing
 from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, print_result, shard_settings
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
@@ -55,11 +55,12 @@ from internals.show import show_tokens
 from internals.source_size import choose_by_size
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source
-from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes, tokenizer_name
-from internals.tokenizer_training import sample_texts, train_tokenizer
+from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes
+from internals.tokenizer_training import find_tokenizer, make_tokenizer, write_tokenizer
 from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
+MOST_WORKERS = 8  # by default: more gain nothing (docs/data.md), and each holds a copy of the vocabulary
 COMMIT_SECONDS = 1.0  # between saves of the progress: a killed run loses at most that much work
 LOCK_SECONDS = 10.0  # to wait for another run that is about to end
 LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
@@ -93,6 +94,8 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         print(f"{data_dir} is finished: nothing to do (--overwrite starts again)\nNext: {command_to_train(cfg)}")
         return
     folder.refuse_foreign(own_tokenizer=cfg.tokenizer not in NAMES)
+    if cfg.overwrite and Path(cfg.tokenizer).resolve() == (data_dir / TOKENIZER_FILE).resolve():
+        raise UserError(f"--tokenizer {cfg.tokenizer}: --overwrite deletes this file; copy it to another folder first")
     if not cfg.trained_size:
         load_tokenizer(given_tokenizer(cfg.tokenizer))  # before anything is written
 
@@ -101,9 +104,11 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     progress = resume(cfg, source) if resumes else Progress(tail=source.has_few_documents())
     progress.resolved = source.resolve(progress.resolved)
     print(source.summary())
+    tokenizer = find_tokenizer(cfg, source, progress)
     if cfg.overwrite:
-        folder.delete()  # only now: a missing source must not cost the old shards
-    pipeline = Pipeline(cfg, source, progress, find_tokenizer(cfg, source, progress))
+        folder.delete()  # only now: no mistake must cost the old shards
+    write_tokenizer(tokenizer, cfg, source, progress)
+    pipeline = Pipeline(cfg, source, progress, tokenizer)
     print(bulk_encoder(pipeline.tokenizer).summary)
 
     # 3. Articles -> tokens -> shards
@@ -126,7 +131,7 @@ def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise UserError(f"stopped; finished work is kept. {again}") from error
+            raise KeyboardInterrupt(f"Stopped; finished work is kept. {again}") from error
         except UserError as error:
             if not progress.tokens:
                 raise
@@ -141,7 +146,10 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
     else:
         hub_only = f"only for --source wikipedia, but the source is {' '.join(cfg.sources)}"
         refuse_flags(cfg, ("language", "dump", "revision", "keep_downloads"), hub_only)
-        source = LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+        ours = [
+            data_dir / name for name in ("meta.json", "progress.json", TOKENIZER_FILE)
+        ]  # inside the source, perhaps
+        source = LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text), ours)
         types = {file_type(file.name) for file in source.files}
     if types == {".parquet"}:
         refuse_flags(cfg, ("encoding",), ".parquet files are always UTF-8")
@@ -164,33 +172,6 @@ def resume(cfg: PrepareConfig, source: Source) -> Progress:
     progress = Progress.load(Path(cfg.data_dir) / "progress.json", cfg, source)
     print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
     return progress
-
-
-def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
-    """The tokenizer of the shards, as `load_tokenizer` takes it. A tokenizer.json is written before the first shard."""
-    if cfg.tokenizer in NAMES:
-        return cfg.tokenizer
-    path = Path(cfg.data_dir) / TOKENIZER_FILE
-    if progress.tokenizers and path.exists() and sha256(path) == progress.tokenizers[-1]:
-        return path.read_bytes().decode()
-    return write_tokenizer(cfg, source, progress)
-
-
-def write_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
-    """Write the tokenizer, trained or given, to the folder. Its hash is saved first, which marks the file as ours."""
-    path, began = Path(cfg.data_dir) / TOKENIZER_FILE, time.monotonic()
-    if cfg.trained_size:
-        print(f"training a tokenizer of {cfg.trained_size:,} tokens")
-        text = train_tokenizer(sample_texts(cfg, source, progress.tail), cfg.trained_size)
-        print(f"trained {tokenizer_name(text)} in {time.monotonic() - began:.0f} s")
-    else:
-        text = given_tokenizer(cfg.tokenizer)
-    if progress.tokens and progress.tokenizers[-1] != sha256_of(text):
-        raise UserError(f"{path}: is missing and cannot be recreated; restore it, or give --overwrite to start again")
-    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, sha256_of(text)]))
-    progress.save(path.with_name("progress.json"), cfg, source)
-    write_text(path, text)
-    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +200,6 @@ class Pipeline:
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
         self.tokenizer = tokenizer
         self.shards: dict[str, ShardWriter] = {}
-        self.options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
         self.open_shards()
 
     def open_shards(self) -> None:
@@ -244,7 +224,7 @@ class Pipeline:
         self.source.release(before=self.progress.file)
 
     def tokenize_source(self) -> None:
-        workers = self.cfg.workers or count_cores()
+        workers = self.cfg.workers or min(count_cores(), MOST_WORKERS)
         pool, display = ThreadPoolExecutor(workers), Display(self.cfg, self.source, self.progress)
         committed = 0.0
         try:
@@ -287,7 +267,8 @@ class Pipeline:
     def chunks(self, number: int) -> Iterator[Chunk]:
         """The chunks of a source file that are still to do."""
         done = self.progress.row if number == self.progress.file else 0
-        for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, self.options):
+        options = ReadOptions(self.cfg.text_column, self.cfg.encoding, self.cfg.separator_text, self.tokenizer)
+        for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, options):
             if chunk.first < done < chunk.first + chunk.count:
                 path = self.data_dir / "progress.json"
                 raise UserError(f"{path}: was written by another version; give --overwrite to start again")
@@ -349,7 +330,11 @@ class Pipeline:
         """Prepare the source once more, all of it as training text. The tail is then held out from that."""
         self.progress.start_again()
         if self.cfg.trained_size:  # again: the old one was trained on the end of the text, too
-            self.tokenizer = write_tokenizer(self.cfg, self.source, self.progress)
+            try:
+                self.tokenizer = make_tokenizer(self.cfg, self.source, self.progress)
+            except UserError as error:
+                raise UserError(f"{error}; start again with --overwrite") from error
+            write_tokenizer(self.tokenizer, self.cfg, self.source, self.progress)
         self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
         self.open_shards()
         self.tokenize_source()
@@ -396,4 +381,4 @@ def count_cores() -> int:
 
 
 if __name__ == "__main__":
-    start.run(lambda: prepare(CFG))
+    start.run(lambda: prepare(CFG), interrupted="Stopped. The same command continues.")

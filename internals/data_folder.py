@@ -88,18 +88,23 @@ class DataFolder:
         return 0
 
     def delete(self) -> None:
-        """Delete our files. Those that show which are ours go last, so a killed deletion can be repeated."""
+        """Delete our files, except downloads, which may be of this run. Those that show which are ours go last, so a
+        killed deletion can be repeated."""
         for path in sorted(self.path.iterdir()):
             is_shard = SHARD_NAME.fullmatch(path.name) and self.is_own_shard(path)
             if is_shard or (path.name == TOKENIZER_FILE and self.is_own_tokenizer(path)):
                 path.unlink()
-        self.delete_unfinished()
+        self.delete_records()
         (self.path / "meta.json").unlink(missing_ok=True)
         self.meta = None
 
     def delete_unfinished(self) -> None:
         """Delete our files that a finished folder does not need."""
         Downloads(self.path).delete_all()
+        self.delete_records()
+
+    def delete_records(self) -> None:
+        """Delete progress.json, and what was half written."""
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
                 (self.path / name).unlink()
@@ -140,4 +145,4 @@ def begins_as(path: Path, beginning: bytes) -> bool:
 
 
 def has_magic(path: Path) -> bool:
-    return np.fromfile(path, "<i4", 1).tolist() == [MAGIC]
+    return begins_as(path, np.array([MAGIC], "<i4").tobytes())

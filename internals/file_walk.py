@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,27 +57,37 @@ class Found:
         return f"left out {' and '.join(parts)}" if parts else ""
 
 
-def find_files(sources: tuple[str, ...], sample: Path) -> Found:
-    """The text files that `--source` names, one after another, each file once.
+def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = ()) -> Found:
+    """The text files that `--source` names, one after another, each file once, without `ours`, which the command wrote.
 
     Raises:
         UserError: a source does not exist, something cannot be read, or two files are one text, compressed and not.
     """
     walk = Walk()
     found = [Found(sample.parent, [sample]) if source == "sample" else walk.find(source) for source in sources]
-    root, paths = found[0].root, walk.each_once(path for part in found for path in part.paths)
+    root, written = found[0].root, {path.resolve() for path in ours}
+    paths = walk.each_once(path for part in found for path in part.paths if path.resolve() not in written)
+    chosen, alone = [], [expanded(source) for source in sources]
+    for part in found:
+        inside = set(part.paths)
+        chosen += walk.choose([path for path in paths if path in inside], alone)
+        paths = [path for path in paths if path not in inside]
     if len(found) > 1:
         try:
             root = Path(os.path.commonpath([os.path.abspath(part.root) for part in found]))
         except ValueError as error:  # two drives of Windows have no common folder
             raise UserError("--source: the files are on several drives; copy them to one drive") from error
-        paths = [Path(os.path.abspath(path)) for path in paths]
-    chosen = walk.choose(paths, alone=[Path(source).expanduser() for source in sources])
+        chosen = [Path(os.path.abspath(path)) for path in chosen]
     if not chosen:
         reasons = Found(root, [], walk.left_out, walk.folders).reasons()
         raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons or 'it is empty'}); give {KNOWN}")
     refuse_pairs(chosen, root)
     return Found(root, chosen, walk.left_out, walk.folders)
+
+
+def expanded(path: str) -> Path:
+    """`~` is the home folder. Unlike Path.expanduser, no error if there is no such user: `~notes.txt` may be a file."""
+    return Path(os.path.expanduser(path))
 
 
 def refuse_pairs(paths: list[Path], root: Path) -> None:
@@ -101,7 +111,7 @@ class Walk:
 
     def find(self, source: str) -> Found:
         """The files of a file, a folder or a glob, of any type, sorted. Links to folders are followed."""
-        path = Path(source).expanduser()
+        path = expanded(source)
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError as error:

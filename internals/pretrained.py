@@ -164,7 +164,7 @@ class HuggingFace:
 
 def find(source: str) -> Checkpoint | HuggingFace:
     """The kind of model that `source` names, judged by the files there, or by the name itself if there are none."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     try:
         names = os.listdir(path)
     except NotADirectoryError:
@@ -204,7 +204,7 @@ def is_hub_id(source: str) -> bool:
 
 def missing(source: str) -> str:
     if source.endswith(".pt"):
-        return checkpoint.no_checkpoint(Path(source).expanduser())
+        return checkpoint.no_checkpoint(Path(os.path.expanduser(source)))
     if re.fullmatch(r"gpt2(-\w+)?", source):
         return f"there is no such file or folder; on the hub it is called openai-community/{source}"
     return "there is no such file or folder; name a checkpoint, its folder, or a hub id such as openai-community/gpt2"

@@ -240,10 +240,14 @@ class Display:
         free = shutil.disk_usage(self.cfg.data_dir).free
         tqdm.write(wrap(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free"))
         if disk > free:
-            fits = int(self.progress.tokens + 0.8 * free / 2)
+            room = free - (disk - 2 * left)  # what the downloads leave
+            fits = int(self.progress.tokens + 0.8 * room / 2)
+            fewer = f", or start again with --overwrite --max-tokens {fits}" if room > 0 else ""
+            if self.cfg.keep_downloads:
+                fewer += ", or leave --keep-downloads out"
             raise UserError(
                 f"--data-dir {self.cfg.data_dir}: needs {disk / 1e9:,.2f} GB more, but only {free / 1e9:,.2f} GB are "
-                f"free; make room, or start again with --overwrite --max-tokens {fits}"
+                f"free; make room{fewer}"
             )
 
     def needed_for_downloads(self, size: int) -> int:

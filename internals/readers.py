@@ -106,7 +106,7 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class WikiExtractorReader(JsonReader):
     """WikiExtractor's output: lines of JSON, or `<doc id="12" url="..." title="Anarchism">` ... `</doc>`."""
 
-    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: url="[^"]*")?(?: title="(.*)")?>\n')
+    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: url="[^"]*")?(?: title="(.*)")?>\r?\n')
 
     def chunks(self) -> Iterator[Chunk]:
         head = next(self.blocks(), Block(b"", 0)).data.lstrip()
@@ -122,7 +122,8 @@ class WikiExtractorReader(JsonReader):
         for number, record in enumerate(chunk.data, chunk.first + 1):
             if head := self.HEAD.match(record):
                 title = html.unescape((head[2] or b"").decode("utf-8", "surrogateescape"))
-                text = html.unescape(record[head.end() :].decode("utf-8", "surrogateescape")).strip("\n")
+                text = record[head.end() :].replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
+                text = html.unescape(text).strip("\n")
                 yield Article.from_row(head[1].decode(), title or None, text.removeprefix(f"{title}\n").lstrip("\n"))
             elif record.strip():
                 raise UserError(f"{self.name}, <doc> {number}: does not begin with <doc id=...>; fix or delete it")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
 def read_settings(file: str) -> dict[str, Any]:
     """The settings in a config.json that a run wrote."""
     try:
-        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        settings = json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
         with_settings(TrainConfig(), settings)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error

@@ -38,7 +38,7 @@ def read_shard(path: str | Path) -> np.ndarray:
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; prepare the data again (prepare_data.py)") from error
+        raise UserError(f"{path}: {error.strerror}; prepare the data again (prepare_data.py --overwrite)") from error
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
         raise UserError(f"{path}: is not a token shard; prepare the data again (prepare_data.py --overwrite)")
     tokens = int(header[2])
@@ -169,7 +169,9 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         if meta["format"] != META_FORMAT:
             raise UserError(f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as meta.json ({error}); delete it, then {command}") from error
+        raise UserError(
+            f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"
+        ) from error
     return meta
 
 

@@ -147,7 +147,8 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
     """Run a command to its end.
 
     Args:
-        interrupted: what to say after Ctrl-C; the exit status is then 130, as shells have it.
+        interrupted: what to say after Ctrl-C, unless KeyboardInterrupt has a text; the exit status is then 130, as
+            shells have it.
         stdout_is_output: stdout takes the command's work, and a failure to write it must end the command.
     """
     sys.excepthook = sys.__excepthook__
@@ -166,7 +167,7 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
 def report_end(error: BaseException, interrupted: str) -> int | None:
     """Say on stderr why the command ends. Returns its exit status, or None for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        status, text = 130, interrupted
+        status, text = 130, str(error) or interrupted
     elif isinstance(error, UserError):
         status, text = 2, f"error: {error}"
     elif isinstance(error, ModuleNotFoundError):

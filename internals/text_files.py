@@ -1,6 +1,7 @@
 """A source of text: its files, their names, and whether they are the ones that were prepared before."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from internals.files import sha256
 from internals.reader import ReadOptions, reading
 from internals.readers import make_reader, read_chunks
 from internals.screen import plural
+from internals.start import UserError
 from internals.tokenizer_json import END_OF_TEXT
 
 SAMPLE = Path(__file__).resolve().parents[1] / "sample" / "articles.jsonl"
@@ -64,10 +66,11 @@ class Source:
 class LocalFiles(Source):
     """Files, folders and globs; `sample` is the embedded one. Contents are hashed, so no change goes unnoticed."""
 
-    def __init__(self, sources: tuple[str, ...], options: ReadOptions):
-        found = find_files(sources, SAMPLE)
+    def __init__(self, sources: tuple[str, ...], options: ReadOptions, ours: Collection[Path] = ()):
+        found = find_files(sources, SAMPLE, ours)
         self.name, self.root, self.left_out, self.options = " ".join(sources), found.root, found.reasons(), options
         self.files, self.text_bytes = [], 0
+        self.seen: list[tuple[int, int]] = []  # size and time of each file when it was hashed
         self.without_separator, self.with_end_of_text = [], []  # names of .txt files
         total = sum(path.stat().st_size for path in found.paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False, delay=1) as bar:
@@ -84,6 +87,8 @@ class LocalFiles(Source):
 
     def add(self, path: Path) -> None:
         name = path.relative_to(self.root).as_posix()
+        with reading(name):
+            self.seen.append(size_and_time(path))
         checked, separator = make_reader(path, name, self.options).check(), self.options.separator
         self.text_bytes += checked.text_bytes
         if file_type(name) == ".txt" and separator.strip("\r\n") and not checked.found:
@@ -94,7 +99,11 @@ class LocalFiles(Source):
             self.files.append(SourceFile(name, path.stat().st_size, sha256(path)))
 
     def fetch(self, number: int) -> Path:
-        return self.root / self.files[number].name
+        path, name = self.root / self.files[number].name, self.files[number].name
+        with reading(name):
+            if size_and_time(path) != self.seen[number]:
+                raise UserError(f"{name}: has changed since the command began; start again when it is complete")
+        return path
 
     def has_few_documents(self) -> bool:
         documents = 0
@@ -123,6 +132,11 @@ class LocalFiles(Source):
                 f"if it separates documents there, give --separator '{END_OF_TEXT}'"
             )
         return text
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def listed(names: list[str], limit: int = 3) -> str:

@@ -1,5 +1,6 @@
 """`--tokenizer train`: a byte-level BPE (Radford et al., 2019), trained on a sample of the source.
 
+find_tokenizer     the tokenizer of a folder of shards: its name, or the text of its tokenizer.json
 sample_texts       source -> training articles, spread over it, of bounded size
 train_tokenizer    texts -> the text of a tokenizer.json
 """
@@ -7,18 +8,61 @@ train_tokenizer    texts -> the text of a tokenizer.json
 import math
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from config import PrepareConfig
 from internals.articles import is_held_out
+from internals.files import sha256, sha256_of, write_text
+from internals.progress import Progress
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
+from internals.shards import TOKENIZER_FILE
 from internals.start import UserError
 from internals.text_files import Source
+from internals.tokenizer import NAMES, given_tokenizer, is_json, tokenizer_name
 from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
 
 SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
 LEAST_COUNT = 2  # a pair of tokens that occurs only once in the sample does not become a token
+
+
+def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
+    """The tokenizer of the shards, as `load_tokenizer` takes it. Writes nothing."""
+    if cfg.tokenizer in NAMES:
+        return cfg.tokenizer
+    path = Path(cfg.data_dir) / TOKENIZER_FILE
+    if progress.tokenizers and path.exists() and sha256(path) == progress.tokenizers[-1]:
+        return path.read_bytes().decode()
+    text = make_tokenizer(cfg, source, progress)
+    if progress.tokens and progress.tokenizers[-1] != sha256_of(text):
+        raise UserError(f"{path}: is missing and cannot be recreated; restore it, or give --overwrite to start again")
+    return text
+
+
+def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
+    """The text of a tokenizer.json, trained or given."""
+    if not cfg.trained_size:
+        return given_tokenizer(cfg.tokenizer)
+    began = time.monotonic()
+    print(f"training a tokenizer of {cfg.trained_size:,} tokens")
+    text = train_tokenizer(sample_texts(cfg, source, progress.tail), cfg.trained_size)
+    print(f"trained {tokenizer_name(text)} in {time.monotonic() - began:.0f} s")
+    return text
+
+
+def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress: Progress) -> None:
+    """Write a tokenizer.json to the folder, before its first shard. Its hash is saved first, which marks it as ours."""
+    path = Path(cfg.data_dir) / TOKENIZER_FILE
+    if not is_json(tokenizer):
+        return
+    digest = sha256_of(tokenizer)
+    if progress.tokenizers[-1:] == [digest] and path.exists() and sha256(path) == digest:
+        return
+    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, digest]))
+    progress.save(path.with_name("progress.json"), cfg, source)
+    write_text(path, tokenizer)
 
 
 def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from internals.data_folder import Downloads
-from internals.files import sha256
+from internals.files import sha256, writing
 from internals.network import answer_within, in_background, patiently
 from internals.screen import plural
 from internals.start import UserError, first_line
@@ -56,7 +56,7 @@ class HubWikipedia(Source):
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
         if endpoint := os.environ.get("HF_ENDPOINT"):
             os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")  # huggingface_hub would ask for //api
-        self.commit, self.files = "", []
+        self.commit, self.files, self.begun = "", [], 0
         self._futures: dict[int, Future] = {}
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +117,7 @@ class HubWikipedia(Source):
 
     def fetch(self, number: int) -> Path:
         """The path of a file, downloaded and checked. The next file's download begins now, if it is likely needed."""
+        self.begun = number
         for ahead, file in enumerate(self.files[number : number + 2], number):
             if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
@@ -140,8 +141,8 @@ class HubWikipedia(Source):
 
     @property
     def missing(self) -> list[int]:
-        """Bytes of each file that is likely needed and not in the Hugging Face cache."""
-        needed = (file for number, file in enumerate(self.files) if self._is_likely_needed(number))
+        """Bytes of each file that is not done, likely needed and not in the Hugging Face cache."""
+        needed = (self.files[number] for number in range(self.begun, len(self.files)) if self._is_likely_needed(number))
         return [file.bytes for file in needed if not self._cached(file)]
 
     @property
@@ -175,7 +176,7 @@ class HubWikipedia(Source):
         return Path(path) if isinstance(path, str) else None
 
     def _fetch(self, file: SourceFile) -> Path:
-        return ask_hub(file.name, functools.partial(self._download, file))
+        return ask_hub(file.name, functools.partial(self._download, file), self.download_folder)
 
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import hf_hub_download
@@ -223,10 +224,17 @@ def is_whole(path: Path, file: SourceFile) -> bool:
     return path.stat().st_size == file.bytes and (file.sha256 is None or sha256(path) == file.sha256)
 
 
-def ask_hub(what: str, action: Callable[[], T]) -> T:
-    """The result of `action`, tried several times while the network or the hub fails."""
+def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None) -> T:
+    """The result of `action`, tried several times while the network or the hub fails.
+
+    Args:
+        folder: where `action` writes; None: the Hugging Face cache.
+    """
+    from huggingface_hub import constants
+
     advice = "try again when the network is back"
-    return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
+    with writing(str(folder or constants.HF_HOME), "finished work is kept"):  # a full disk; patiently knows the rest
+        return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
 
 
 def is_offline() -> bool:

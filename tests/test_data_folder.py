@@ -71,8 +71,11 @@ def test_a_shard_of_ours_that_is_damaged_can_be_made_again(tmp_path, source):
     prepare(config(tmp_path / "out", source))
     before = files(tmp_path / "out")
     path = tmp_path / "out" / "train_000000.bin"
-    path.write_bytes(path.read_bytes()[:2000])
-    prepare(config(tmp_path / "out", source, overwrite=True))
+    for size in (2000, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(UserError, match="--overwrite"):
+            prepare(config(tmp_path / "out", source))
+        prepare(config(tmp_path / "out", source, overwrite=True))
     path.unlink()
     prepare(config(tmp_path / "out", source, overwrite=True))
     assert files(tmp_path / "out") == before
@@ -135,4 +138,13 @@ def test_overwriting_with_a_mistake_costs_nothing(tmp_path, source, mistake):
     given = {"source": source, **mistake}
     with pytest.raises(UserError):
         prepare(config(tmp_path / "out", overwrite=True, **given))
+    assert files(tmp_path / "out") == before
+
+
+def test_overwriting_an_own_tokenizer_with_a_mistake_costs_nothing(tmp_path, source):
+    own = {"tokenizer": "train", "vocab_size": 300}
+    prepare(config(tmp_path / "out", source, **own))
+    before = files(tmp_path / "out")
+    with pytest.raises(UserError, match="pairs for"):
+        prepare(config(tmp_path / "out", source, tokenizer="train", vocab_size=65_000, overwrite=True))
     assert files(tmp_path / "out") == before

@@ -145,3 +145,20 @@ def test_a_glob_takes_files(tmp_path):
     assert found(tmp_path / ".a*")[0] == [".a3.txt"]
     with pytest.raises(UserError, match="no file matches"):
         found(tmp_path / "b*")
+
+
+def test_json_files_of_a_source_of_their_own_are_text(tmp_path):
+    make(tmp_path, "a.txt", "text/b.txt", "text/about.json", "json/1.json", "json/2.json")
+    names, left_out = found(tmp_path / "a.txt", tmp_path / "json", tmp_path / "text")
+    assert names == ["a.txt", "json/1.json", "json/2.json", "text/b.txt"]
+    assert left_out == {".json beside other text (give it as a separate --source)": 1}
+    assert found(tmp_path / "a.txt", tmp_path / "json" / "*.json")[0] == names[:3]
+
+
+@posix
+def test_a_tilde_that_is_no_home_folder_is_part_of_the_name(tmp_path, monkeypatch):
+    make(tmp_path, "~nobody-of-this-name.txt")
+    monkeypatch.chdir(tmp_path)
+    assert found("~nobody-of-this-name.txt")[0] == ["~nobody-of-this-name.txt"]
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        found("~nobody-of-this-name/text")

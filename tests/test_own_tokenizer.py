@@ -18,6 +18,7 @@ import torch
 from articles import command, config, files, kill_until, make_articles, posix, texts, write_jsonl, write_parquet
 from conftest import REPO, assert_user_error, needs_wikipedia, run_script
 
+import prepare_data
 from config import ModelConfig, PrepareConfig, TrainConfig
 from internals import checkpoint, tokenizer_training
 from internals.articles import is_held_out
@@ -333,8 +334,9 @@ def test_two_folders_share_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="--vocab-size 300, not --tokenizer bytes"):
         prepare(config(tmp_path / "a", tmp_path / "a.jsonl"))
     assert files(tmp_path) == before
-    prepare(config(tmp_path / "a", tmp_path / "a.jsonl", tokenizer=given, overwrite=True))  # over the file itself
-    assert sha256(tmp_path / "a" / "tokenizer.json") == before["a/tokenizer.json"]
+    with pytest.raises(UserError, match="--overwrite deletes this file; copy it to another folder first"):
+        prepare(config(tmp_path / "a", tmp_path / "a.jsonl", tokenizer=given, overwrite=True))
+    assert files(tmp_path) == before
     prepare(config(tmp_path / "a", tmp_path / "a.jsonl", overwrite=True))
     assert not (tmp_path / "a" / "tokenizer.json").exists()
 
@@ -413,6 +415,19 @@ def test_a_held_out_end_with_a_trained_tokenizer(tmp_path, kind):
         sample_texts(cfg, source, True), 300
     )
     assert not (tmp_path / "out" / "progress.json").exists()
+
+
+def test_a_tokenizer_that_is_trained_again_cuts_the_documents_too(tmp_path, monkeypatch):
+    """Long documents are cut where their tokens do not change, so by the tokenizer that makes the tokens."""
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "id": "1"} for row in make_articles(300)])
+    seen, read = [], prepare_data.read_chunks
+    monkeypatch.setattr(
+        prepare_data,
+        "read_chunks",
+        lambda path, name, options: (seen.append(options.tokenizer), read(path, name, options))[1],
+    )
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
+    assert len(seen) == 2 and seen[0] != seen[1] == (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
 
 
 @posix

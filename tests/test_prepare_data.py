@@ -1,5 +1,6 @@
 """prepare_data.py: the contents of the shards, whatever happens on the way."""
 
+import dataclasses
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -330,9 +332,9 @@ def test_ctrl_c(tmp_path, seconds):
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)  # like a terminal
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     words = shlex.join(["prepare_data.py", *map(str, command(tmp_path / "out", tmp_path / "a.parquet")[1:])])
-    assert stderr.strip().splitlines() == [f"error: stopped; finished work is kept. Continue: python {words}"]
+    assert stderr.strip().splitlines() == [f"Stopped; finished work is kept. Continue: python {words}"]
 
 
 def wait_for(path, process):
@@ -352,7 +354,8 @@ def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path,
     def fail(self):
         raise failure
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"(?i)finished work is kept") as error:
+    ended = pytest.raises((UserError, KeyboardInterrupt), match=r"(?i)finished work is kept")
+    with monkeypatch.context() as patched, ended as error:
         patched.setattr(sys, "argv", [*plain, "--overwrite"])
         patched.setattr(Pipeline, "finish", fail)
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
@@ -374,6 +377,26 @@ def test_a_stop_before_the_old_shards_are_deleted_changes_nothing(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_disk_that_the_downloads_fill_has_no_room_for_fewer_tokens(tmp_path, monkeypatch, keep):
+    """20 million tokens are to come, 40 MB, and downloads of 1 GB."""
+    cfg = dataclasses.replace(config(tmp_path, "sample"), keep_downloads=keep)
+    source = SimpleNamespace(
+        files=[SimpleNamespace(bytes=100)], peak_bytes=10**9, bytes_on_disk=0, missing_bytes=10**9, seconds_per_byte=0.0,
+        download_folder=tmp_path,
+    )  # fmt: skip
+    noted = progress.Progress()
+    noted.splits["train"].tokens = 10_000_000
+    display = progress.Display(cfg, source, noted)
+    for free, words in ((900_000_000, "make room"), (1_020_000_000, "make room, or start again with --overwrite")):
+        monkeypatch.setattr(progress.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError) as error:
+            display.print_needs(1e6, position=33)
+        assert str(error.value).endswith(
+            f"{words}{' --max-tokens 18000000' * ('again' in words)}{', or leave --keep-downloads out' * keep}"
+        )
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path):

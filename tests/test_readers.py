@@ -296,7 +296,7 @@ def test_json_that_is_not_articles(tmp_path, text, words):
         assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("form", ["doc", "json"])
+@pytest.mark.parametrize("form", ["doc", "json", "doc, Windows"])
 @pytest.mark.parametrize("pack", ["", ".bz2"])
 def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
     monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
@@ -317,6 +317,7 @@ def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
                 )
         (tmp_path / "in" / folder).mkdir(parents=True)
         data = "".join(line + "\n" for line in lines).encode()
+        data = data.replace(b"\n", b"\r\n") if "Windows" in form else data
         (tmp_path / "in" / folder / f"wiki_00{pack}").write_bytes(bz2.compress(data) if pack else data)
     prepare(config(tmp_path / "out", tmp_path / "in"))
     got = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")

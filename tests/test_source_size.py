@@ -199,7 +199,7 @@ def test_an_interrupted_command_resumes_with_the_same_numbers(novel, tmp_path, m
     def stop(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="finished work is kept"):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="finished work is kept"):
         patched.setattr(Pipeline, "finish", stop)
         prepare(config(out, novel))
     noted = json.loads((out / "progress.json").read_text())

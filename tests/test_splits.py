@@ -9,7 +9,6 @@ from articles import command, config, files, make_articles, texts, write_jsonl
 from conftest import assert_user_error, run_script
 
 from internals.shards import ShardWriter, read_meta
-from internals.start import UserError
 from internals.windows import TokenStream
 from prepare_data import Pipeline, prepare
 
@@ -148,7 +147,7 @@ def test_a_kill_between_the_last_two_saves(tmp_path, monkeypatch):
     def stop(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="Stopped"):
         patch.setattr(Pipeline, "finish", stop)
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     path = tmp_path / "out" / "progress.json"
@@ -199,7 +198,7 @@ def test_a_stop_while_the_split_changes(tmp_path, monkeypatch, method, call):
 
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, method, stop)
-        with pytest.raises(UserError, match="stopped"):
+        with pytest.raises(KeyboardInterrupt, match="Stopped"):
             prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
     assert files(tmp_path / "out") == files(tmp_path / "once")

@@ -1,6 +1,7 @@
 """internals/text_files.py: several sources are one text; odd names and files; separators."""
 
 import gzip
+import json
 import os
 import random
 import subprocess
@@ -16,7 +17,7 @@ from internals.cli import parse
 from internals.shards import read_meta
 from internals.start import UserError
 from internals.tokenizer_json import END_OF_TEXT
-from prepare_data import prepare
+from prepare_data import Pipeline, prepare
 
 
 @pytest.mark.parametrize("preset", [[], ["--preset", "demo"], ["--preset=wikipedia-150m"], ["--preset", "laptop"]])
@@ -151,3 +152,27 @@ def test_many_small_files(tmp_path):
         (tmp_path / "in" / f"{number}.txt").write_text(f"Text {number} and more")
     prepare(config(tmp_path / "out", tmp_path / "in"))
     assert len(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == 3000
+
+
+def test_a_data_folder_inside_its_source_of_json_is_no_text(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text(json.dumps(make_articles(100)))
+    prepare(config(tmp_path / "in" / "out", tmp_path / "in", tokenizer="train", vocab_size=300))
+    before = files(tmp_path / "in" / "out")
+    prepare(config(tmp_path / "in" / "out", tmp_path / "in", tokenizer="train", vocab_size=300))  # finished
+    prepare(config(tmp_path / "in" / "out", tmp_path / "in", tokenizer="train", vocab_size=300, overwrite=True))
+    assert files(tmp_path / "in" / "out") == before
+
+
+def test_a_file_that_grows_while_it_is_prepared_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(100))
+
+    def grow(self):
+        with open(tmp_path / "a.jsonl", "a") as file:
+            file.write('{"text": "more"}\n')
+        tokenize_source(self)
+
+    tokenize_source = Pipeline.tokenize_source
+    monkeypatch.setattr(Pipeline, "tokenize_source", grow)
+    with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))

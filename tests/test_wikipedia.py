@@ -282,6 +282,9 @@ def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, ma
         source.files = [SourceFile(str(number), 100 + number, None) for number in range(6)]
         assert (source.missing_bytes, source.peak_bytes) == (missing, missing if keep else at_one_time)
         assert source.bytes_on_disk == 0 and (keep or source.download_folder == tmp_path)
+        monkeypatch.setattr(source, "_fetch", lambda file: Path(file.name))
+        source.fetch(5)
+        assert source.missing_bytes == (105 if missing in (209, 615) else 0)  # those before it are done
 
 
 def test_both_variables_that_forbid_the_network_are_known(tmp_path, monkeypatch):
