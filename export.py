@@ -53,6 +53,7 @@ LICENCE_UNKNOWN = (
 def export(cfg: ExportConfig) -> None:
     """Write the model of a checkpoint to the folder `out_dir`, which appears whole or not at all."""
     out_dir = Path(cfg.out_dir)
+    name = out_dir.name.encode("utf-8", "replace").decode()  # a path may hold any bytes, the files only text
     if os.path.lexists(out_dir):
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
     model, tokenizer, saved = open_checkpoint(cfg.checkpoint)
@@ -69,11 +70,11 @@ def export(cfg: ExportConfig) -> None:
                 written = gpt2_reference.read_huggingface(folder)
             else:
                 model = gguf.round_matrices(model, dtype)
-                gguf.write_gguf(folder, model, tokenizer, out_dir.name)
+                gguf.write_gguf(folder, model, tokenizer, name)
                 written = gpt2_reference.read_gguf(folder)
             gpt2_reference.check(model, written)  # both are rounded, so the files hold exactly the model's weights
-            usage = how_to_load(USAGE[cfg.format], out_dir.name, tokenizer, model.config.block_size)
-            (folder / "README.md").write_bytes(model_card(out_dir.name, saved, model, cfg.format, usage).encode())
+            usage = how_to_load(USAGE[cfg.format], name, tokenizer, model.config.block_size)
+            (folder / "README.md").write_bytes(model_card(name, saved, model, cfg.format, usage).encode())
             for path in folder.iterdir():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
@@ -149,7 +150,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, u
             rows["bits per byte"] = f"{figure(bits)} of validation text"
         licence = LICENCES.get(source["kind"], LICENCE_UNKNOWN)
         if source["kind"] == "hub":
-            header |= {"datasets": source["repository"], "language": source["config"].rpartition(".")[2]}
+            header |= {"datasets": source["repository"], "language": json.dumps(source["config"].rpartition(".")[2])}
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         header="\n".join(f"{key}: {value}" for key, value in header.items()),
         name=name,

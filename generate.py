@@ -30,11 +30,11 @@ from dataclasses import dataclass, replace
 import tiktoken
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import GenerateConfig, unescape
+from internals.bulk_encoding import pieces
 from internals.cpu_kernels import pack_weights
-from internals.device import resolve_device, resolve_dtype, unused_card
+from internals.device import attention_of_any_length, resolve_device, resolve_dtype, unused_card
 from internals.html_text import TextPage, check_page_path
 from internals.memory import is_out_of_memory
 from internals.pretrained import open_model
@@ -113,7 +113,7 @@ def as_utf8(flag: str, text: str) -> str:
 
 def read_stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")  # without a byte-order mark, as prepare_data.py reads text
     except UnicodeDecodeError as error:
         message = f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
         raise UserError(message) from error
@@ -132,7 +132,7 @@ def enough_memory(message: str) -> Iterator[None]:
         raise
 
 
-@dataclass(frozen=True)
+@dataclass
 class Writer:
     """A loaded model that continues prompts as the command line says."""
 
@@ -141,9 +141,12 @@ class Writer:
     tokenizer: tiktoken.Encoding
     generator: torch.Generator
     page: TextPage | None = None
+    answers: int = 0
 
     def answer(self, prompt: str) -> None:
-        """Continue a prompt and print the samples."""
+        """Continue a prompt and print the samples. Each prompt has its own seed, so that --seed makes its text again."""
+        self.generator.manual_seed((self.generator.initial_seed() + (self.answers > 0)) % 2**63)
+        self.answers += 1
         cfg, ids, context = self.cfg, encode(self.tokenizer, prompt), self.model.config.block_size
         if len(ids) > context:
             say(f"the prompt has {len(ids):,} tokens: the model reads the last {context:,} of them")
@@ -220,15 +223,11 @@ def generate_text(
     return [stream.text for stream in streams]
 
 
-def attention_of_any_length() -> contextlib.AbstractContextManager:
-    """Keeps PyTorch from using cuDNN's attention, which it prefers on Hopper and Blackwell GPUs: cuDNN makes a plan for each
-    new length of the cache, and 64 plans took an H200 3 s (docs/experiments.md). Training, with one length, keeps it."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
     """The token ids of a prompt. `<|endoftext|>` in it is text. An empty prompt is one end-of-text: a new article."""
-    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+    # In pieces, as prepare_data.py does: a million blanks in one call are more than the tokenizer's stack holds
+    ids = [id for piece in pieces(text, tokenizer) for id in tokenizer.encode_ordinary(piece)]
+    return ids or [tokenizer.eot_token]
 
 
 def continue_text(

@@ -220,7 +220,7 @@ def compete(runners: list[Any], args: Race) -> Curves:
     """Train all in turns, from the start or from `--state`, to the end or for `--minutes`."""
     curves: Curves = {runner.name: [] for runner in runners}
     if args.state and Path(args.state).exists():
-        curves = load_state(args.state, runners)
+        curves = load_state(args.state, runners, args.evaluations)
     started, done = time.perf_counter(), len(next(iter(curves.values())))
     for part in range(done, args.evaluations):
         for runner in runners:
@@ -234,7 +234,7 @@ def compete(runners: list[Any], args: Race) -> Curves:
             curves[runner.name].append(point)
             print(f"{runner.name:60} {describe(point, runner.text)}", flush=True)
         if args.state:
-            save_state(args.state, runners, curves)
+            save_state(args.state, runners, curves, args.evaluations)
         if args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
             break
     return curves
@@ -245,20 +245,25 @@ def describe(point: Point, text: Text) -> str:
     return f"{point.tokens:>12,} tokens {point.seconds:8.1f} s   {point.val_loss:.4f}   {bits}"
 
 
-def save_state(file: str, runners: list[Any], curves: Curves) -> None:
+def save_state(file: str, runners: list[Any], curves: Curves, evaluations: int) -> None:
     states = {runner.name: runner.state_dict() for runner in runners}
     with atomic_write(file) as stream:
         lengths = {runner.name: runner.max_iters for runner in runners}
         plain = {name: [tuple(point) for point in curve] for name, curve in curves.items()}
-        torch.save({"curves": plain, "states": states, "lengths": lengths}, stream)
+        torch.save({"curves": plain, "states": states, "lengths": lengths, "evaluations": evaluations}, stream)
 
 
-def load_state(file: str, runners: list[Any]) -> Curves:
+def load_state(file: str, runners: list[Any], evaluations: int) -> Curves:
     """Continue the runners from where a race of the same ones was kept. Returns its curves."""
     saved = torch.load(file, map_location="cpu")
     if saved["states"].keys() != {runner.name for runner in runners}:
         raise UserError(
             f"--state {file}: keeps another race ({', '.join(saved['states'])}); delete it or name another file"
+        )
+    lengths = {runner.name: runner.max_iters for runner in runners}
+    if saved["lengths"] != lengths or saved["evaluations"] != evaluations:
+        raise UserError(
+            f"--state {file}: keeps this race with another length or --evaluations; delete it, or give the same"
         )
     for runner in runners:
         runner.load_state_dict(saved["states"][runner.name])

@@ -1,5 +1,6 @@
 """Device and precision of a command, the speed of known GPUs, and why PyTorch cannot use a card."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internals import cpu_kernels
 from internals.start import UserError, first_line
@@ -220,6 +222,12 @@ def held_by_others(share: float) -> str:
         f"other processes hold about {others / 2**30:.1f} of the {total / 2**30:.1f} GiB of the {name}: nvidia-smi shows "
         "them; end them, or choose another card with CUDA_VISIBLE_DEVICES"
     )
+
+
+def attention_of_any_length() -> contextlib.AbstractContextManager:
+    """Keeps PyTorch from using cuDNN's attention, which it prefers on Hopper and Blackwell GPUs: cuDNN makes a plan for each
+    new length of the cache, and 64 plans took an H200 3 s (docs/experiments.md). Training, with one length, keeps it."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

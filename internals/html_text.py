@@ -4,6 +4,7 @@ import base64
 import copy
 import html
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def check_page_path(path: str) -> None:
             raise UserError(f"--html {path}: is a folder; name a file in it")
         if file.exists() and not html_page.is_page(file, "text"):
             raise UserError(f"--html {path}: exists and is not marked as a page of this command; name another file")
+        temporary = file.with_name(f"{file.name}.tmp")  # empty, or a part of a page, if this command was killed
+        if os.path.lexists(temporary) and temporary.stat().st_size and not html_page.is_page(temporary, "text"):
+            raise UserError(f"--html {path}: {temporary} is in the way; move it, or name another file")
     except OSError as error:  # no permission, a name that is too long
         raise UserError(f"--html {path}: cannot be read ({error.strerror}); name another file") from error
 

@@ -65,6 +65,24 @@ def fetch(source: str, names: tuple[str, ...]) -> Path:
         ) from error
 
 
+def ask_hub_for(source: str, name: str) -> None:
+    """Raise UserError if a file may be missing only because the hub cannot be reached: the cache holds what another
+    program once asked for."""
+    if Path(source).is_dir():
+        return
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(source, name)
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{source}: {name} is not in this machine's cache, and the hub cannot be reached; go online"
+        ) from error
+    except EntryNotFoundError:  # the hub has no such file either
+        pass
+
+
 def read_json(path: Path) -> dict[str, Any]:
     with reading(path, "is damaged, or not JSON"):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -139,6 +157,7 @@ def find_tokenizer(source: str, rows: int) -> str:
     """Its tokenizer, as `load_tokenizer` takes it. `rows` is the number of rows of the embedding."""
     theirs = read_vocabulary(source, rows)
     if theirs is None:
+        ask_hub_for(source, "tokenizer.json")
         raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
     for name, size in TOKENIZERS.items():
         if len(theirs) == size and theirs == vocabulary(load_tokenizer(name)):
@@ -220,6 +239,7 @@ def read_tensors(source: str) -> dict[str, Tensor]:
     if (folder / WEIGHTS).exists():
         return load_tensors(folder / WEIGHTS)
     if not (folder / INDEX).exists():
+        ask_hub_for(source, WEIGHTS)
         raise without_weights(source)
     files = read_index(folder / INDEX)
     folder = fetch(source, tuple(sorted(set(files.values()))))

@@ -112,7 +112,7 @@ function tip(span) {
   $("tip").style.top = `${at.bottom + 8 + scrollY}px`;
 }
 document.addEventListener("pointerover", (event) => event.pointerType === "mouse" && tip(event.target.closest(".t")));
-document.addEventListener("click", (event) => tip(event.target.closest(".t")));
+for (const tap of ["click", "pointerup"]) document.addEventListener(tap, (event) => tip(event.target.closest(".t"))); // iOS sends no click
 document.addEventListener("keydown", (event) => event.key === "Escape" && tip(null));
 
 // ---- The slider: its place is in the address, so that reloading keeps it; the newest view is always #latest
@@ -124,7 +124,6 @@ function show(number) {
   if ($("slider")) {
     $("slider").value = place;
     $("label").textContent = view.label;
-    history.replaceState(null, "", "#" + (last ? "latest" : view.iter));
   }
   if ($("sample")) {
     const prompt = view.sample.startsWith(view.prompt) ? view.prompt : "";
@@ -135,6 +134,7 @@ function show(number) {
   $("bits").textContent = view.passage.bits_per_byte?.toFixed(3) ?? "\u2013";
   if ($("chart")) chart.read(view.iter);
   tip(null);
+  if ($("slider")) try { history.replaceState(null, "", "#" + (last ? "latest" : view.iter)); } catch {} // too often, says Safari
 }
 
 const hash = location.hash.slice(1), found = data.views.findIndex((view) => String(view.iter) === hash);

@@ -35,7 +35,7 @@ from internals.screen import (
     wrap,
 )
 from internals.settings import differences
-from internals.start import first_line
+from internals.start import UserError, first_line
 from internals.tokenizer import tokenizer_name
 from internals.trackers import Tracker
 
@@ -174,8 +174,8 @@ class RunLog:
         self.page_time = time.time()  # of the last page
         if self.machine.is_main:
             write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
-            self.metrics = Rows(run.out_dir / "metrics.jsonl", until=state.iter)
-            self.samples = Rows(run.out_dir / "samples.jsonl", until=state.iter)
+            self.metrics = Rows(run.out_dir / "metrics.jsonl", state.iter, repair=True)
+            self.samples = Rows(run.out_dir / "samples.jsonl", state.iter, repair=True)
             for file in (self.metrics, self.samples):
                 self._attempt(file.path.name, file.cut)
             self.tracker = Tracker(run.cfg.tracker)
@@ -271,8 +271,8 @@ class Rows:
     note, a damaged line) stay where they are; only a half-written last line is dropped.
     """
 
-    def __init__(self, path: Path, until: int):
-        self.path, self.rows = path, []
+    def __init__(self, path: Path, until: int, repair: bool = False):
+        self.path, self.repair, self.rows = path, repair, []
         self.lines: list[bytes] = []  # of the file, without those that wait
         self.waiting: list[bytes] = []
         self.torn = True  # the file may not be as it is in memory: not cut back yet, or the last write failed half-way
@@ -284,12 +284,15 @@ class Rows:
                 self.rows += [row] if row else []
 
     def _read(self) -> bytes:
-        """The file's content. A file that cannot be read is moved aside: it must not keep a run from resuming."""
+        """The file's content. With `repair`, one that cannot be read is moved aside: it must not keep a run from
+        resuming."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
             return b""
         except OSError as error:
+            if not self.repair:
+                raise UserError(f"{self.path}: cannot be read ({first_line(error)})") from error
             aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
             with contextlib.suppress(OSError):
                 os.rename(self.path, aside)

@@ -27,7 +27,9 @@ def show_tokens(data_dir: Path, numbers: list[int]) -> None:
             )
     for number in numbers:
         article, start = find_article(stream, number, encoding.eot_token)
-        title = decode(encoding, stream.read(start, min(TITLE, len(stream) - start))).strip().split("\n")[0]
+        head = stream.read(start, min(TITLE, len(stream) - start))
+        ends = np.flatnonzero(head == encoding.eot_token)
+        title = decode(encoding, head[: ends[0]] if len(ends) else head).strip().split("\n")[0]
         before = stream.read(max(0, number - AROUND), min(number, AROUND)) if number else []
         after = stream.read(number + 1, min(AROUND, len(stream) - number - 1)) if number + 1 < len(stream) else []
         token = decode(encoding, stream.read(number, 1))

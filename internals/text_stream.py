@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,9 @@ def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> Non
                 "seconds": round(stream.seconds, 4),
                 "tokens_per_second": round(stream.tokens / max(stream.seconds, 1e-9), 1),
             }
-            write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(row, ensure_ascii=False)
+            # JSON leaves these as they are, but a terminal would obey them
+            write(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", line) + "\n")
             current += 1
 
 

@@ -44,12 +44,12 @@ def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):  # noqa
     assert browser.run("label.textContent") == "iteration 8"
 
 
-def with_data(page: str, views: int, **changes) -> str:
-    """The page of a run with its first evaluations alone, and with other data."""
+def with_data(page: str, count: int, **changes) -> str:
+    """The page of a run with its first `count` evaluations alone, and with other data."""
     raw = re.search(r'id="data">(.*?)</script>', page, re.S)[1]
     data = json.loads(raw)
-    now = json.dumps({**data, "views": data["views"][:views], **changes}).replace("<", "\\u003c")
-    return page.replace(raw, now).replace(f'max="{len(data["views"]) - 1}"', f'max="{max(0, views - 1)}"')
+    now = json.dumps({**data, "views": data["views"][:count], **changes}).replace("<", "\\u003c")
+    return page.replace(raw, now).replace(f'max="{len(data["views"]) - 1}"', f'max="{max(0, count - 1)}"')
 
 
 def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # noqa: F811
@@ -181,3 +181,28 @@ def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # n
     browser.wait_until("looks.children[0].classList.contains('on')")
     strength = "[...looks.children].map((word) => +word.style.getPropertyValue('--a'))"
     assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first token sees only itself
+
+
+def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, tmp_path):  # noqa: F811
+    """Each token is an element of its own, but the line has one direction."""
+    page = (run / "run.html").read_text(encoding="utf-8")
+    view = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["views"][0]
+    words = ["שלום ", "עולם ", "וספרים"]
+    view["passage"] = {name: v[: len(words)] if isinstance(v, list) else v for name, v in view["passage"].items()}
+    view["passage"]["text"] = words
+    (tmp_path / "run.html").write_text(with_data(page, 1, views=[view]), encoding="utf-8")
+    browser.open((tmp_path / "run.html").as_uri())
+    lefts = browser.run(
+        "[...document.querySelectorAll('#passage .t')].map((span) => span.getBoundingClientRect().left)"
+    )
+    assert len(lefts) == 3 and lefts[0] > lefts[1] > lefts[2]
+
+
+def test_a_slider_whose_address_cannot_be_set_shows_the_right_evaluation(browser, run):  # noqa: F811
+    """Safari and Firefox refuse to change the address more than 100 or 200 times in ten seconds."""
+    browser.open((run / "run.html").as_uri())
+    browser.run("history.replaceState = () => { throw new DOMException('too often', 'SecurityError'); }")
+    browser.run("slider.focus()")
+    browser.key("ArrowLeft", 37)
+    assert browser.run("sample.textContent") == rows(run)[2]["sample"]
+    assert browser.run("label.textContent") == f"iteration {rows(run)[2]['iter']}"

@@ -410,7 +410,7 @@ def test_card_tells_what_the_checkpoint_says(tmp_path):
     for words in (
         f"{count:,} (", "1,200", "4,915,200", "1.5000 nats", f"{math.exp(1.5):.2f} per token", "`b04c8d1c`",
         "9,000,000 tokens, 40,000,000 bytes", f"{1.5 / math.log(2) * 100_000 / 450_000:.4f} of", "CC BY-SA",
-        "datasets: wikimedia/wikipedia", "language: simple", "random weights",
+        "datasets: wikimedia/wikipedia", 'language: "simple"', "random weights",
     ):  # fmt: skip
         assert words in text, words
 

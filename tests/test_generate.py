@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import select
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ from internals import checkpoint, text_stream
 from internals.cli import parse
 from internals.cpu_kernels import pack_weights
 from internals.start import UserError
+from internals.text_stream import TextStream, print_json
 from internals.tokenizer import load_tokenizer
 from model import GPT, KeyValueCache
 
@@ -779,3 +781,32 @@ def test_a_tokenizer_that_is_not_at_hand_is_one_clear_message(tmp_path):
     environment |= {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}  # nobody listens there
     path = save_checkpoint(tmp_path / "gpt2.pt", tokenizer="gpt2")
     assert_user_error(command(path, env=environment), "gpt2", "TIKTOKEN_CACHE_DIR")
+
+
+def test_a_long_run_of_blanks_is_a_prompt():
+    """In one call, so many blanks are more than the tokenizer's stack holds, and end in a panic of its own."""
+    text = "a" + 1_000_000 * " " + "b"
+    assert generate.encode(load_tokenizer("bytes"), text)[0] == ord("a")
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        gpt2 = load_tokenizer("gpt2")
+        assert gpt2.decode(generate.encode(gpt2, text)) == text
+
+
+def test_each_prompt_of_a_session_has_a_seed_that_makes_its_text(best):
+    command = ("generate.py", "--checkpoint", best, "--device", "cpu", "--json", "--max-new-tokens", 20, "--ignore-eot")
+    session = run_script(*command, "--interactive", "--seed", 7, input="one\ntwo\nthree\n")
+    rows = [json.loads(line) for line in session.stdout.splitlines() if line.startswith("{")]
+    assert [row["seed"] for row in rows] == [7, 8, 9], session.stderr
+    again = run_script(*command, "--prompt", "three", "--seed", 9)
+    assert json.loads(again.stdout)["text"] == rows[2]["text"]
+
+
+def test_json_leaves_no_control_character_for_a_terminal(capsys):
+    stream = TextStream(BYTES, (), False)
+    for byte in "\x9b31m\x7f".encode():
+        stream.push(byte)
+    stream.end()
+    print_json("\x9b", 1, iter([[stream]]))
+    line = capsys.readouterr().out
+    assert not re.search("[\x7f-\x9f]", line) and json.loads(line)["text"] == "\x9b31m\x7f"
+    assert json.loads(line)["prompt"] == "\x9b"

@@ -92,6 +92,9 @@ def test_a_race_in_pieces_is_the_same_race(tmp_path, monkeypatch, capsys):
     pieces = ("--state", tmp_path / "state.pt", "--minutes", 0, "--out", tmp_path / "pieces.json")
     assert "After 1 of 3 parts" in output(*pieces)
     assert "After 2 of 3 parts" in output(*pieces)
+    for other in (["--evaluations", 4], [f"--shape={SHAPE} --max-iters 9"]):
+        with pytest.raises(UserError, match="keeps this race with another length or --evaluations"):
+            output(*pieces, *other)
     assert "At the end" in output(*pieces)
     whole, parted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "pieces"))
     for name, curve in whole.items():

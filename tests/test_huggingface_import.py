@@ -292,6 +292,9 @@ def test_import_by_hub_id(foreign, tmp_path):
     result = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept
+    (repository / "snapshots" / commit / "model.safetensors").unlink()  # another program asked for the other files only
+    partly = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
+    assert_user_error(partly, "model.safetensors is not in this machine's cache", "go online")
     for name in ("somebody/else", "./no/such/folder"):
         assert_user_error(
             run_script("-c", FROM_THE_HUB, name, env=environment),

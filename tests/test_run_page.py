@@ -488,6 +488,12 @@ def test_html_replaces_its_own_pages_and_no_other_file(run, tmp_path):
         before = other.read_bytes()
         assert_user_error(run_script(*command, other), f"--html {other}", "is not marked as a page of this command")
         assert other.read_bytes() == before
+    half_written = tmp_path / "page.html.tmp"
+    half_written.write_text("mine, too")
+    assert_user_error(run_script(*command, page), "page.html.tmp is in the way; move it")
+    assert half_written.read_text() == "mine, too"
+    half_written.write_bytes(b"")  # of a killed command
+    assert run_script(*command, page).returncode == 0 and not half_written.exists()
     if os.name == "posix":
         os.mkfifo(tmp_path / "pipe")
         assert_user_error(run_script(*command, tmp_path / "pipe"), "is not marked as a page of this command")

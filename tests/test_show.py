@@ -43,3 +43,12 @@ def test_a_token_that_cannot_be_shown_is_a_message(tmp_path, capsys):
         assert "--show" in capsys.readouterr().err
     with pytest.raises(UserError, match="no such folder"):
         prepare(config(tmp_path / "none", "sample", show=((1,),)))
+
+
+def test_the_first_line_of_an_article_ends_with_the_article(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"A short row, number {number}."} for number in range(300)])
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    capsys.readouterr()
+    prepare(config(tmp_path / "out", "sample", show=((0,),)))
+    title = texts(tmp_path / "out", "train")[0]
+    assert f"in article 1: {title}\n" in capsys.readouterr().out
