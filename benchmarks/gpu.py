@@ -125,7 +125,23 @@ def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
     }
     for turn in (1, 2):  # far apart, to see how much a figure varies
         for preset in BATCH:
-            found[f"speed-{preset}-{turn}"] = partial(speed, args, folder, preset)
+            found[f"speed-{preset}-{turn}"] = partial(speed, args, folder, preset, BATCH[preset])
+    found["speed-wikipedia-256"] = partial(speed, args, folder, "wikipedia", 256)  # a whole iteration in a micro-step
+    if not args.small:
+        options = (
+            "--device",
+            "cuda",
+            "--batch-size",
+            BATCH["wikipedia"],
+            "--rounds",
+            3,
+            "--kernels",
+            "--only",
+            "ours",
+            "nano",
+        )
+        nanogpt = ("--nanogpt", args.nanogpt) if args.nanogpt else ()
+        found["kernels"] = lambda: {"output": script("benchmarks/train.py", *options, *nanogpt)}
     for preset in BATCH:
         found[f"optimizer-{preset}"] = partial(optimizer, args, preset)
     found["generating"] = lambda: {"output": script("benchmarks/generate.py")}
@@ -245,12 +261,12 @@ def loss(args: Gpu, compiled: str) -> Figures:
     return {"output": script("benchmarks/loss.py", *options)}
 
 
-def speed(args: Gpu, folder: Path, preset: str) -> Figures:
+def speed(args: Gpu, folder: Path, preset: str, batch_size: int) -> Figures:
     """Tokens/s and peak memory of ours, transformers and nanoGPT, one after another."""
     shape, file = with_preset(ModelConfig, preset), folder / "speed.tmp"
     cfg = with_preset(TrainConfig, preset)
     options = ("--batch-size", 1, "--rounds", 1, "--n-layer", 1) if args.small else (
-        "--batch-size", BATCH[preset], "--rounds", 20
+        "--batch-size", batch_size, "--rounds", 20
     )  # fmt: skip
     nanogpt = ("--nanogpt", args.nanogpt) if args.nanogpt else ()
     flags = ("--device", args.device, "--preset", preset, "--tokens-per-iter", cfg.tokens_per_iter, "--out", file)

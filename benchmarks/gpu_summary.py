@@ -20,10 +20,10 @@ def markdown(parts: Parts, machine: dict[str, str]) -> str:
     rate = parts["matrix-rate"]["figures"]["flops"] if "matrix-rate" in parts else None
     if rate:
         lines += ["## Matrix rate", f"{rate / 1e12:.1f} TFLOP/s in square bf16 products."]
-    for preset in ("wikipedia", "wikipedia-150m"):
-        turns = [parts[name]["figures"] for name in (f"speed-{preset}-1", f"speed-{preset}-2") if name in parts]
+    for part, ends in {"wikipedia": ("-1", "-2"), "wikipedia-256": ("",), "wikipedia-150m": ("-1", "-2")}.items():
+        turns = [parts[name]["figures"] for end in ends if (name := f"speed-{part}{end}") in parts]
         if turns:
-            lines += [f"## Training speed and memory: {preset}", *speed(turns, rate)]
+            lines += [f"## Training speed and memory: {part.removesuffix('-256')}", *speed(turns, rate)]
     optimizers = {name: parts[name]["figures"] for name in parts if name.startswith("optimizer-")}
     if optimizers:
         lines += ["## A step of the optimizer", optimizer_table(optimizers, rate)]

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py --nanogpt DIR                     the default shape, 16 sequences of 256 tokens
     python benchmarks/train.py --device cuda --batch-size 64     on a GPU: everyone bf16 and compiled
+    python benchmarks/train.py --device cuda --batch-size 64 --kernels    and what the GPU does in an iteration
 
 Peers are transformers' GPT-2 and, if `--nanogpt` names a checkout, nanoGPT. Each competitor runs in its own process, so that
 its peak memory is its own. In every round it makes a micro-step (forward and backward on the same random tokens) and a step
@@ -17,6 +18,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -50,6 +52,7 @@ class Comparison:
     vocab_size: int = ModelConfig.vocab_size  # tokens of the vocabulary
     out: str | None = None  # file for the figures, as JSON
     only: tuple[str, ...] = ()  # competitors whose names begin with these; empty: all
+    kernels: bool = False  # on a GPU: also an iteration without waits, and its longest kernels by PyTorch's profiler
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,7 +171,39 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
 
     while connection.recv():
         connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
+    if args.kernels:
+
+        def iteration() -> None:
+            for _ in range(args.tokens_per_iter // (args.batch_size * shape.block_size)):
+                micro_step(inputs, targets)
+            optimize()
+
+        print(f"\n{name}: {describe_kernels(iteration)}", flush=True)
     connection.send(peak_memory(Machine(resolve_device(args.device), torch.float32, "", 0, 1)).peak)
+
+
+def describe_kernels(iteration: Callable) -> str:
+    """The time of an iteration on a GPU without waits, the time in which the GPU works, and its longest kernels."""
+    iteration()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(20):
+        iteration()
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - begin) / 20
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        iteration()
+        torch.cuda.synchronize()
+    taken, counts = Counter(), Counter()
+    for event in profile.events():
+        # An optimizer's own range spans its kernels, and the gaps between them
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer."):
+            taken[event.name] += event.device_time_total  # microseconds
+            counts[event.name] += 1
+    head = f"{1e3 * wall:.1f} ms an iteration; the GPU works for {taken.total() / 1e3:.1f} ms in {counts.total():,} kernels"
+    rows = [f"{time / 1e3:9.2f} ms {counts[kernel]:6}  {kernel[:100]}" for kernel, time in taken.most_common(25)]
+    return "\n".join([head, *rows])
 
 
 class Competitor:
