@@ -128,20 +128,11 @@ def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
             found[f"speed-{preset}-{turn}"] = partial(speed, args, folder, preset, BATCH[preset])
     found["speed-wikipedia-256"] = partial(speed, args, folder, "wikipedia", 256)  # a whole iteration in a micro-step
     if not args.small:
-        options = (
-            "--device",
-            "cuda",
-            "--batch-size",
-            BATCH["wikipedia"],
-            "--rounds",
-            3,
-            "--kernels",
-            "--only",
-            "ours",
-            "nano",
-        )
+        options = ("--device", "cuda", "--batch-size", BATCH["wikipedia"], "--rounds", 3, "--kernels")
         nanogpt = ("--nanogpt", args.nanogpt) if args.nanogpt else ()
-        found["kernels"] = lambda: {"output": script("benchmarks/train.py", *options, *nanogpt)}
+        found["kernels"] = lambda: {
+            "output": script("benchmarks/train.py", *options, *nanogpt, "--only", "ours", "nano")
+        }
     for preset in BATCH:
         found[f"optimizer-{preset}"] = partial(optimizer, args, preset)
     found["generating"] = lambda: {"output": script("benchmarks/generate.py")}

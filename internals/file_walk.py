@@ -65,8 +65,9 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
     """
     walk = Walk()
     found = [Found(sample.parent, [sample]) if source == "sample" else walk.find(source) for source in sources]
-    root, written = found[0].root, {path.resolve() for path in ours}
-    paths = walk.each_once(path for part in found for path in part.paths if path.resolve() not in written)
+    root, written = found[0].root, {path.resolve(): path.name for path in ours}
+    everything = (path for part in found for path in part.paths)
+    paths = walk.each_once(p for p in everything if p.name not in written.values() or p.resolve() not in written)
     chosen, alone = [], [expanded(source) for source in sources]
     for part in found:
         inside = set(part.paths)
