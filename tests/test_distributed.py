@@ -17,7 +17,7 @@ from test_train import assert_same_end, metrics, tiny
 
 import train
 from config import PRESETS, TrainConfig
-from internals import checkpoint, processes
+from internals import checkpoint
 from internals.cli import with_preset
 from internals.machine import Machine
 from internals.processes import LOST_PROCESS, WRITING, Watch, is_failed_exchange, why_exchange_failed
@@ -242,7 +242,7 @@ def test_a_process_that_fails_ends_the_run_at_once(data_dir, tmp_path, fault):
 
 def test_an_exchange_fails_because_a_process_ended_or_else_with_its_own_reason(monkeypatch):
     monkeypatch.setattr(Watch, "current", None)  # of earlier tests
-    monkeypatch.setattr(processes, "FIRST_PROCESS_ENDED", threading.Event())
+    monkeypatch.setattr("internals.processes.FIRST_PROCESS_ENDED", threading.Event())
     failure = RuntimeError("[enforce fail at gloo/device.cc:84] rc != -1\nUnable to find address for: eth9")
     assert is_failed_exchange(failure)
     assert "exchange data (Unable to find address for: eth9); see docs/training.md" in why_exchange_failed(failure)
