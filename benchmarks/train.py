@@ -281,6 +281,8 @@ def table(results: dict[str, tuple[float, float, float, float]]) -> str:
 
 def main() -> None:
     args = tyro.cli(Comparison, description=__doc__)
+    if args.kernels and args.device != "cuda":
+        raise UserError("--kernels: needs --device cuda")
     results = compare(args)
     print(table(results) if results else "")
     if args.out:

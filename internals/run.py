@@ -131,7 +131,7 @@ def check_same_everywhere(run: Run) -> None:
     config.py and data. Their gradients would be added up, but every process would go its own way."""
     if run.machine.processes == 1:
         return
-    own = ("device", "dtype", "compile", "data_dir", "out_dir")  # may differ between machines
+    own = (*NOT_SETTINGS, "device", "dtype", "compile")  # may differ between machines
     settings = {name: value for name, value in run.cfg.settings().items() if name not in own}
     settings["data"] = describe_data(run.meta)["sha256"]
     everyone = [settings] * run.machine.processes
