@@ -2,8 +2,8 @@
 
 A field's default is what you get, and the comment beside it is its `--help` text. There are two ways to change it:
 
-    edit the default (or the preset's entry) in this file     learning_rate: float = 6e-4
-    or give the flag                                          python train.py --learning-rate 6e-4
+    edit the default (or the preset's entry) in this file     max_iters: Count = 8_000
+    or give the flag                                          python train.py --max-iters 8000
 
 A preset is a named set of other defaults (`PRESETS`, at the end). Flags win over the preset, the preset over the
 defaults. The dataclasses are frozen: a configuration never changes, and what follows from other values is a property
@@ -85,7 +85,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Preset(Checked):
-    preset: Literal["wikipedia", "wikipedia-150m", "laptop", "demo"] = "wikipedia"  # a set of defaults for all fields
+    preset: Literal["wikipedia", "wikipedia-150m", "laptop", "demo"] = "wikipedia"  # a named set of defaults
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,9 @@ class TrainConfig(Compute, DataDir):
     checkpoint_interval: Count = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # sends the rows of metrics.jsonl there, too
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also sends the rows of metrics.jsonl to this program
 
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: faster, after a minute; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on a GPU only
     seed: Seed = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -34,7 +34,7 @@ from torch import Tensor
 from config import TrainConfig
 from generate import generate_text
 from internals import checkpoint, pretrained
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.compilation import training_model
 from internals.device import held_by_others, unused_card
 from internals.machine import Machine, Outcome, make_machine
@@ -309,7 +309,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     eval_tokens = max(cfg.eval_tokens, model.config.block_size)  # ValidationWindows has at least one window
-    cfg = with_batch_size(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), machine)
+    cfg = resolve_batch_size(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     tokens, row = len(windows) * model.config.block_size, validation_row(val_loss, meta)

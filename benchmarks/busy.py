@@ -32,12 +32,12 @@ def measure(work: str, preset: str, seconds: float) -> float:
     from internals.cpu_kernels import pack_weights
     from internals.device import resolve_dtype
     from internals.optimizer import make_optimizer
-    from internals.run_length import with_numbers
+    from internals.run_length import resolve_model
     from model import GPT
 
     torch.manual_seed(0)
     cpu = torch.device("cpu")
-    shape = with_numbers(with_preset(ModelConfig, preset), epoch_tokens=10**9, epochs=1)
+    shape = resolve_model(with_preset(ModelConfig, preset), epoch_tokens=10**9, epochs=1)
     model, block_size = GPT(shape), shape.block_size
     if work == "generating":
         packed = pack_weights(model.to(resolve_dtype("auto", cpu, generating=True)[0]))

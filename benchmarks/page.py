@@ -33,7 +33,7 @@ from internals import report, samples
 from internals.cli import with_preset
 from internals.machine import make_machine
 from internals.run import Run, TrainState
-from internals.run_length import choose_numbers
+from internals.run_length import resolve_auto
 from internals.shards import read_meta, read_tokenizer
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -64,7 +64,7 @@ def main(args: Page) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = replace(with_preset(TrainConfig, args.preset), out_dir=folder)
         cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.n_vocab))
-        cfg = choose_numbers(cfg, cfg.max_iters * cfg.tokens_per_iter).cfg
+        cfg = resolve_auto(cfg, cfg.max_iters * cfg.tokens_per_iter).cfg
         split = {"tokens": len(tokens), "bytes": len(text.encode()), "articles": 1, "shards": []}
         meta = {"tokenizer": "-", "source": {}, "splits": {"train": split, "val": split}}
         machine, model = make_machine(cfg), GPT(cfg.model)

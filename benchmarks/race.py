@@ -34,11 +34,11 @@ import tyro
 
 import train
 from config import TrainConfig
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.cli import parse
 from internals.files import atomic_write, write_json
 from internals.run import Run, TrainState
-from internals.run_length import choose_numbers
+from internals.run_length import resolve_auto
 from internals.shards import read_meta
 from internals.start import UserError, run
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -101,7 +101,7 @@ class Ours:
     def __init__(self, name: str, cfg: TrainConfig, text: Text):
         machine = train.make_machine(cfg)
         windows = TrainingWindows(text.train, cfg.model.block_size, cfg.seed)
-        cfg = with_batch_size(choose_numbers(cfg, windows.per_epoch * cfg.model.block_size).cfg, machine)
+        cfg = resolve_batch_size(resolve_auto(cfg, windows.per_epoch * cfg.model.block_size).cfg, machine)
         self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         val_windows = ValidationWindows(text.val, cfg.model.block_size, cfg.eval_tokens)
         self.training_run = Run(cfg, {}, machine, windows, val_windows)
@@ -143,7 +143,7 @@ class NanoGPT:
 
     def __init__(self, folder: str, name: str, cfg: TrainConfig, text: Text):
         self.tokens, self.machine = np.concatenate(text.train.shards), train.make_machine(cfg)
-        cfg = with_batch_size(choose_numbers(cfg, len(self.tokens)).cfg, self.machine)
+        cfg = resolve_batch_size(resolve_auto(cfg, len(self.tokens)).cfg, self.machine)
         self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         self.tokens_per_iter, self.batch_size = cfg.tokens_per_iter, cfg.micro_batch_size(processes=1)
         self.cuda = self.machine.device.type == "cuda"

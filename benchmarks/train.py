@@ -36,7 +36,7 @@ from internals.device import resolve_device
 from internals.files import write_json
 from internals.machine import Machine
 from internals.memory import peak_memory
-from internals.run_length import with_numbers
+from internals.run_length import resolve_model
 from internals.start import UserError, run
 
 
@@ -236,7 +236,7 @@ def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
 
     On a GPU, a competitor that fails is missing.
     """
-    shape = with_numbers(with_preset(ModelConfig, args.preset), epoch_tokens=10**9, epochs=1)
+    shape = resolve_model(with_preset(ModelConfig, args.preset), epoch_tokens=10**9, epochs=1)
     shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size, dropout=0.0)
     names = list(competitors(args))
     if args.device == "cpu":

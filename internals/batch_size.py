@@ -12,11 +12,11 @@ USABLE = 0.9  # of a GPU's free memory; the rest is lost between blocks of the a
 CPU_TOKENS = 4096  # in a micro-step on other devices: the size at which benchmarks/train.py measures a CPU
 
 
-def with_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
+def resolve_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
     """`cfg` with a number for `--batch-size auto`: the largest that fits and divides `tokens_per_iter`.
 
     On a GPU it is what fits into the free memory of every process; otherwise a size at which a CPU is fast. A run
-    stores the number, so a resumed run keeps it.
+    stores the number. A resumed run keeps it unless it is given `--resume --batch-size auto`.
     """
     if cfg.batch_size != "auto":
         return cfg

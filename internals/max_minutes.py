@@ -23,7 +23,7 @@ from internals.optimizer import make_optimizer
 from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
-from internals.run_length import choose_numbers, most_iterations, tenth
+from internals.run_length import resolve_auto, most_iterations, tenth
 from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def fit_minutes(
     machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
 
     def dropout(iterations: int) -> float:
-        return choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
+        return resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
 
     # The number of iterations decides `--dropout auto`, and dropout changes an iteration's time
     for attempt in range(2):
@@ -87,7 +87,7 @@ def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timin
     """The most iterations that a run can do in this time; 0 if not even one fits."""
 
     def needed(iterations: int) -> float:
-        return timing.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
+        return timing.of_run(resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
 
     # One iteration more takes longer, except where the evaluation interval follows the length and jumps: then there are
     # fewer evaluations. So each stretch of lengths with the same interval is searched by itself.
@@ -104,7 +104,7 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
     fewest = most_iterations(dataclasses.replace(cfg, max_iters=FEWEST), epoch_tokens)
     if iterations >= fewest:
         return
-    shortest = choose_numbers(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
+    shortest = resolve_auto(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
     seconds = (passed + timing.of_run(shortest)) / (1 - MARGIN)
     # With more time, measuring takes longer: a third more for the evaluations, and the last iteration may begin late
     longer = measuring_seconds(seconds / 60) - measuring_seconds(cfg.max_minutes)

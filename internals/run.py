@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from config import NOT_SETTINGS, PRESETS, TrainConfig
 from internals import checkpoint, pretrained
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.cli import parse, with_preset
 from internals.files import locked, writing
 from internals.machine import Machine
@@ -29,7 +29,7 @@ from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
 from internals.run_folder import RUN_FILES, check_own, check_unused
-from internals.run_length import choose_numbers, keep_numbers
+from internals.run_length import resolve_auto, resolve_as_before
 from internals.settings import differences, read_settings, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
@@ -112,11 +112,11 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     if saved is None:
-        cfg, chosen = choose_numbers(cfg, train_windows.per_epoch * cfg.model.block_size)
-        run = Run(with_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
+        cfg, chosen = resolve_auto(cfg, train_windows.per_epoch * cfg.model.block_size)
+        run = Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
         check_same_everywhere(run)
         return run
-    cfg = with_batch_size(keep_numbers(cfg, saved["config"]), machine)
+    cfg = resolve_batch_size(resolve_as_before(cfg, saved["config"]), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)

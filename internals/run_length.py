@@ -13,12 +13,12 @@ DROPOUT = {0: 0.0, 2: 0.1, 8: 0.2}
 WIDTH = {0: 128, 500_000: 256}
 
 
-class Numbers(NamedTuple):
+class Resolved(NamedTuple):
     cfg: TrainConfig
     chosen: tuple[str, ...]  # what was chosen and why, in words
 
 
-def choose_numbers(cfg: TrainConfig, epoch_tokens: int) -> Numbers:
+def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
     """`cfg` with a number for each `auto` that depends on the text or the run, and with `max_iters` at most `max_epochs`.
 
     Args:
@@ -33,12 +33,12 @@ def choose_numbers(cfg: TrainConfig, epoch_tokens: int) -> Numbers:
         cfg = dataclasses.replace(cfg, eval_interval=tenth(cfg.max_iters))
         chosen.append(f"an evaluation every {cfg.eval_interval:,} (a tenth of the run)")
     epochs = cfg.max_iters * cfg.tokens_per_iter / epoch_tokens
-    model = with_numbers(cfg.model, epoch_tokens, epochs)
+    model = resolve_model(cfg.model, epoch_tokens, epochs)
     if "auto" in (cfg.model.n_embd, cfg.model.n_inner):
         chosen.append(f"{model.n_embd} dimensions, {model.n_inner:,} in the feed-forward layers")
     if cfg.model.dropout == "auto":
         chosen.append(f"dropout {model.dropout:g} (the text is read {epochs:.2g} times)")
-    return Numbers(dataclasses.replace(cfg, model=model), tuple(chosen))
+    return Resolved(dataclasses.replace(cfg, model=model), tuple(chosen))
 
 
 def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
@@ -54,7 +54,7 @@ def tenth(iterations: int) -> int:
     return round(number, -(len(str(number)) // 2))
 
 
-def with_numbers(model: ModelConfig, epoch_tokens: float, epochs: float) -> ModelConfig:
+def resolve_model(model: ModelConfig, epoch_tokens: float, epochs: float) -> ModelConfig:
     """`model` with a number for each `auto`, where a text of `epoch_tokens` tokens is read `epochs` times."""
     n_embd, n_inner, dropout = model.n_embd, model.n_inner, model.dropout
     if n_embd == "auto":
@@ -67,9 +67,14 @@ def with_numbers(model: ModelConfig, epoch_tokens: float, epochs: float) -> Mode
     return dataclasses.replace(model, n_embd=n_embd, n_inner=n_inner, dropout=dropout)
 
 
-def keep_numbers(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """`cfg` with what a run that is resumed has for each `auto`. `settings` are that run's."""
+def resolve_as_before(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """`cfg` with what a run that is resumed has for each `auto`. `settings` are that run's.
+
+    Only `--resume --batch-size auto` stays: it asks for a new number, for another GPU, say.
+    """
     if cfg.eval_interval == "auto":
         cfg = dataclasses.replace(cfg, eval_interval=settings["eval_interval"])
+    if cfg.batch_size == "auto" and cfg.auto_resume:
+        cfg = dataclasses.replace(cfg, batch_size=settings["batch_size"])
     model = {name: settings["model"][name] for name, value in vars(cfg.model).items() if value == "auto"}
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model))

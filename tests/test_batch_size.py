@@ -8,7 +8,7 @@ from conftest import REPO, assert_user_error, needs_fake_gpu, run_on_fake_gpu, r
 
 from config import TrainConfig
 from internals import checkpoint
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.cli import with_preset
 from internals.machine import Machine
 
@@ -18,7 +18,7 @@ GIB = 2**30
 def batch_size(device: str, preset: str = "wikipedia", processes: int = 1, **fields) -> int:
     cfg = dataclasses.replace(with_preset(TrainConfig, preset), batch_size="auto", **fields)
     machine = Machine(torch.device(device), torch.bfloat16, "", 0, processes)
-    return with_batch_size(cfg, machine).batch_size
+    return resolve_batch_size(cfg, machine).batch_size
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def card(monkeypatch):
 def test_a_number_stays_and_auto_is_stored_as_a_number():
     cfg = TrainConfig(batch_size=8)
     machine = Machine(torch.device("cpu"), torch.float32, "", 0, 1)
-    assert with_batch_size(cfg, machine) is cfg
-    assert isinstance(with_batch_size(TrainConfig(batch_size="auto"), machine).settings()["batch_size"], int)
+    assert resolve_batch_size(cfg, machine) is cfg
+    assert isinstance(resolve_batch_size(TrainConfig(batch_size="auto"), machine).settings()["batch_size"], int)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ STEPS = """
 import dataclasses, sys
 import torch
 from config import TrainConfig
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.cli import with_preset
 from internals.machine import make_machine
 from internals.optimizer import make_optimizer
@@ -86,7 +86,7 @@ from model import GPT
 
 cfg = dataclasses.replace(with_preset(TrainConfig, sys.argv[1]), batch_size="auto")
 machine = make_machine(cfg)
-cfg = with_batch_size(cfg, machine)
+cfg = resolve_batch_size(cfg, machine)
 model = GPT(cfg.model).to(machine.device)
 optimizer = make_optimizer(model, cfg, machine.device)
 tokens = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)

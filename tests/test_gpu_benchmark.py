@@ -14,7 +14,7 @@ from conftest import REPO, run_script, write_data
 
 import train
 from config import TrainConfig
-from internals.batch_size import with_batch_size
+from internals.batch_size import resolve_batch_size
 from internals.cli import parse
 from internals.start import UserError
 
@@ -162,7 +162,7 @@ def test_the_benchmarks_train_on_the_tokens_that_they_print(tmp_path, monkeypatc
     assert sum(seen) == cfg.tokens_per_iter
     seen.clear()
     machine = train.make_machine(cfg)
-    overhead.bare_loop(with_batch_size(cfg, machine), machine)
+    overhead.bare_loop(resolve_batch_size(cfg, machine), machine)
     assert sum(seen) == cfg.tokens_per_iter
 
 

@@ -22,7 +22,7 @@ from internals import checkpoint, max_minutes, report, start
 from internals.cli import with_preset
 from internals.preflight import Timing
 from internals.run import resume_settings
-from internals.run_length import DROPOUT, WIDTH, choose_numbers, tenth
+from internals.run_length import DROPOUT, WIDTH, resolve_auto, tenth
 from internals.settings import differences
 from internals.start import UserError
 from model import GPT
@@ -107,7 +107,7 @@ def test_as_many_iterations_as_fit(interval, seconds):
     count = max_minutes.iterations_within(seconds, cfg, 10**9, TIMING)
 
     def needed(iterations: int) -> float:
-        return TIMING.of_run(choose_numbers(dataclasses.replace(cfg, max_iters=iterations), 10**9).cfg)
+        return TIMING.of_run(resolve_auto(dataclasses.replace(cfg, max_iters=iterations), 10**9).cfg)
 
     assert needed(count) <= seconds
     assert all(needed(more) > seconds for more in range(count + 1, 2 * count + 20, max(1, count // 500)))
@@ -309,23 +309,23 @@ def test_what_auto_chooses():
     auto = TrainConfig(max_iters=100, tokens_per_iter=256, eval_interval="auto", model=ModelConfig(dropout="auto"))
 
     def chosen(epochs: float) -> TrainConfig:
-        return choose_numbers(auto, round(100 * 256 / epochs)).cfg
+        return resolve_auto(auto, round(100 * 256 / epochs)).cfg
 
     assert [chosen(n).model.dropout for n in (0.1, 1.9, 2, 7.9, 8, 400)] == [0, 0, 0.1, 0.1, 0.2, 0.2]
     assert list(DROPOUT) == sorted(DROPOUT)
     assert chosen(1).eval_interval == 10 and chosen(1).max_iters == 100
     limited = dataclasses.replace(auto, max_epochs=2.5)
-    assert choose_numbers(limited, 2_560).cfg.max_iters == 25
-    assert choose_numbers(limited, 25).cfg.max_iters == 1
-    assert choose_numbers(limited, 10**9).cfg.max_iters == 100
+    assert resolve_auto(limited, 2_560).cfg.max_iters == 25
+    assert resolve_auto(limited, 25).cfg.max_iters == 1
+    assert resolve_auto(limited, 10**9).cfg.max_iters == 100
     plain = TrainConfig()
-    assert choose_numbers(plain, 10) == (plain, ())
+    assert resolve_auto(plain, 10) == (plain, ())
 
 
 def test_the_width_follows_from_the_text():
     def shape(tokens: int, **sizes) -> tuple[int, int]:
         model = ModelConfig(**{"n_head": 4, "n_embd": "auto", "n_inner": "auto", **sizes})
-        chosen = choose_numbers(TrainConfig(model=model), tokens).cfg.model
+        chosen = resolve_auto(TrainConfig(model=model), tokens).cfg.model
         return chosen.n_embd, chosen.n_inner
 
     assert list(WIDTH) == sorted(WIDTH) and 0 in WIDTH
@@ -333,7 +333,7 @@ def test_the_width_follows_from_the_text():
     assert shape(10**9, n_inner=300) == (256, 300)
     assert shape(1, n_embd=96) == (96, 384)
     assert shape(1, n_head=12) == (132, 528)  # a multiple of the heads
-    text = choose_numbers(with_preset(TrainConfig, "laptop"), 93_000).chosen
+    text = resolve_auto(with_preset(TrainConfig, "laptop"), 93_000).chosen
     assert "128 dimensions, 512 in the feed-forward layers" in text
 
 
@@ -387,14 +387,14 @@ def test_the_preset_for_your_own_text_needs_no_flag(tmp_path, train_tokens):
 
 def test_a_chosen_number_is_no_difference_from_auto_and_another_word_is():
     preset = with_preset(TrainConfig, "laptop")
-    run = choose_numbers(preset, 100_000_000).cfg
+    run = resolve_auto(preset, 100_000_000).cfg
     assert isinstance(run.eval_interval, int) and run.model.dropout == 0.0
     assert differences(preset.settings(), run.settings(), preset.settings()) == {}
     other = dataclasses.replace(run, device="cpu", dtype="bfloat16", learning_rate=1.0)
     assert differences(run.settings(), other.settings(), run.settings()) == {
         "device": ("auto", "cpu"), "dtype": ("auto", "bfloat16"), "learning_rate": (run.learning_rate, 1.0), "min_lr": (run.final_lr, 0.1),
     }  # fmt: skip
-    less = choose_numbers(preset, 1_500_000).cfg  # 26 epochs
+    less = resolve_auto(preset, 1_500_000).cfg  # 26 epochs
     assert differences(run.settings(), less.settings(), run.settings()) == {"dropout": (0.0, 0.2)}
 
 

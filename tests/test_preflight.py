@@ -12,7 +12,7 @@ from internals.cli import with_preset
 from internals.device import Obstacle
 from internals.machine import Machine
 from internals.run import Run, TrainState
-from internals.run_length import choose_numbers
+from internals.run_length import resolve_auto
 from internals.start import UserError
 from model import GPT
 
@@ -30,7 +30,7 @@ def advice(machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikip
     cfg = with_preset(TrainConfig, preset)
     shape = {name: changes.pop(name) for name in list(changes) if hasattr(cfg.model, name)}
     cfg = dataclasses.replace(cfg, **changes, model=dataclasses.replace(cfg.model, **shape))
-    cfg = choose_numbers(cfg, train_tokens).cfg
+    cfg = resolve_auto(cfg, train_tokens).cfg
     with torch.device("meta"):
         model = GPT(cfg.model)
     windows = SimpleNamespace(per_epoch=train_tokens // cfg.model.block_size)
@@ -76,7 +76,7 @@ def test_a_cpus_speed_is_a_rate():
 
 
 def start(machine=CPU, preset="wikipedia", resumed_at=None, **changes) -> None:
-    cfg = choose_numbers(dataclasses.replace(with_preset(TrainConfig, preset), **changes), epoch_tokens=10**9).cfg
+    cfg = resolve_auto(dataclasses.replace(with_preset(TrainConfig, preset), **changes), epoch_tokens=10**9).cfg
     with torch.device("meta"):
         model = GPT(cfg.model)
     preflight.refuse_long_run_on_cpu(Run(cfg, {}, machine, None, None, resumed_at), model)

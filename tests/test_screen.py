@@ -20,7 +20,7 @@ from internals.cli import parse, with_preset
 from internals.machine import Machine
 from internals.reference import Reference
 from internals.run import Run, resume_settings
-from internals.run_length import choose_numbers
+from internals.run_length import resolve_auto
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
 
@@ -105,7 +105,7 @@ def test_long_texts_continue_below_themselves_and_break_at_spaces_alone():
 @pytest.mark.parametrize("columns", [80, 60, 40, 20])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_bar_fits_with_the_largest_numbers(monkeypatch, capsys, columns, preset):
-    cfg = choose_numbers(with_preset(TrainConfig, preset), epoch_tokens=10**9).cfg
+    cfg = resolve_auto(with_preset(TrainConfig, preset), epoch_tokens=10**9).cfg
     monkeypatch.setattr(screen, "terminal_width", lambda: columns)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = screen.TrainingBar(cfg, cfg.max_iters // 2, is_main=True)

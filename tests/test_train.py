@@ -267,6 +267,20 @@ def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path
     assert [row["iter"] for row in metrics(tmp_path)] == list(range(13))
 
 
+def test_auto_resume_keeps_the_batch_size_that_auto_stood_for(data_dir, tmp_path, monkeypatch):
+    def batch_size() -> int:
+        return checkpoint.load(tmp_path / "last.pt")["config"]["batch_size"]
+
+    train.train(tiny(data_dir, tmp_path, max_iters=6, batch_size="auto"))
+    began = batch_size()
+    assert began > 1
+    monkeypatch.setattr("internals.batch_size.CPU_TOKENS", 1)  # as if there was less memory now
+    train.train(tiny(data_dir, tmp_path, max_iters=8, batch_size="auto", auto_resume=True))
+    assert batch_size() == began
+    train.train(tiny(data_dir, tmp_path, max_iters=10, batch_size="auto", resume=True))
+    assert batch_size() == 1
+
+
 def test_a_run_cannot_end_before_the_iteration_that_it_has_reached(data_dir, tmp_path, monkeypatch):
     stop_at(monkeypatch, data_dir, tmp_path, 8)
     for fewer in (5, 9):
