@@ -6,21 +6,21 @@ A field's default is what you get, and the comment beside it is its `--help` tex
     or give the flag                                          python train.py --max-iters 8000
 
 A preset is a named set of other defaults (`PRESETS`, at the end). Flags win over the preset, the preset over the
-defaults. The dataclasses are frozen: a configuration never changes, and what follows from other values is a property
-or a method.
+defaults. The dataclasses are frozen, and what follows from other values is a property or a method.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Ranges: part of a field's type
+# The types and ranges of fields
 
 
 class Range(NamedTuple):
@@ -48,6 +48,7 @@ FilePath = Annotated[str, PATH]
 Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
 Strings = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --flag a b --flag c -> (("a", "b"), ("c",))
 Numbers = tyro.conf.UseAppendAction[tuple[tuple[int, ...], ...]]
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 
 
 def ranges(annotation: Any) -> Iterator[Range]:
@@ -68,15 +69,37 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nrt\\])", lambda match: characters[match[1]], text)
 
 
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """What a type allows: `int | Literal["auto"]` has int and "auto"."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Literal:
+        yield from parts
+    elif kind is tuple or not parts:
+        yield annotation
+    else:
+        yield from chain.from_iterable(map(alternatives, parts[:1] if kind is Annotated else parts))
+
+
+@functools.cache
+def rules(cls: type) -> list[tuple[str, list[Any], list[Range]]]:
+    """For each field its name, what its type allows, and the ranges in it."""
+    hints = get_type_hints(cls, include_extras=True)
+    return [(name, list(alternatives(hint)), list(ranges(hint))) for name, hint in hints.items()]
+
+
 class Checked:
-    """A dataclass whose values lie in the ranges of their types. Raises ValueError otherwise."""
+    """A dataclass whose numbers and choices are of their types, and its values in their ranges. Raises ValueError
+    otherwise. The command line makes sure of the types, but somebody may edit a default here, or a config.json."""
 
     def __post_init__(self):
-        for name, annotation in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            for range in ranges(annotation):
-                if value is not None:
-                    require(range.contains(value), f"--{name.replace('_', '-')} {value}: must be {range.words}")
+        for name, allowed, limits in rules(type(self)):
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            words = [kind for kind in allowed if isinstance(kind, str)]
+            if set(allowed) <= {*words, *KINDS}:
+                fits = value in words or type(value) in allowed or (type(value) is int and float in allowed)
+                require(fits, f"{flag} {value!r}: must be {' or '.join(KINDS.get(kind, kind) for kind in allowed)}")
+            for limit in limits if value is not None else ():
+                require(limit.contains(value), f"{flag} {value}: must be {limit.words}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,9 +266,9 @@ class TrainConfig(Compute, DataDir):
     checkpoint_interval: Count = 250  # iterations between saves of last.pt (each evaluation saves it too)
 
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
-    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also sends the rows of metrics.jsonl to this program
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also gets the rows of metrics.jsonl
 
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on a GPU only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on GPUs
     seed: Seed = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -351,8 +374,7 @@ class ExportConfig(CheckpointFile):
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults above: 30.0 million parameters, 1.05 billion tokens, 53 minutes of an RTX 4090 (calculated).
     "wikipedia": {},
-    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens (all of Wikipedia); fits 24 GB, 20 hours of
-    # an RTX 4090 (calculated).
+    # GPT-2's width and context, about 150 million parameters, all of Wikipedia; 24 GB and 20 hours of an RTX 4090 (calculated).
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,

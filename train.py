@@ -43,7 +43,7 @@ from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
 from internals.processes import is_failed_exchange, leave_processes, why_exchange_failed
-from internals.report import RunLog, already_finished, ending, startup, validation_row
+from internals.report import RunLog, already_finished, ending, startup, validation_row, window_text
 from internals.run import (
     Run,
     TrainState,
@@ -145,15 +145,16 @@ def train(cfg: TrainConfig) -> None:
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
-            # Only here does the program wait for the device, and the processes for each other
-            outcome = machine.wait(losses, norm, stop.is_set())
-            stop_if_not_finite(outcome, run, state, micro_batch.size)
-            stopping = outcome.stop
-
             # The step
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+
+            # Only here does the program wait for the device (in float16 also in scaler.step), and the processes for each
+            # other. It is after the step, so that a GPU always has work
+            outcome = machine.wait(losses, norm, stop.is_set())
+            stop_if_not_finite(outcome, run, state, micro_batch.size)
+            stopping = outcome.stop
             seconds = time.perf_counter() - begin
             state.iter, state.tokens = state.iter + 1, state.tokens + cfg.tokens_per_iter
             state.seconds += seconds
@@ -195,8 +196,8 @@ def forward_backward(
 def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size: int) -> None:
     """Raise UserError if a loss or the gradient is infinite or NaN. The message names the iteration and the text."""
     bad = [n for n, loss in enumerate(outcome.losses) if not math.isfinite(loss)]
-    # In float16 the scaler handles an overflow: it skips the step and halves the scale, until the scale is 1
-    rescued = state.scaler.is_enabled() and state.scaler.get_scale() > 1
+    # In float16 the scaler handled an overflow: it skipped the step and halved the scale, which must not fall below 1
+    rescued = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
     if not bad and (math.isfinite(outcome.grad_norm) or rescued):
         return
     block_size, tokens = run.cfg.model.block_size, batch_size * run.cfg.model.block_size
@@ -205,22 +206,16 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     starts = [str(run.train_windows.start(number)) for number in window_ids]
     shown = ", ".join(starts[:8]) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
     what = f"the loss of micro-step {bad[0] + 1} of {len(outcome.losses)}" if bad else "the gradient"
+    advice = f"Continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
+    if state.iter == run.resumed_at:  # that is what stopped here
+        advice = (
+            f"Begin a new run with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
+        )
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
-        f"norm {outcome.grad_norm:.3g}). The weights were not changed. The batch: windows of {block_size} tokens of the "
-        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}Continue from the last good checkpoint, "
-        f"{run.out_dir}/last.pt, with --resume and a lower --learning-rate{run.machine.or_float32}"
+        f"norm {outcome.grad_norm:.3g}). Nothing was saved since. The batch: windows of {block_size} tokens of the training "
+        f"split that begin at token {shown}. {window_text(run, window_ids[0])}{advice}{run.machine.or_float32}"
     )
-
-
-def window_text(run: Run, window_id: int) -> str:
-    """The text of a training window, as a sentence of a message; empty if there is no tokenizer."""
-    try:
-        tokenizer = load_tokenizer(run.tokenizer)
-    except UserError:
-        return ""
-    text = tokenizer.decode(run.train_windows.batch([window_id])[0].tolist(), errors="replace")
-    return f'The first reads: "{printable(text).replace(chr(10), " ")[:400]}". '
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,15 +240,18 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
-    if not math.isfinite(val_loss):
-        advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
-        if state.iter == 0:
-            advice = f"check the weights of {run.cfg.init_from}" if run.cfg.init_from else "start again"
-        advice += run.machine.or_float32
-        raise UserError(f"the validation loss at iteration {state.iter} is {val_loss}; {advice}")
+    advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
+    if state.iter == 0:
+        advice = f"check the weights of {run.cfg.init_from}" if run.cfg.init_from else "start again"
+    require_finite(val_loss, f"at iteration {state.iter}", advice + run.machine.or_float32)
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
     return best
+
+
+def require_finite(val_loss: float, whose: str, advice: str) -> None:
+    if not math.isfinite(val_loss):
+        raise UserError(f"the validation loss {whose} is {val_loss}; {advice}")
 
 
 def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
@@ -287,7 +285,7 @@ def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> st
     generator = torch.Generator(run.machine.device).manual_seed(run.cfg.seed + state.iter)
     try:
         return prompt + generate_text(state.model, tokenizer, prompt, SAMPLE_TOKENS, generator=generator, **SAMPLE)[0]
-    except (UserError, RuntimeError) as error:  # too little memory, say: no reason to end a run
+    except (UserError, RuntimeError, MemoryError) as error:  # no reason to end a run
         return f"no sample text: {first_line(error)}"
 
 
@@ -312,6 +310,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     cfg = resolve_batch_size(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
+    require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")
     tokens, row = len(windows) * model.config.block_size, validation_row(val_loss, meta)
     rows = {
         "model": name,
@@ -334,7 +333,7 @@ def main(cfg: TrainConfig) -> None:
             print(*map(printable, kept), sep="\n", end="\n" if kept else "")
         train(cfg)
         leave_processes()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             advice = held_by_others(0.5) or "take a smaller --batch-size, --block-size or model"
             raise UserError(f"out of memory; {advice}") from error

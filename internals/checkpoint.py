@@ -56,6 +56,18 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def load_last(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of last.pt. If it cannot be read, the message says how to go on without it."""
+    try:
+        return load(path, mmap)
+    except UserError as error:
+        best = path.with_name("best.pt")
+        if not best.exists():
+            raise
+        advice = f"to begin a new run with the best model, give --init-from {best} and another --out-dir"
+        raise UserError(f"{error}; {advice}") from error
+
+
 def check_file(path: Path) -> None:
     """Refuse what cannot be a checkpoint, and say what it is."""
     try:
@@ -176,7 +188,7 @@ class WithoutInit(TorchFunctionMode):
 
 @contextlib.contextmanager
 def fitting(message: str) -> Iterator[None]:
-    """Turn PyTorch's errors for weights or states that do not fit into a UserError: `MESSAGE (REASON)`."""
+    """Turn errors for weights, states or settings that do not fit into a UserError: `MESSAGE (REASON)`."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:

@@ -11,6 +11,7 @@ import tyro
 
 from config import PATH, PRESETS, ModelConfig, TrainConfig
 from internals.settings import read_settings, with_settings
+from internals.start import UserError
 
 C = TypeVar("C")
 
@@ -49,7 +50,10 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
     args = list(sys.argv[1:] if args is None else args)
     if default is None:
         preset = flag_value(args, "--preset", "wikipedia")  # for the defaults that --help shows; tyro checks the name
-        default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
+        try:
+            default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
+        except ValueError as error:  # a default, or an entry of PRESETS, that somebody edited
+            raise UserError(f"config.py: {error}") from error
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
             default = with_settings(default, read_settings(file))
     parsed = tyro.cli(

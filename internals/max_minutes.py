@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import gc
 import io
-import itertools
 import math
 import tempfile
 import time
@@ -23,7 +22,7 @@ from internals.optimizer import make_optimizer
 from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
-from internals.run_length import resolve_auto, most_iterations, tenth
+from internals.run_length import most_iterations, resolve_auto, tenth
 from internals.screen import wrap
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -90,13 +89,16 @@ def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timin
         return timing.of_run(resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
 
     # One iteration more takes longer, except where the evaluation interval follows the length and jumps: then there are
-    # fewer evaluations. So each stretch of lengths with the same interval is searched by itself.
-    most = 0
-    for _, stretch in itertools.groupby(range(1, 1 + max(0, int(seconds / timing.iteration))), key=tenth):
-        lengths = list(stretch)
-        if fitting := bisect.bisect_right(lengths, seconds, key=needed):
-            most = lengths[fitting - 1]
-    return most
+    # fewer evaluations. So each stretch of lengths with the same interval is searched by itself, the longest first.
+    longest = max(0, int(seconds / timing.iteration))
+    allowed = most_iterations(dataclasses.replace(cfg, max_iters=max(1, longest)), epoch_tokens)
+    lengths = range(1, 1 + min(longest, allowed))
+    while lengths:
+        begin = bisect.bisect_left(lengths, tenth(lengths[-1]), key=tenth)
+        if needed(lengths[begin]) <= seconds:
+            return lengths[begin:][bisect.bisect_right(lengths[begin:], seconds, key=needed) - 1]
+        lengths = lengths[:begin]
+    return 0
 
 
 def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing: Timing, passed: float) -> None:

@@ -42,7 +42,7 @@ class MicroBatch:
         while True:
             try:
                 return compute(self.size, *args)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 # An exchange that fails, even for lack of memory, has failed in this process alone
                 if isinstance(error, dist.DistError) or not is_out_of_memory(error):
                     raise

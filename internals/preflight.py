@@ -19,7 +19,7 @@ from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
 from internals.report import utilisation
 from internals.run import Run, TrainState
-from internals.run_folder import check_unused
+from internals.run_folder import check_own, check_unused
 from internals.screen import about, duration, given_command, lines, plural, size, wrap
 from internals.shards import verify
 from internals.start import UserError
@@ -83,6 +83,7 @@ def preflight(
     machine.print("All of this fits.")
     try:
         check_unused(run.out_dir)
+        check_own(run.out_dir)
     except UserError as error:
         machine.print(wrap(f"But {error}"))
     machine.print(f"Train: {given_command(without='--check')}")
@@ -181,7 +182,8 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
 
 def free_disk(out_dir: Path) -> int:
     """Bytes for checkpoints: the free space there, and the checkpoints of an earlier run, which this one replaces."""
-    return shutil.disk_usage(nearest_folder(out_dir)).free + sum(path.stat().st_size for path in out_dir.glob("*.pt"))
+    replaced = [path for path in (out_dir / "best.pt", out_dir / "last.pt") if path.exists()]
+    return shutil.disk_usage(nearest_folder(out_dir)).free + sum(path.stat().st_size for path in replaced)
 
 
 def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:

@@ -20,6 +20,7 @@ from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
 from internals.reference import Reference, bits_per_nat, find_reference
 from internals.run import Run, TrainState
+from internals.run_folder import parse_row
 from internals.run_page import run_page
 from internals.samples import sample_row
 from internals.screen import (
@@ -36,7 +37,7 @@ from internals.screen import (
 )
 from internals.settings import differences
 from internals.start import UserError, first_line
-from internals.tokenizer import tokenizer_name
+from internals.tokenizer import load_tokenizer, tokenizer_name
 from internals.trackers import Tracker
 
 NEXT_PAGE = 3600.0  # a page of a running run is overdue after so many seconds, or later
@@ -328,13 +329,14 @@ class Rows:
         self.waiting = []
 
 
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl or samples.jsonl. None for any other line."""
+def window_text(run: Run, window_id: int) -> str:
+    """The text of a training window, as a sentence of a message; empty if there is no tokenizer."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("iter"), int) else None
+        tokenizer = load_tokenizer(run.tokenizer)
+    except UserError:
+        return ""
+    text = tokenizer.decode(run.train_windows.batch([window_id])[0].tolist(), errors="replace")
+    return f'The first reads: "{printable(text).replace(chr(10), " ")[:400]}". '
 
 
 def plot(rows: list[dict[str, Any]], path: Path, reference: Reference | None) -> None:

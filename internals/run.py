@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
 from internals.run_folder import RUN_FILES, check_own, check_unused
-from internals.run_length import resolve_auto, resolve_as_before
-from internals.settings import differences, read_settings, upgrade, with_settings
+from internals.run_length import most_iterations, resolve_as_before, resolve_auto
+from internals.settings import as_typed, differences, read_settings, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
@@ -111,34 +110,35 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
         raise UserError(str(error)) from error
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
+    check_same_everywhere(cfg, meta, machine)
+    epoch_tokens = train_windows.per_epoch * cfg.model.block_size
     if saved is None:
-        cfg, chosen = resolve_auto(cfg, train_windows.per_epoch * cfg.model.block_size)
-        run = Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
-        check_same_everywhere(run)
-        return run
-    cfg = resolve_batch_size(resolve_as_before(cfg, saved["config"]), machine)
+        cfg, chosen = resolve_auto(cfg, epoch_tokens)
+        return Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
+    cfg = resolve_as_before(cfg, saved["config"])
+    if cfg.auto_resume and cfg.max_iters != saved["config"]["max_iters"]:  # equal: it may have been made longer
+        cfg = dataclasses.replace(cfg, max_iters=most_iterations(cfg, epoch_tokens))
+    cfg = resolve_batch_size(dataclasses.replace(cfg, max_epochs=None), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
     before = len(ValidationWindows(val_windows.stream, cfg.model.block_size, eval_tokens))
-    run = Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
-    check_same_everywhere(run)
-    return run
+    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
 
 
-def check_same_everywhere(run: Run) -> None:
+def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
     """Raise UserError if a process has other settings or text than process 0: each machine has its own command line,
-    config.py and data. Their gradients would be added up, but every process would go its own way."""
-    if run.machine.processes == 1:
+    config.py and data. Their gradients would be added up, but every process would go its own way, or wait for ever."""
+    if machine.processes == 1:
         return
-    own = (*NOT_SETTINGS, "device", "dtype", "compile")  # may differ between machines
-    settings = {name: value for name, value in run.cfg.settings().items() if name not in own}
-    settings["data"] = describe_data(run.meta)["sha256"]
-    everyone = [settings] * run.machine.processes
+    may_differ = {*NOT_SETTINGS, "device", "dtype"} - {"check", "max_minutes"}
+    settings = {name: value for name, value in cfg.settings().items() if name not in may_differ}
+    settings |= {**settings.pop("model"), "device": machine.device.type, "data": describe_data(meta)["sha256"]}
+    everyone = [settings] * machine.processes
     dist.all_gather_object(everyone, settings)
     for other in everyone:
-        if changed := differences(settings, other, settings):
-            values = ", ".join(f"{name}: {plain(one)} and {plain(two)}" for name, (one, two) in changed.items())
+        if changed := [name for name, value in settings.items() if value != other[name]]:
+            values = ", ".join(f"{name}: {as_typed(settings[name])} and {as_typed(other[name])}" for name in changed)
             raise UserError(f"the processes differ ({values}); give all machines the same command, config.py and data")
 
 
@@ -159,42 +159,41 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
         return Resumed(cfg, [])
     if cfg.resume and cfg.config:
         raise UserError("--config: only for a new run; change a resumed run with flags")
-    saved = checkpoint.load(last, mmap=True)["config"]
+    saved = checkpoint.load_last(last, mmap=True)["config"]
     preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
     data_dir = saved.get("data_dir", cfg.data_dir)
     usual = with_preset(TrainConfig, preset)
-    here = dataclasses.replace(usual, max_epochs=None, out_dir=cfg.out_dir, data_dir=data_dir)
+    # What sets a new run's max_iters does not set that of a resumed one, unless a flag asks for it
+    defaults = dataclasses.replace(usual, max_minutes=None, max_epochs=None, out_dir=cfg.out_dir, data_dir=data_dir)
     with checkpoint.fitting(f"{last}: its settings are not those of this version"):
-        then = with_settings(here, saved)
+        then = with_settings(defaults, saved)
     if cfg.config:  # --auto-resume, in whose command it stays
-        here = with_settings(here, read_settings(cfg.config))
-    resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, here))
+        defaults = with_settings(defaults, read_settings(cfg.config))
+    resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, defaults))
     if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
         raise UserError(
             f"--{given[0].replace('_', '-')}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
             "iterations; change that with --max-iters"
         )
-    resumed = dataclasses.replace(resumed, max_minutes=None, max_epochs=None)  # --auto-resume: they are for a new run
+    minutes, epochs = resumed.max_minutes or usual.max_minutes, resumed.max_epochs or usual.max_epochs
+    if cfg.auto_resume:  # the same command began the run, so its --max-iters means what it meant then
+        max_iters = then.max_iters if minutes else resumed.max_iters
+        resumed = dataclasses.replace(resumed, max_iters=max_iters, max_minutes=None, max_epochs=epochs)
     changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
     silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
-    if usual.max_epochs:  # max_iters may follow from it
+    if minutes or epochs:  # max_iters follows from them
         silent.add("max_iters")
     kept = [
-        f"kept from last.pt: {name} {plain(old)} (config.py: {plain(new)}); "
+        f"kept from last.pt: {name} {as_typed(old)} (config.py: {as_typed(new)}); "
         + (
             "a different value needs another --out-dir"
             if name in (*vars(resumed.model), "optimizer", "init_from")
-            else f"--{name.replace('_', '-')} {plain(new)} changes it"
+            else f"--{name.replace('_', '-')} {as_typed(new)} changes it"
         )
         for name, (old, new) in changed.items()
         if name not in silent
     ]
     return Resumed(resumed, kept)
-
-
-def plain(value: Any) -> str:
-    """A setting as it is typed in a command."""
-    return shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
@@ -234,7 +233,7 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
     if cfg.resume and not last.exists():
         raise UserError(f"--resume: there is no run in {cfg.out_dir} (no last.pt); leave --resume out to start one")
     if cfg.resume or (cfg.auto_resume and last.exists()):
-        saved = checkpoint.load(last)
+        saved = checkpoint.load_last(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
             raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
     elif not (cfg.overwrite or cfg.check):

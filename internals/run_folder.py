@@ -1,15 +1,15 @@
 """OUT_DIR, the folder of a run: its files, and whether a new run may use it."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from config import TrainConfig
 from internals import checkpoint
-from internals.settings import with_settings
 from internals.start import UserError
 
-# Everything that a run writes, but for config.json
+# What a new run deletes of an earlier one. It rewrites config.json, and trackers have files of their own
 RUN_FILES = ("last.pt", "best.pt", "metrics.jsonl", "samples.jsonl", "loss.png", "run.html", "tracker.json")
 
 
@@ -17,35 +17,69 @@ def check_own(out_dir: Path) -> None:
     """Raise UserError if files that a run would replace are there, but were not written by a run."""
     names = ["config.json", *RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES)]
     present = [name for name in names if os.path.lexists(out_dir / name)]
-    if present and not is_run_folder(out_dir):
+    if not present or has_settings(out_dir / "config.json"):  # the first file that a run writes
+        return
+    if not has_checkpoint(out_dir):
         raise UserError(
             f"--out-dir {out_dir} holds {', '.join(present)}, not written by train.py; give another --out-dir, or move "
             "what is there"
         )
+    if "config.json" in present:
+        raise UserError(
+            f"--out-dir {out_dir}: its config.json does not hold the settings of a run; delete it (train.py writes it "
+            "again from last.pt), or give another --out-dir"
+        )
 
 
-def is_run_folder(out_dir: Path) -> bool:
-    """Whether train.py wrote the files there. The first that it writes is config.json."""
+def has_settings(config_json: Path) -> bool:
+    """Whether a file has the form of a run's settings, those of another version among them."""
     try:
-        if os.path.lexists(out_dir / "config.json"):
-            with_settings(TrainConfig(), json.loads((out_dir / "config.json").read_bytes()))
-        else:
-            checkpoint.load(next(out_dir / name for name in ("last.pt", "best.pt") if (out_dir / name).exists()))
-    except (OSError, TypeError, ValueError, KeyError, UserError, StopIteration):
+        settings = json.loads(config_json.read_bytes())
+    except (OSError, ValueError):
         return False
-    return True
+    return isinstance(settings, dict) and {"max_iters", "tokens_per_iter", "model"} <= settings.keys()
+
+
+def has_checkpoint(out_dir: Path) -> bool:
+    for name in ("last.pt", "best.pt"):
+        with contextlib.suppress(UserError):
+            checkpoint.load(out_dir / name, mmap=True)
+            return True
+    return False
 
 
 def check_unused(out_dir: Path) -> None:
-    """Raise UserError if a new run would delete what an earlier one made."""
-    if (out_dir / "last.pt").exists():
+    """Raise UserError if a new run would delete what an earlier one made.
+
+    A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0, and rows of it: no loss.
+    """
+    last, best = out_dir / "last.pt", out_dir / "best.pt"
+    if last.exists():
         raise UserError(
             f"--out-dir {out_dir} holds a run (last.pt); continue it with --resume, delete it with --overwrite, or give "
             "another --out-dir"
         )
-    # A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0: no loss.
-    best = out_dir / "best.pt"
     if best.exists() and checkpoint.load(best, mmap=True)["iter"] > 0:
         raise UserError(
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
+    if last_iteration(out_dir / "metrics.jsonl") > 0:
+        raise UserError(
+            f"--out-dir {out_dir} holds the curves of a run whose checkpoints are gone (metrics.jsonl, run.html); delete "
+            "them with --overwrite, or give another --out-dir"
+        )
+
+
+def last_iteration(metrics: Path) -> int:
+    """The iteration of the last row; 0 if there is none."""
+    rows = [parse_row(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []
+    return max((row["iter"] for row in rows if row), default=0)
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl or samples.jsonl. None for any other line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("iter"), int) else None

@@ -45,7 +45,7 @@ def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
     """`max_iters`, or the iterations that `max_epochs` allows where these are fewer; at least 1."""
     if cfg.max_epochs is None:
         return cfg.max_iters
-    return min(cfg.max_iters, max(1, math.floor(cfg.max_epochs * epoch_tokens / cfg.tokens_per_iter)))
+    return max(1, math.floor(min(cfg.max_iters, cfg.max_epochs * epoch_tokens / cfg.tokens_per_iter)))
 
 
 def tenth(iterations: int) -> int:

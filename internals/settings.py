@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, A
         old = then.get(name, defaults[name])
         if isinstance(new, dict):
             changed |= differences(old, new, defaults[name])
-        elif old != new and not is_choice(old, new):
+        elif old != new and not stands_for_auto(old, new):
             changed[name] = (old, new)
     return changed
 
 
-def is_choice(old: Any, new: Any) -> bool:
+def stands_for_auto(old: Any, new: Any) -> bool:
     """Whether one is `auto` and the other a number that it may stand for."""
     return "auto" in (old, new) and any(isinstance(value, int | float) for value in (old, new))
+
+
+def as_typed(value: Any) -> str:
+    """A setting as it is typed in a command."""
+    return shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
@@ -37,9 +43,10 @@ def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     settings = upgrade(settings)
     model = dataclasses.replace(cfg.model, **settings["model"])
     taken = {name: value for name, value in settings.items() if name not in (*NOT_SETTINGS, "model")}
-    if math.isclose(taken.get("min_lr", 0.0), taken.get("learning_rate", 0.0) / 10):
-        taken["min_lr"] = None  # so that it follows a changed learning rate
-    return dataclasses.replace(cfg, **taken, model=model)
+    cfg = dataclasses.replace(cfg, **taken, model=model)
+    if math.isclose(cfg.final_lr, cfg.learning_rate / 10):
+        cfg = dataclasses.replace(cfg, min_lr=None)  # so that it follows a changed learning rate
+    return cfg
 
 
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:

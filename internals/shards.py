@@ -167,7 +167,11 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != META_FORMAT:
-            raise UserError(f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command}")
+            raise UserError(
+                f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command} and --overwrite"
+            )
+        if missing := {"source", "tokenizer", "vocab_size", "splits"} - meta.keys():
+            raise KeyError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"

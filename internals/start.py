@@ -187,7 +187,7 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
 def first_process_has_spoken() -> bool:
     """Let process 0 of a machine speak for all. If all fail alike, it ends while the others wait here, or torchrun ends
     them. If only this process failed, it speaks after three seconds."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if os.environ.get("LOCAL_RANK", "0") in ("0", ""):
         return False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

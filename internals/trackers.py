@@ -51,10 +51,10 @@ class Tracker:
         saved = read_record(path, self.name)
         id = saved.get("id") or new_id(run.out_dir)
         self.remember = lambda **values: write_json(path, {"tracker": self.name, "id": id, **values})
-        if saved:
-            self.sent = saved.get("sent", run_seconds(rows))
 
         def connect() -> None:
+            if saved:
+                self.sent = saved.get("sent", run_seconds(rows))
             self.store = STORES[self.name](run, id)
             since = self.sent - self.store.late
             for row in rows:

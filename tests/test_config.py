@@ -11,6 +11,7 @@ from conftest import run_script, unboxed
 from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, unescape
 from internals.cli import parse, with_preset
 from internals.settings import differences
+from internals.start import UserError
 
 COMMANDS = {
     "prepare_data.py": PrepareConfig,
@@ -137,6 +138,20 @@ def test_a_wrong_value_is_named_and_ends_with_status_2(cls, args, words, capsys)
     assert told.out == ""
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n_head", 5, "config.py: --n-head 5: must divide --n-embd 128"),
+        ("optimizer", "sgd", "config.py: --optimizer 'sgd': must be muon or adamw"),
+        ("tokens_per_iter", 1000, "config.py: --tokens-per-iter 1,000: must be a multiple of"),
+    ],
+)
+def test_an_impossible_value_in_the_file_is_one_message(monkeypatch, name, value, words):
+    monkeypatch.setitem(PRESETS["demo"], name, value)
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(TrainConfig, "", ["--preset", "demo"])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])

@@ -212,6 +212,9 @@ def limited(self, idx, targets=None, **rest):
     return forward(self, idx, targets, **rest)
 GPT.forward = limited""",
     "settings": "sys.argv += ['--learning-rate=5e-3'] * RANK",
+    "batch": "sys.argv += ['--batch-size=auto'] * RANK",
+    "minutes": "sys.argv += ['--max-minutes=1'] * RANK",
+    "check": "sys.argv += ['--check'] * RANK",
     "nan": """
 calls = iter(range(1000))
 def poisoned(self, idx, targets=None, **rest):
@@ -223,6 +226,9 @@ SAYS = {
     "killed": ["error: another process of this run ended"],
     "memory": ["error: out of memory at --batch-size 1; take a smaller --block-size or a smaller model"],
     "settings": ["error: the processes differ (learning_rate: 0.01 and 0.005); give all machines the same command"],
+    "batch": ["error: the processes differ (batch_size: 2 and auto)"],
+    "minutes": ["error: the processes differ (max_minutes: None and 1)"],
+    "check": ["error: the processes differ (check: False and True)"],
     "nan": ["error: the loss of micro-step 2 of 4 is not finite in iteration 4"],
 }
 

@@ -17,7 +17,7 @@ from test_distributed import torchrun, with_fault
 from test_train import assert_same_end, flags, metrics, run_command, tiny
 
 import train
-from config import ModelConfig, TrainConfig
+from config import PRESETS, ModelConfig, TrainConfig
 from internals import checkpoint, max_minutes, report, start
 from internals.cli import with_preset
 from internals.preflight import Timing
@@ -115,6 +115,13 @@ def test_as_many_iterations_as_fit(interval, seconds):
     assert max_minutes.iterations_within(-1.0, cfg, 10**9, TIMING) == 0
 
 
+def test_a_very_long_time_is_no_long_search():
+    cfg, timing = TrainConfig(eval_interval="auto", max_epochs=2.0), Timing(iteration=1e-3, evaluation=1e-3)
+    assert max_minutes.iterations_within(1e15, cfg, 65_536 * 50, timing) == 100
+    unlimited = dataclasses.replace(cfg, max_epochs=None)
+    assert max_minutes.iterations_within(1e5, unlimited, 10**9, timing) == pytest.approx(1e8, rel=0.001)
+
+
 def test_rarer_evaluations_leave_time_for_more_iterations():
     """140 iterations with an evaluation every 10 take 290 s, and 150 with one every 20 take only 240."""
     timing = Timing(iteration=1.0, evaluation=10.0)
@@ -174,6 +181,38 @@ def test_minutes_and_epochs_as_commands(data_dir, tmp_path):
     longer = run_command(data_dir, run, "--resume", "--max-iters=17")
     assert "max_iters 15 -> 17" in longer and max_iters(run) == 17
     assert metrics(run)[-1]["iter"] == 17
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_epochs": 5.0, "max_iters": 100}, {"max_minutes": 1.0, "max_iters": 100}],
+    ids=["epochs", "minutes"],
+)
+def test_the_same_command_for_a_scheduler_is_the_same_run(data_dir, tmp_path, monkeypatch, speed, capsys, length):
+    """--auto-resume with --max-iters beside --max-epochs or --max-minutes, stopped, continued, and given once more."""
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    train.train(tiny(data_dir, tmp_path / "straight", **length))
+    count, out_dir = max_iters(tmp_path / "straight"), tmp_path / "stopped"
+    assert count < 100
+    get_lr, stop = train.get_lr, lambda it: it == 6 and os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_lr", lambda it, cfg: (stop(it), get_lr(it, cfg))[1])
+        train.train(tiny(data_dir, out_dir, **length))
+    command = [*flags(data_dir, out_dir, **length), "--auto-resume"]
+    for _ in range(2):
+        cfg, _ = resume_settings(tiny(data_dir, out_dir, auto_resume=True, **length), command)
+        train.train(cfg)
+        assert max_iters(out_dir) == count
+    assert "is finished" in " ".join(capsys.readouterr().out.split())
+    assert_same_end(out_dir, tmp_path / "straight")
+
+
+def test_a_length_in_the_preset_does_not_keep_a_run_from_being_resumed(data_dir, tmp_path, monkeypatch, speed):
+    speed(Timing(iteration=2.0, evaluation=1.0))
+    train.train(tiny(data_dir, tmp_path, max_iters=3, preset="demo"))
+    monkeypatch.setitem(PRESETS["demo"], "max_minutes", 60.0)
+    cfg, _ = resume_settings(tiny(data_dir, tmp_path, resume=True, preset="demo"), ["--preset=demo", "--resume"])
+    assert (cfg.max_iters, cfg.max_minutes) == (3, None)
 
 
 def test_a_time_that_is_too_short_says_how_long_it_must_be(data_dir, tmp_path, speed):
@@ -318,6 +357,7 @@ def test_what_auto_chooses():
     assert resolve_auto(limited, 2_560).cfg.max_iters == 25
     assert resolve_auto(limited, 25).cfg.max_iters == 1
     assert resolve_auto(limited, 10**9).cfg.max_iters == 100
+    assert resolve_auto(dataclasses.replace(limited, max_epochs=1e305), 10**9).cfg.max_iters == 100
     plain = TrainConfig()
     assert resolve_auto(plain, 10) == (plain, ())
 

@@ -105,7 +105,7 @@ def test_folders_that_are_not_finished(tmp_path):
     ShardWriter(tmp_path, "train", 100).write(random_tokens(10))
     with pytest.raises(UserError, match="not finished"):
         read_meta(tmp_path)
-    for content in ("{", "[]", "{}", '{"format": 99}'):
+    for content in ("{", "[]", "{}", '{"format": 99}', '{"format": 1, "tokenizer": "bytes"}'):
         (tmp_path / "meta.json").write_text(content)
         with pytest.raises(UserError, match=r"meta\.json"):
             read_meta(tmp_path)

@@ -19,7 +19,7 @@ from conftest import REPO, run_script
 from test_train import assert_same_end, flags, quick, straight, tiny  # noqa: F401  (fixtures)
 
 import train
-from internals import trackers
+from internals import checkpoint, trackers
 
 BLOCK, HEADER = 32_768, 7  # of the log format of LevelDB, which wandb uses
 
@@ -208,6 +208,18 @@ def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypa
         train.train(tiny(data_dir, tmp_path, max_iters=max_iters, resume=max_iters > 8, tracker="wandb"))
         rows += [row["iter"] for row in store.rows] if store else []
     assert rows == list(range(21))
+
+
+def test_a_row_that_somebody_edited_costs_the_store_and_not_the_run(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trackers.STORES, "trackio", lambda run, id: Recorder())
+    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="trackio"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows[3]["seconds"] = "three"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tracker.json").write_text(json.dumps({"tracker": "trackio", "id": "1"}))
+    train.train(tiny(data_dir, tmp_path, max_iters=9, resume=True, tracker="trackio"))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == 9
+    assert "trackio" in capsys.readouterr().out
 
 
 def test_a_resumed_run_sends_the_last_seconds_again(data_dir, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from internals import checkpoint, preflight, reference, report
 from internals.cli import parse
 from internals.machine import make_machine
 from internals.run import Run, TrainState, resume_settings
+from internals.settings import read_settings
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -236,7 +237,7 @@ start.run(lambda: train.main(cli.parse(TrainConfig, "")), "Stopped.")
     assert before.returncode == 130 and "Traceback" not in before.stderr and "Stopped" in before.stderr, before.stderr
     assert not (tmp_path / "run").exists()
     twice = run_script("-c", source.format(twice=True))
-    assert twice.returncode == -signal.SIGINT and "Repeat to stop at once" in twice.stderr, twice.stderr
+    assert twice.returncode == -signal.SIGINT and "Ctrl-C stops at once" in twice.stderr, twice.stderr
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 
 
@@ -249,6 +250,17 @@ def stop_at(monkeypatch, data_dir, out_dir, it: int, **changes) -> None:
         )
         train.train(tiny(data_dir, out_dir, **changes))
     assert checkpoint.load(out_dir / "last.pt")["iter"] == it + 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_scheduler_may_signal_twice(data_dir, tmp_path, monkeypatch, capfd, name):
+    """It signals every process of a job, and a launcher passes its own signal on."""
+    get_lr, number = train.get_lr, getattr(signal, name)
+    twice = lambda it, cfg: ([os.kill(os.getpid(), number) for _ in range(2) if it == 3], get_lr(it, cfg))[1]  # noqa: E731
+    monkeypatch.setattr(train, "get_lr", twice)
+    train.train(tiny(data_dir, tmp_path))
+    assert checkpoint.load(tmp_path / "last.pt")["iter"] == 4
+    assert capfd.readouterr().err.count("Stopping after this iteration") == 1
 
 
 def test_a_finished_run_says_so_and_more_iterations_extend_it(data_dir, tmp_path, capsys):
@@ -404,6 +416,28 @@ def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
         assert_user_error(result, "--config", file, "not the config.json of a run")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("optimizer", "sgd", "--optimizer 'sgd': must be muon or adamw"),
+        ("compile", True, "--compile True: must be auto or on or off"),
+        ("max_iters", 1e4, "--max-iters 10000.0: must be a whole number"),
+        ("batch_size", "all", "--batch-size 'all': must be a whole number or auto"),
+        ("learning_rate", "high", "--learning-rate 'high': must be a number"),
+    ],
+)
+def test_an_edited_config_file_is_checked(tmp_path, name, value, words):
+    (tmp_path / "config.json").write_text(json.dumps({**TrainConfig().settings(), name: value}))
+    with pytest.raises(UserError, match=f"not the config.json of a run .{re.escape(words)}"):
+        read_settings(str(tmp_path / "config.json"))
+
+
+def test_an_edited_config_file_may_leave_min_lr_to_the_learning_rate(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TrainConfig().settings(), "min_lr": None}))
+    cfg = parse(TrainConfig, "", ["--config", str(tmp_path / "config.json"), "--learning-rate", "5e-3"])
+    assert cfg.min_lr is None and cfg.final_lr == 5e-4
+
+
 def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monkeypatch, capsys):
     train.train(tiny(data_dir, tmp_path, max_iters=8, eval_tokens=64))
     best = checkpoint.load(tmp_path / "best.pt")
@@ -426,7 +460,10 @@ def test_a_best_model_that_is_gone_is_written_anew(data_dir, tmp_path, monkeypat
     assert checkpoint.load(tmp_path / "best.pt")["iter"] == 20
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "RANK": "x"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "RANK": "x"}, {"LOCAL_RANK": "x"}, {"LOCAL_RANK": ""}],
+)
 def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
     result = run_script("train.py", *flags(data_dir, tmp_path / "run"), env={**os.environ, **environment})
     assert_user_error(result, "the environment has", "start several processes with torchrun, or unset")
@@ -458,6 +495,36 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
         train.train(tiny(data_dir, tmp_path))
     train.train(tiny(data_dir, tmp_path, overwrite=True))
     assert_same_end(tmp_path, straight)
+
+
+def test_the_curves_of_a_run_are_never_deleted_unasked(data_dir, tmp_path, straight):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    for name in ("best.pt", "last.pt"):  # moved away, to save room
+        (tmp_path / name).unlink()
+    for mode in ({}, {"auto_resume": True}):
+        with pytest.raises(UserError, match="holds the curves of a run whose checkpoints are gone"):
+            train.train(tiny(data_dir, tmp_path, **mode))
+    assert metrics(tmp_path) == metrics(straight)
+    train.train(tiny(data_dir, tmp_path, overwrite=True))
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_config_json_of_another_version_or_a_broken_one(data_dir, tmp_path, straight, capsys):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["activation"] = "relu2"  # a field that somebody added, and took back
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert "finished (20 iterations)" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{")
+    for mode in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"its config\.json does not hold the settings of a run; delete it"):
+            train.train(tiny(data_dir, tmp_path, **mode))
+    assert (tmp_path / "config.json").read_text() == "{"
+    (tmp_path / "config.json").unlink()
+    train.train(tiny(data_dir, tmp_path, resume=True))
+    assert_same_end(tmp_path, straight)
+    train.train(tiny(data_dir, tmp_path, overwrite=True, max_iters=1))
 
 
 @pytest.mark.parametrize(
@@ -559,7 +626,9 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     for again in ({"resume": True}, {"auto_resume": True}):
-        with pytest.raises(UserError, match=r"last.pt: is damaged"):
+        with pytest.raises(
+            UserError, match=r"last.pt: is damaged.*; .* give --init-from .*best.pt and another --out-dir"
+        ):
             train.train(tiny(data_dir, tmp_path, **again))
     (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
     with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(missing: best_val_loss"):
@@ -668,7 +737,7 @@ def poison(monkeypatch, where: str, call: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp_path, monkeypatch, straight, where):
+def test_not_a_number_stops_before_it_is_saved_and_names_the_batch(data_dir, tmp_path, monkeypatch, straight, where):
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         poison(patch, where, call=2 * 6 + 1)  # the second micro-step of the seventh iteration
         train.train(tiny(data_dir, tmp_path))
@@ -684,6 +753,9 @@ def test_not_a_number_stops_before_the_weights_and_names_the_batch(data_dir, tmp
     assert ("the loss of micro-step 2 of 2" if where == "loss" else "the gradient is not finite") in text
     saved = checkpoint.load(tmp_path / "last.pt")
     assert saved["iter"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"Begin a new run with --init-from .*best\.pt"):
+        poison(patch, where, call=0)  # last.pt itself leads there
+        train.train(tiny(data_dir, tmp_path, resume=True))
     train.train(tiny(data_dir, tmp_path, resume=True))
     assert_same_end(tmp_path, straight)
 
@@ -882,8 +954,20 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
     assert not (tmp_path / "new").exists()
+    (tmp_path / "loss.png").write_bytes(b"somebody's own")
+    train.train(tiny(data_dir, tmp_path, check=True))
+    assert "holds loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
+
+
+def test_evaluating_a_model_that_is_no_use_says_so(data_dir, tmp_path, straight):
+    best = checkpoint.load(straight / "best.pt")
+    best["model"]["transformer.ln_f.weight"] *= math.nan
+    tmp_path.mkdir(exist_ok=True)
+    checkpoint.save(tmp_path / "best.pt", best)
+    with pytest.raises(UserError, match=r"the validation loss of .*best.pt, iteration .* is nan; check its weights"):
+        train.train(tiny(data_dir, tmp_path, eval_only=True))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
