@@ -81,13 +81,18 @@ def nearest_folder(path: str | Path) -> Path:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make a rename in this folder survive a power cut. Windows has no such call, and needs none."""
+    """Make a rename in this folder survive a power cut, where the file system can. Windows has no such call.
+
+    VirtualBox's shared folders and some network drives refuse to sync a folder. By then the file is in its place, whole,
+    so the write has not failed.
+    """
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def sha256(path: str | Path) -> str:

@@ -4,10 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 
 import pytest
 
-from internals.files import atomic_write, sha256, system_error, write_json, writing
+from internals.files import atomic_write, sha256, system_error, write_json, write_text, writing
 from internals.start import UserError
 
 
@@ -51,6 +52,22 @@ def test_the_systems_error_is_found_behind_a_librarys_and_a_bug_stays_a_bug():
     with pytest.raises(RuntimeError, match="no error of the system"), writing("file"):
         raise RuntimeError("no error of the system")
     assert system_error(ValueError()) is None
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.EIO])
+def test_a_folder_that_cannot_be_synced_is_no_failed_write(tmp_path, monkeypatch, number):
+    """VirtualBox's shared folders, Docker's virtiofs, network drives under WSL."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    for text in ("old", "new"):
+        write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_json_is_written_as_people_read_it(tmp_path):
