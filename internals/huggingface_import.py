@@ -20,7 +20,9 @@ from torch import Tensor
 
 from config import ModelConfig
 from internals.checkpoint import WithoutInit, reading
+from internals.files import writing
 from internals.huggingface import ARCHITECTURE, TRANSPOSED
+from internals.network import refuse_local_failure
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer, tokenizer_name
 from internals.tokenizer_json import OWN_PRE_TOKENIZER, canonical, vocabulary
@@ -59,6 +61,8 @@ def fetch(source: str, names: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(names)))
     except Exception as error:  # the errors of huggingface_hub and of its HTTP library have no common base
+        with writing(f"{source}, in the hub's cache", advice="HF_HOME can name another folder"):
+            refuse_local_failure(source, error)
         raise UserError(
             f"{source}: there is no such file or folder, and the hub did not provide it ({type(error).__name__}); check "
             "the name, or go online"

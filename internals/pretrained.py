@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 OURS = ("best.pt", "last.pt")  # in order of preference
 OTHER_WEIGHTS = ("pytorch_model", "tf_model", "flax_model")  # beginnings of file names; these formats are not read
-FILE_NAMES = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json")  # a name with such an ending is not a hub id
+FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".gguf", ".json")  # a name with such an ending is not a hub id
 
 
 class Opened(NamedTuple):
@@ -176,19 +176,19 @@ def find(source: str) -> Checkpoint | HuggingFace:
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from error
     ours = [name for name in OURS if name in names]
-    theirs = [name for name in (WEIGHTS, INDEX, "config.json") if name in names]
-    if ours and WEIGHTS in theirs:
-        raise UserError(f"{source}: holds two models, {ours[0]} and {WEIGHTS}; name the file, or move one")
+    theirs = [name for name in (WEIGHTS, INDEX) if name in names]  # not config.json: train.py's has the same name
+    if ours and theirs:
+        raise UserError(f"{source}: holds two models, {ours[0]} and {theirs[0]}; name the file, or move one")
     if ours:
         return Checkpoint(path / ours[0])
+    if theirs:  # maybe beside the .gguf that llama.cpp made from it
+        return HuggingFace(str(path))
     if "meta.json" in names:
         raise UserError(f"{source}: is a data folder (it has a meta.json), not a model; name the folder of a run")
     if any(name.endswith(".gguf") for name in names):
         raise UserError(f"{source}: holds GGUF, which only llama.cpp reads; name the checkpoint that it was made from")
-    if any(name.startswith(OTHER_WEIGHTS) for name in names) and theirs in ([], ["config.json"]):
+    if any(name.startswith(OTHER_WEIGHTS) for name in names):
         raise without_weights(source)
-    if theirs:
-        return HuggingFace(str(path))
     raise UserError(
         f"{source}: holds no model: neither best.pt, which train.py writes, nor the config.json and model.safetensors of a "
         "GPT-2"
@@ -199,7 +199,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a name without a file is OWNER/NAME on the hub. If OWNER is a folder here, it is a misspelt path."""
     owner, _, name = source.partition("/")
     form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
-    return bool(form) and not os.path.isdir(owner) and not name.endswith(FILE_NAMES)
+    return bool(form) and not os.path.isdir(owner) and not name.endswith(FILE_ENDINGS)
 
 
 def missing(source: str) -> str:

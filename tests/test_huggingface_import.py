@@ -101,7 +101,7 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is not a BPE tokenizer"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: is damaged, or not JSON"),
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
-        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model"),
         (lambda f: os.truncate(f / "model.safetensors", 50_000), "is damaged"),
         (lambda f: change_weights(f, lambda w: w.pop("transformer.wpe.weight")), "transformer.wpe.weight"),
         (lambda f: change_weights(f, lambda w: w.update({"score.weight": torch.ones(2)})), "score.weight"),
@@ -264,6 +264,26 @@ def test_the_hub_is_asked_for_exactly_these_files(foreign, tmp_path, monkeypatch
         ["model.safetensors", "model.safetensors.index.json"],
         sorted(set(index["weight_map"].values())),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "could not be written (No space left on device); make room; HF_HOME can"),
+        (PermissionError(13, "Permission denied", "/cache/x"), "/cache/x: Permission denied; make room or make it writable"),
+        (OSError("no answer from the proxy"), "the hub did not provide it (OSError); check the name, or go online"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_takes_no_download_is_not_a_wrong_name(monkeypatch, error, words):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError) as caught:
+        pretrained.open_model("somebody/large")
+    assert "somebody/large" in str(caught.value) and words in str(caught.value)
 
 
 def test_import_refuses_more_positions_than_there_are(foreign, tmp_path):

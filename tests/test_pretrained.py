@@ -18,6 +18,7 @@ import train as training
 from config import ExportConfig, ModelConfig, TrainConfig
 from internals import checkpoint, pretrained
 from internals.cli import parse
+from internals.files import write_json
 from internals.shards import read_meta
 from internals.start import UserError
 
@@ -36,8 +37,11 @@ def places(tmp_path_factory) -> Path:
     for name, file_format in (("hf", "hf"), ("gguf", "gguf")):
         checkpoint_path = str(folder / "run" / "best.pt")
         export.export(ExportConfig(checkpoint=checkpoint_path, out_dir=str(folder / name), format=file_format))
-    for name in ("empty", "bin", "two"):
+    shutil.copytree(folder / "hf", folder / "converted")
+    (folder / "converted" / "converted-F32.gguf").touch()  # llama.cpp's converter writes into the model's folder
+    for name in ("empty", "bin", "two", "begun"):
         (folder / name).mkdir()
+    write_json(folder / "begun" / "config.json", TrainConfig().settings())  # a run killed before it saved anything
     (folder / "bin" / "config.json").write_bytes((folder / "hf" / "config.json").read_bytes())
     (folder / "bin" / "pytorch_model.bin").touch()
     (folder / "two" / "best.pt").touch()
@@ -51,7 +55,7 @@ def places(tmp_path_factory) -> Path:
 
 def test_generate_opens_all_that_hold_the_model(places):
     texts = set()
-    for name in ("run/best.pt", "run", "stopped", "stopped/last.pt", "hf"):
+    for name in ("run/best.pt", "run", "stopped", "stopped/last.pt", "hf", "converted"):
         result = run_script("generate.py", "--checkpoint", places / name, *QUIET)
         assert result.returncode == 0, result.stderr
         assert str(places / name) in result.stderr and "million parameters" in result.stderr
@@ -61,6 +65,7 @@ def test_generate_opens_all_that_hold_the_model(places):
 
 NO_MODEL = {
     "empty": "holds no model",
+    "begun": "holds no model",
     "data": "is a data folder",
     "data/train_000000.bin": "is a shard of tokens",
     "bin": "has no model.safetensors",
