@@ -10,9 +10,12 @@ from internals import start
 if __name__ == "__main__":
     start.begin()  # before the imports: PyTorch takes seconds, but mistakes and --help are answered at once
 
+    import sys
+
     from config import ExportConfig
     from internals.cli import parse
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the output cannot encode
     CFG = parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp.")
 
 import json
@@ -29,6 +32,7 @@ import torch
 
 from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
+from internals.memory import enough_memory
 from internals.pretrained import open_checkpoint
 from internals.screen import wrap
 from internals.start import UserError
@@ -53,13 +57,17 @@ LICENCE_UNKNOWN = (
 def export(cfg: ExportConfig) -> None:
     """Write the model of a checkpoint to the folder `out_dir`, which appears whole or not at all."""
     out_dir = Path(cfg.out_dir)
-    name = out_dir.name.encode("utf-8", "replace").decode()  # a path may hold any bytes, the files only text
+    name = as_text(out_dir.name)
     if os.path.lexists(out_dir):
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
+    full_path = str(out_dir.absolute())
+    if cfg.format == "hf" and full_path != as_text(full_path):
+        raise UserError(f"--out-dir {out_dir}: is not UTF-8, so safetensors cannot open it; name another folder")
     model, tokenizer, saved = open_checkpoint(cfg.checkpoint)
     dtype = getattr(torch, cfg.dtype)
     gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
-    with files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
+    too_large = f"--checkpoint {cfg.checkpoint}: too little memory to export it; use a machine with more memory"
+    with enough_memory(too_large), files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
         parent = files.nearest_folder(out_dir.parent)
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as temporary:
             folder = Path(temporary, "incomplete")
@@ -74,7 +82,8 @@ def export(cfg: ExportConfig) -> None:
                 written = gpt2_reference.read_gguf(folder)
             gpt2_reference.check(model, written)  # both are rounded, so the files hold exactly the model's weights
             usage = how_to_load(USAGE[cfg.format], name, tokenizer, model.config.block_size)
-            (folder / "README.md").write_bytes(model_card(name, saved, model, cfg.format, usage).encode())
+            card = as_text(model_card(name, saved, model, cfg.format, usage))  # it may name the path of --init-from
+            (folder / "README.md").write_bytes(card.encode())
             for path in folder.iterdir():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
@@ -85,6 +94,11 @@ def export(cfg: ExportConfig) -> None:
     print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
     needs = " (pip install transformers)" if cfg.format == "hf" else ""
     print(f"Load it{needs}: {loading_command(cfg, tokenizer, model.config.block_size)}")
+
+
+def as_text(path: str) -> str:
+    """A path may hold any bytes; those that are not UTF-8 become question marks."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def example(tokenizer: tiktoken.Encoding, context: int) -> tuple[str, int]:

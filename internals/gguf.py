@@ -40,6 +40,8 @@ def write_gguf(folder: Path, model: GPT, tokenizer: tiktoken.Encoding, name: str
         import gguf  # imported here: only this format needs it
     except ImportError as error:
         raise UserError("--format gguf: needs the gguf package; pip install gguf") from error
+    if not hasattr(gguf.ReaderField, "contents"):  # gpt2_reference.py reads the file with it
+        raise UserError("--format gguf: the gguf package is too old; pip install --upgrade gguf")
 
     c, vocab = model.config, vocabulary(tokenizer)
     writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])

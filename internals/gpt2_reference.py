@@ -132,7 +132,7 @@ def check(model: nn.Module, reference: GPT2) -> None:
         ours = copy.deepcopy(model).double()(idx[None])[0]
     except (RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
-            raise UserError("too little memory to check the exported files; use a machine with more memory") from error
+            raise  # export.py has a message for it
         raise something_else(f"they cannot be compared in float64: {first_line(error)}") from error
     if ours.shape != theirs.shape:
         raise something_else(f"its logits are {tuple(ours.shape)}, those of GPT-2 {tuple(theirs.shape)}")

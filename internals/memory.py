@@ -1,8 +1,9 @@
 """Running out of memory, the peak memory of a run, and the random state that a new attempt starts from."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from internals.device import held_by_others
 from internals.machine import Machine, OutOfMemoryElsewhere
 from internals.screen import plural
-from internals.start import UserError
+from internals.start import UserError, first_line
 from model import GPT
 
 T = TypeVar("T")
@@ -74,6 +75,17 @@ def is_out_of_memory(error: Exception) -> bool:
     """CUDA and Python have exceptions of their own for it. The CPU and MPS raise a RuntimeError that says so."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def enough_memory(message: str) -> Iterator[None]:
+    """Turn the errors for too little memory into a UserError: `MESSAGE (REASON)`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{message} ({first_line(error)})") from error
+        raise
 
 
 class Memory(NamedTuple):

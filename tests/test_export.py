@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import export
 from config import ExportConfig, ModelConfig, TrainConfig
-from internals import checkpoint
+from internals import checkpoint, huggingface
 from internals.cli import parse
 from internals.pretrained import open_model
 from internals.start import UserError
@@ -518,11 +518,42 @@ def test_full_disk_is_one_message_and_leaves_nothing(tmp_path, file_format):
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
-def test_gguf_without_its_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_message_and_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
     save_checkpoint(tmp_path / "best.pt", "bytes")
-    monkeypatch.setitem(sys.modules, "gguf", None)  # makes `import gguf` raise an ImportError
+    monkeypatch.setattr(huggingface, "write_huggingface", fail)
+    with pytest.raises(UserError, match=r"--checkpoint .*best\.pt: too little memory"):
+        export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out")))
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only here may a path hold any bytes")
+def test_paths_that_are_not_utf8(tmp_path):
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    settings = dataclasses.asdict(TrainConfig(model=ModelConfig(**SIZES, vocab_size=257), init_from="mod\udce8l"))
+    save_checkpoint(tmp_path / "best.pt", "bytes", config=settings)
+    out_dir, environment = tmp_path / "m\udce8", os.environ | {"PYTHONIOENCODING": "utf-8"}
+    command = ["export.py", "--checkpoint", tmp_path / "best.pt", "--out-dir", out_dir]
+    assert_user_error(run_script(*command, env=environment), "--out-dir", "is not UTF-8")
+    assert os.listdir(tmp_path) == ["best.pt"]
+    result = run_script(*command, "--format", "gguf", env=environment)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "\\udce8: " in result.stdout and "\nLoad it" in result.stdout
+    assert "| started from | `mod?l` |" in (out_dir / "README.md").read_text(encoding="utf-8")
+
+
+def test_gguf_without_its_package_or_with_an_old_one(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    save_checkpoint(tmp_path / "best.pt", "bytes")
     config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), format="gguf")
-    with pytest.raises(UserError, match="pip install gguf"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install gguf"):
+        patch.setitem(sys.modules, "gguf", None)  # makes `import gguf` raise an ImportError
+        export.export(config)
+    monkeypatch.delattr(gguf.ReaderField, "contents")  # before version 0.16
+    with pytest.raises(UserError, match="too old; pip install --upgrade gguf"):
         export.export(config)
     assert os.listdir(tmp_path) == ["best.pt"]
 
