@@ -36,14 +36,15 @@ from internals.bulk_encoding import pieces
 from internals.cpu_kernels import pack_weights
 from internals.device import attention_of_any_length, resolve_device, resolve_dtype, unused_card
 from internals.html_text import TextPage, check_page_path
-from internals.memory import is_out_of_memory
+from internals.memory import enough_memory
 from internals.pretrained import open_model
-from internals.start import UserError, first_line
-from internals.text_stream import TextStream, print_json, print_text, write
+from internals.start import UserError
+from internals.surprise import NOT_FINITE
+from internals.text_stream import ReaderGone, TextStream, print_json, print_text, write
 from model import GPT, KeyValueCache
 
 ONE_THREAD = 5e6  # parameters below which one thread generates as fast as two
-NOT_FINITE = "logits are infinite or NaN: training failed, or --dtype is too narrow (try float32)"
+PAGE_TOO_LARGE = "--html {}: does not fit into memory; try --device cpu, or leave it out"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
@@ -66,7 +67,7 @@ def main(cfg: GenerateConfig) -> None:
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
-    with enough_memory(too_large):
+    with enough_memory(PAGE_TOO_LARGE.format(cfg.html) if cfg.html else too_large):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
@@ -76,7 +77,7 @@ def main(cfg: GenerateConfig) -> None:
     writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
     with attention_of_any_length():
         if cfg.interactive:
-            interact(writer.answer)
+            interact(writer)
         else:
             writer.answer(prompt)
 
@@ -121,17 +122,6 @@ def read_stdin() -> str:
         raise UserError(f"--prompt -: stdin cannot be read ({error.strerror})") from error
 
 
-@contextlib.contextmanager
-def enough_memory(message: str) -> Iterator[None]:
-    """Turn PyTorch's errors for too little memory into a UserError: `MESSAGE (REASON)`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise UserError(f"{message} ({first_line(error)})") from error
-        raise
-
-
 @dataclass
 class Writer:
     """A loaded model that continues prompts as the command line says."""
@@ -151,17 +141,22 @@ class Writer:
         if len(ids) > context:
             say(f"the prompt has {len(ids):,} tokens: the model reads the last {context:,} of them")
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, self.generator)
-        streams = [TextStream(self.tokenizer, cfg.stop, cfg.ignore_eot) for _ in range(cfg.num_samples)]
-        steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
         several = f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"
         single = "the text does not fit into memory; close other programs, or use a smaller model"
         with enough_memory(several if cfg.num_samples > 1 else single):
-            if cfg.json:
-                print_json(prompt, self.generator.initial_seed(), steps)
-            else:
-                print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
+            streams = [TextStream(self.tokenizer, cfg.stop, cfg.ignore_eot) for _ in range(cfg.num_samples)]
+            steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
+            try:
+                if cfg.json:
+                    print_json(prompt, self.generator.initial_seed(), steps)
+                else:
+                    print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
+            except ReaderGone:
+                if not self.page:
+                    raise
+                deque(steps, maxlen=0)  # the page still has a reader: generate the rest of its text
         if self.page:
-            with enough_memory(f"--html {cfg.html}: does not fit into memory; try --device cpu, or leave it out"):
+            with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
                 self.page.write(self.drawn() if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
             say(f"Open this page in a browser: {cfg.html}")
 
@@ -172,19 +167,23 @@ class Writer:
         return f"temperature {self.cfg.temperature:g}{top_k}{top_p}, seed {self.generator.initial_seed()}"
 
 
-def interact(answer: Callable[[str], None]) -> None:
+def interact(writer: Writer) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D quits."""
     with contextlib.suppress(ImportError):  # Windows' Python lacks it, but Windows' terminal keeps a history
         import readline  # noqa: F401  (importing it gives input() a history and line editing)
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a byte that is not UTF-8 becomes U+FFFD
+    # Without a byte-order mark, as read_stdin does. A byte that is not UTF-8 becomes U+FFFD.
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")
     while True:
         try:
-            answer(input("> " if terminal else ""))
+            writer.answer(input("> " if terminal else ""))
         except KeyboardInterrupt:
-            write("\n")
+            if not sys.stdin.isatty():  # prompts from a file or a pipe, which has no Ctrl-D
+                raise
+            if terminal or not writer.cfg.json:  # among lines of JSON, an empty line is an error
+                write("\n")
         except EOFError:
             break
     if terminal:

@@ -42,8 +42,8 @@ ATTENTION = """<section><h2>{heading}</h2>
 <div class="heads" id="heads"></div>
 <p class="figure"><b id="head"></b></p>
 <p class="text" id="looks"></p>
-<p class="note">Each picture is a head's attention: a row for each token, a column for each token that it can look at, darker where
-it looks more. Choose a head, then point at a token of the text, or tap it: the colour shows where that token looks.</p>
+<p class="note">Each picture is a head's attention: a row for each token, a column for each token that it can look at. The colour is
+stronger where it looks more. Choose a head, then point at a token of the text, or tap it: the colour shows where that token looks.</p>
 <p class="note">A head mixes what it finds there into the token. What it finds has passed through the layers below, so attention
 shows where a head looks, not why.</p></section>"""
 
@@ -57,8 +57,12 @@ def check_page_path(path: str) -> None:
     try:
         if not file.parent.is_dir():
             raise UserError(f"--html {path}: there is no folder {file.parent}; make it first")
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(f"--html {path}: the folder {file.parent} cannot be written; name another one")
         if file.is_dir():
             raise UserError(f"--html {path}: is a folder; name a file in it")
+        if file.is_symlink():
+            raise UserError(f"--html {path}: is a link, which the page would replace; name the file itself")
         if file.exists() and not html_page.is_page(file, "text"):
             raise UserError(f"--html {path}: exists and is not marked as a page of this command; name another file")
         temporary = file.with_name(f"{file.name}.tmp")  # empty, or a part of a page, if this command was killed

@@ -9,9 +9,11 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from internals.start import UserError
 from model import GPT
 
 ALTERNATIVES = 3  # shown for each token
+NOT_FINITE = "logits are infinite or NaN: training failed, or --dtype is too narrow (try float32)"
 
 
 class Surprise(NamedTuple):
@@ -34,6 +36,9 @@ def surprise(model: GPT, ids: list[int]) -> Surprise:
 
     Returns:
         N = T - 1 rows.
+
+    Raises:
+        UserError: logits are infinite or NaN.
     """
     block_size, training = model.config.block_size, model.training
     keep = max(1, block_size // 2)
@@ -48,7 +53,10 @@ def surprise(model: GPT, ids: list[int]) -> Surprise:
             begin, known = begin + block_size + 1 - keep, keep - 1
     finally:
         model.train(training)
-    return Surprise(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    result = Surprise(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+    if not result.bits.isfinite().all():
+        raise UserError(NOT_FINITE)
+    return result
 
 
 def read_off(logits: Tensor, targets: Tensor) -> Surprise:

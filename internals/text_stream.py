@@ -13,6 +13,10 @@ from internals.screen import printable
 from internals.start import UserError, silence
 
 
+class ReaderGone(SystemExit):
+    """The reader of stdout has gone (`| head`). Unless somebody catches this, the command ends silently with status 0."""
+
+
 class TextStream:
     """The text of one sample while its tokens arrive. It never shows half a character or a part of a stop text.
 
@@ -107,12 +111,12 @@ def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> Non
 
 
 def write(text: str) -> None:
-    """Write to stdout at once. If the reader has gone (`| head`), the command ends silently."""
+    """Write to stdout at once. Raises `ReaderGone` if nobody reads it; later text is then dropped."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
         silence(sys.stdout)
         if isinstance(error, BrokenPipeError):
-            sys.exit(0)
+            raise ReaderGone from error
         raise UserError(f"the text could not be written to stdout ({error.strerror})") from error

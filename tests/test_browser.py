@@ -198,6 +198,16 @@ def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, t
     assert len(lefts) == 3 and lefts[0] > lefts[1] > lefts[2]
 
 
+def test_a_heading_from_right_to_left_ends_on_the_left(browser, run, tmp_path):  # noqa: F811
+    page = (run / "run.html").read_text(encoding="utf-8")
+    (tmp_path / "run.html").write_text(re.sub("<h1>.*?</h1>", "<h1>שלום עולם…</h1>", page), encoding="utf-8")
+    browser.open((tmp_path / "run.html").as_uri())
+    left = """(n) => { const range = document.createRange(), text = document.querySelector('h1').firstChild;
+        range.setStart(text, n); range.setEnd(text, n + 1); return range.getBoundingClientRect().left; }"""
+    first, last = browser.run(f"[0, 9].map({left})")
+    assert last < first
+
+
 def test_a_slider_whose_address_cannot_be_set_shows_the_right_evaluation(browser, run):  # noqa: F811
     """Safari and Firefox refuse to change the address more than 100 or 200 times in ten seconds."""
     browser.open((run / "run.html").as_uri())

@@ -3,15 +3,18 @@ and the command in terminals and pipes."""
 
 import concurrent.futures
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -545,7 +548,7 @@ def test_a_megabyte_on_stdin(best):
 
 def test_interactive_answers_line_by_line(best):
     greedy = ["--temperature", 0, "--max-new-tokens", 4]
-    bad = "one \udcff\ntwo\n"  # a byte that is not UTF-8 does not end the session
+    bad = "\ufeffone \udcff\ntwo\n"  # a byte-order mark is no text, a byte that is not UTF-8 does not end the session
     run = command(best, "--interactive", *greedy, input=bad, encoding="utf-8", errors="surrogateescape")
     assert run.returncode == 0, run.stderr
     single = command(best, "--prompt", "two", *greedy, encoding="utf-8")
@@ -606,6 +609,39 @@ def test_in_a_terminal_control_c_stops_the_text_and_control_d_leaves(best):
         os.close(main)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
+def test_prompts_from_a_pipe_end_with_control_c(best):
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", "--checkpoint", str(best), "--interactive", "--ignore-eot",
+         "--max-new-tokens", "100000000"],
+        cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdin.write(b"one\ntwo\n")
+    process.stdin.flush()
+    assert process.stdout.read(100).startswith(b"one")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.endswith(b"\nStopped.\n"), errors
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_control_c_leaves_no_empty_line_among_lines_of_json(monkeypatch, capsys, as_json):
+    """Prompts are typed, and the output goes to a file."""
+
+    class Keyboard(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    def answer(prompt):
+        if prompt == "one":
+            raise KeyboardInterrupt
+        print(prompt)
+
+    monkeypatch.setattr(sys, "stdin", Keyboard(io.BytesIO(b"one\ntwo\n")))
+    generate.interact(types.SimpleNamespace(cfg=GenerateConfig(json=as_json), answer=answer))
+    assert capsys.readouterr().out == ("two\n" if as_json else "\ntwo\n")
+
+
 def test_a_closed_pipe_ends_quietly(best):
     process = subprocess.Popen(
         [sys.executable, "generate.py", "--checkpoint", str(best), "--ignore-eot", "--max-new-tokens", "100000000"],
@@ -617,6 +653,22 @@ def test_a_closed_pipe_ends_quietly(best):
     errors = process.stderr.read().decode()
     assert len(errors.splitlines()) == 3 and "rror" not in errors, errors  # the model, the device and the seed
     process.stderr.close()
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--no-stream"]])
+def test_a_page_is_written_whether_or_not_somebody_reads_the_text(best, tmp_path, flags):
+    page = tmp_path / "page.html"
+    options = ["--ignore-eot", "--max-new-tokens", "40", "--num-samples", "2", "--html", str(page), *flags]
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", "--checkpoint", str(best), *options],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0 and f"Open this page in a browser: {page}" in errors, errors
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
+    assert [len(view["passage"]["text"]) for view in data["views"]] == [41, 41]  # after <|endoftext|>
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
@@ -704,13 +756,26 @@ def test_a_model_too_large_for_the_memory(best, monkeypatch, error, where):
         generate.main(GenerateConfig(checkpoint=str(best), device="cpu"))
 
 
-def test_a_page_too_large_for_the_memory(best, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["__init__", "write"])
+def test_a_page_too_large_for_the_memory(best, tmp_path, monkeypatch, where):
     def fail(*args):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(generate.TextPage, "write", fail)
+    monkeypatch.setattr(generate.TextPage, where, fail)
     with pytest.raises(UserError, match=r"--html .*page\.html: does not fit into memory; "):
         generate.main(GenerateConfig(checkpoint=str(best), device="cpu", html=str(tmp_path / "page.html")))
+
+
+def test_the_page_of_a_model_with_nan_weights_is_an_error(tmp_path):
+    """The model then reads the prompt, but generates nothing."""
+    model, page = random_model(vocab_size=257, block_size=32), tmp_path / "page.html"
+    torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
+    path = save_checkpoint(tmp_path / "nan.pt", model=model.state_dict())
+    with pytest.raises(UserError, match="infinite or NaN"):
+        generate.main(
+            GenerateConfig(checkpoint=str(path), prompt="abc", max_new_tokens=0, device="cpu", html=str(page))
+        )
+    assert not page.exists()
 
 
 def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best):
@@ -756,6 +821,15 @@ def test_invalid_utf8_on_stdin_is_one_clear_message(best):
     assert run.stderr.decode().splitlines() == [
         "error: --prompt -: stdin is not UTF-8 text (at byte 2); convert it first"
     ]
+
+
+def test_more_samples_than_the_memory_holds(best, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "TextStream", fail)
+    with pytest.raises(UserError, match="--num-samples 8: do not fit into memory; use fewer"):
+        generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -455,19 +455,24 @@ def test_the_heading_is_the_beginning_of_the_text(text, shown):
     assert html_text.heading(text) == shown
 
 
-def test_a_page_with_nowhere_to_go_is_refused_before_the_model_is_opened(tmp_path):
+def test_a_page_with_nowhere_to_go_is_refused_before_the_model_is_opened(tmp_path, monkeypatch):
     places = {
         tmp_path / "none" / "x.html": "there is no folder",
         tmp_path: "is a folder",
+        tmp_path / "link.html": "is a link",  # to a file that is not there now: the page would take its place
         tmp_path / f"{'x' * 300}.html": "cannot be read (File name too long)",
         tmp_path / ("x" * 300) / "x.html": "cannot be read (File name too long)",
     }
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
     for path, words in places.items():
         with pytest.raises(UserError) as caught:
             html_text.check_page_path(str(path))
         assert str(caught.value).startswith(f"--html {path}: ") and words in str(caught.value)
     result = run_script("generate.py", "--checkpoint", tmp_path / "nowhere.pt", "--html", tmp_path)
     assert_user_error(result, "--html", "is a folder")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot be written"):
+        html_text.check_page_path(str(tmp_path / "x.html"))
 
 
 def test_a_conversation_has_no_page(run, tmp_path):
