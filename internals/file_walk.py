@@ -15,7 +15,7 @@ from internals.start import UserError, first_line
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".txt")  # these may be compressed
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-KNOWN = ".parquet, .jsonl, .ndjson, .json or .txt (all but .parquet also .gz, .zst or .bz2)"
+KNOWN = ".parquet, .jsonl, .ndjson, .json, .txt or wiki_00 (all but .parquet also .gz, .zst or .bz2)"
 WIKI_EXTRACTOR = re.compile(r"wiki_\d+")  # AA/wiki_00
 
 
@@ -132,7 +132,7 @@ class Walk:
     def match(self, source: str, pattern: Path) -> Found:
         paths = []
         for path in sorted(self.expand(pattern)) if glob.has_magic(str(pattern)) else []:
-            if path.is_dir():
+            if os.path.isdir(path):  # unlike Path.is_dir, no error in a folder that may be listed but not entered
                 if "**" not in pattern.parts:
                     self.folders += 1
             elif self.is_regular(path):
@@ -151,9 +151,11 @@ class Walk:
         for number, part in enumerate(pattern.relative_to(start).parts):
             if part == "**":
                 last = number == len(pattern.relative_to(start).parts) - 1
-                matches = {p for m in matches if m.is_dir() for p in (self.files_in(m) if last else self.folders_in(m))}
+                matches = {
+                    p for m in matches if os.path.isdir(m) for p in (self.files_in(m) if last else self.folders_in(m))
+                }
             elif glob.has_magic(part):
-                names = ((m, entry.name) for m in matches if m.is_dir() for entry in entries(m))
+                names = ((m, entry.name) for m in matches if os.path.isdir(m) for entry in entries(m))
                 matches = {m / name for m, name in names if fnmatch.fnmatch(name, part) and self.is_visible(name, part)}
             else:
                 matches = {m / part for m in matches if os.path.lexists(m / part)}
@@ -166,11 +168,7 @@ class Walk:
         return True
 
     def is_regular(self, path: Path) -> bool:
-        try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)
-        except OSError as error:
-            reason = "it is a link to something that is gone" if path.is_symlink() else error
-            raise unreadable(path, reason) from error
+        regular = stat.S_ISREG(status_of(path).st_mode)
         if not regular:
             self.left_out["not a file (a pipe or a device)"] += 1
         return regular
@@ -188,7 +186,7 @@ class Walk:
         seen, own, linked = set(), [folder], []
         while own or linked:
             folder = own.pop() if own else linked.pop()
-            status = os.stat(folder)
+            status = status_of(folder)
             if (status.st_dev, status.st_ino) in seen:
                 self.left_out["already taken under another name"] += 1
                 continue
@@ -202,7 +200,7 @@ class Walk:
         """The paths, one for each file. Of several paths to a file, its own name is kept, not a link."""
         paths, names = list(paths), {}
         for path in paths:
-            status = os.stat(path)
+            status = status_of(path)
             names.setdefault((status.st_dev, status.st_ino), []).append(path)
         for several in names.values():
             if len(several) > 1:
@@ -224,6 +222,14 @@ class Walk:
             else:
                 self.left_out["".join(path.suffixes[-2:]).lower() or "without an extension"] += 1
         return chosen
+
+
+def status_of(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        reason = "it is a link to something that is gone" if os.path.islink(path) else error
+        raise unreadable(path, reason) from error
 
 
 def entries(folder: Path) -> list[os.DirEntry]:

@@ -123,8 +123,9 @@ def locked(folder: str | Path, flag: str, held: str, seconds: float = 0.0) -> It
     with writing(f"{flag} {folder}"):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise UserError(f"{flag} {folder}: is a file; give a folder") from error
+        except FileExistsError as error:  # its file name is the folder, or a part of the path to it
+            reason = "is a file" if os.path.exists(error.filename) else "is a link to something that is gone"
+            raise UserError(f"{flag} {error.filename}: {reason}; give a folder") from error
     descriptor = None
     try:
         descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)

@@ -21,6 +21,8 @@ SPINS = "1500"
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # a path that the system refuses
 
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # of a terminal
+
 BEGAN = time.monotonic()
 FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (internals/processes.py)
 
@@ -180,7 +182,7 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         return None
     if not first_process_has_spoken():
         with contextlib.suppress(OSError, ValueError):  # stderr may be gone; the exit status still tells
-            print(text, file=sys.stderr, flush=True)
+            print(text.translate(CONTROLS), file=sys.stderr, flush=True)
     return status
 
 

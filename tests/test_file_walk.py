@@ -67,6 +67,21 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
             found(tmp_path / source)
 
 
+@pytest.mark.parametrize("source", ["in", "in/*", "in/**/*.txt", "in/**"])
+def test_a_file_in_a_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch, source):
+    make(tmp_path, "in/a.txt")
+    stat = os.stat
+
+    def refuse(path, **kwargs):
+        if str(path).endswith("a.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied"):
+        found(tmp_path / source)
+
+
 @posix
 def test_what_is_left_out_is_counted_by_reason(tmp_path):
     make(
