@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, OWN_PATTERN
 
@@ -103,11 +104,17 @@ class GigatokenEncoder(TiktokenEncoder):
         """Begin with an empty cache."""
         import gigatoken
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "vocabulary")
-            path.write_bytes(self.vocabulary)
-            pattern, ends = GIGATOKEN_PATTERNS[self.encoding._pat_str], {END_OF_TEXT: self.encoding.eot_token}
-            self.fast = gigatoken.Tokenizer.from_tiktoken(path, pattern, ends)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "vocabulary")
+                path.write_bytes(self.vocabulary)
+                pattern, ends = GIGATOKEN_PATTERNS[self.encoding._pat_str], {END_OF_TEXT: self.encoding.eot_token}
+                self.fast = gigatoken.Tokenizer.from_tiktoken(path, pattern, ends)
+        except OSError as error:  # its callers would blame the data folder
+            raise UserError(
+                f"temporary folder {tempfile.tempdir or '(TMPDIR)'}: cannot be written ({error.strerror or first_line(error)}); "
+                "make room there, or point TMPDIR to another folder"
+            ) from error
         self.as_source, self.seconds = gigatoken.BytesSource, 0.0
 
     def joined(self, data: bytes) -> np.ndarray:
@@ -119,7 +126,7 @@ class GigatokenEncoder(TiktokenEncoder):
                 # Not a list: for a list it imports awkward, which takes longer than encoding a million tokens.
                 rows, _ = self.fast.encode_batch_padded(self.as_source(data), 0, parallel=False)
             except BaseException as error:
-                if type(error).__name__ != "PanicException":  # from a bug in its core; not an Exception
+                if not is_panic(error):
                     raise
                 self.build()
                 return super().joined(data)
@@ -138,17 +145,27 @@ def rank_lines(encoding: tiktoken.Encoding) -> bytes:
 
 @functools.cache
 def bulk_encoder(tokenizer: str) -> TiktokenEncoder:
-    """gigatoken if it is installed, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
+    """gigatoken if it is installed, works, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
     encoding = load_tokenizer(tokenizer)
     if encoding._pat_str not in GIGATOKEN_PATTERNS:
         return TiktokenEncoder(encoding)
     try:
         fast = GigatokenEncoder(encoding)
+        same = fast.joined(probe().encode()).tolist() == encoding.encode_ordinary(probe())
     except ImportError:
         return TiktokenEncoder(encoding, f"; {INSTALL_GIGATOKEN}")
-    if fast.joined(probe().encode()).tolist() != encoding.encode_ordinary(probe()):
+    except BaseException as error:  # another version may have another interface
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        return TiktokenEncoder(encoding, f": gigatoken {version('gigatoken')} does not work here ({first_line(error)})")
+    if not same:
         return TiktokenEncoder(encoding, f": on this machine, gigatoken {version('gigatoken')} gives other tokens")
     return fast
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it comes from a bug in gigatoken's core, which is written in Rust. It is not an Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def probe() -> str:
@@ -206,8 +223,8 @@ def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
 
     `"one two three" -> 7`: before a single blank or newline between two words near the end. Not every tokenizer's
     pattern ends a match there, so the tokenizer itself checks each cut. Text without such a place (Chinese) is cut
-    between other characters. If there is no place at all (a long run of blanks), the cut is at the end: then the tokens
-    may differ there, but they still decode to the exact text.
+    between other characters. If there is no place at all (a long run of blanks), the cut is at the end. There, and
+    inside a match of hundreds of characters, the tokens may differ, but they still decode to the exact text.
     """
     last = len(text) - CUT_CONTEXT
     offset = max(0, last - CUT_WITHIN)
@@ -222,8 +239,9 @@ def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
 def can_cut(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
     """Whether the characters around a cut have the same tokens with the cut and without it.
 
-    That is enough if a match of the pattern depends only on the text near it, as in all known tokenizers. It would fail
-    for a pattern that counts, such as one for pairs of words.
+    That is enough if a match of the pattern depends only on the text near it, as in all known tokenizers, and is not
+    longer than `CUT_CONTEXT`. Inside a longer one (a letter repeated a million times), the merges depend on where it
+    begins, and the tokens may differ. It would also fail for a pattern that counts, such as one for pairs of words.
     """
     left, right = text[max(0, cut - CUT_CONTEXT) : cut], text[cut : cut + CUT_CONTEXT]
     apart = encoding.encode_ordinary(left) + encoding.encode_ordinary(right)

@@ -4,6 +4,9 @@ import json
 import os
 import random
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from test_tokenizer import ALPHABET
 
 from internals import bulk_encoding
 from internals.bulk_encoding import PIECE, GigatokenEncoder, Texts, TiktokenEncoder, bulk_encoder, encode, pieces
+from internals.files import writing
+from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN
 from internals.tokenizer_training import train_tokenizer
@@ -211,6 +216,28 @@ def test_with_gigatoken_if_it_gives_the_same_tokens(no_encoder_yet, monkeypatch)
     monkeypatch.setattr(GigatokenEncoder, "joined", lambda self, data: TiktokenEncoder.joined(self, data[1:]))
     encoder = bulk_encoder("gpt2")
     assert type(encoder) is TiktokenEncoder and "gives other tokens" in encoder.summary
+
+
+@needs_gigatoken
+@pytest.mark.parametrize("error", [TypeError("from_tiktoken() takes 2 arguments"), PanicException("in Rust")], ids=repr)
+def test_a_gigatoken_that_does_not_work_is_not_used(no_encoder_yet, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=SimpleNamespace(from_tiktoken=fail)))
+    encoder = bulk_encoder(OWN)
+    assert type(encoder) is TiktokenEncoder and f"does not work here ({error})" in encoder.summary
+
+
+@needs_gigatoken
+def test_a_full_temporary_folder_is_named(no_encoder_yet, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    words = f"^temporary folder {tempfile.gettempdir()}: cannot be written .No space left on device.; .*TMPDIR"
+    with pytest.raises(UserError, match=words), writing("--data-dir"):
+        bulk_encoder(OWN)
 
 
 @needs_gpt2
