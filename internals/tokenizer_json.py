@@ -14,6 +14,7 @@ from internals.files import as_json, sha256_of
 from internals.start import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_TOKENS = 65_536  # different ones: in the shards they are uint16
 
 # GPT-2's pattern cuts a text into pieces, which are then encoded one by one. The bracket is ours. It holds everything
 # that does not look ahead, so fancy-regex runs that part as an automaton and only the rest step by step. The pieces are
@@ -84,7 +85,7 @@ def canonical(text: str, path: str) -> str:
     """A tokenizer.json as this project writes it. `tokenizers` and transformers may have saved it anew since.
 
     Raises:
-        UserError: it is not a tokenizer that prepare_data.py trained. `path` is for the message.
+        UserError: it is not a tokenizer that prepare_data.py trained, or too large. `path` is for the message.
     """
     try:
         ours = to_json(from_json(text))
@@ -93,6 +94,10 @@ def canonical(text: str, path: str) -> str:
         theirs, wanted = None, {}
     if theirs != wanted:
         raise UserError(f"{path}: is not a tokenizer that prepare_data.py trained (--tokenizer train)")
+    if len(theirs["model"]["vocab"]) > MOST_TOKENS:
+        raise UserError(
+            f"{path}: has {len(theirs['model']['vocab']):,} tokens; a shard can hold {MOST_TOKENS:,} at most"
+        )
     return ours
 
 

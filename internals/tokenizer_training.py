@@ -5,6 +5,7 @@ sample_texts       source -> training articles, spread over it, of bounded size
 train_tokenizer    texts -> the text of a tokenizer.json
 """
 
+import itertools
 import math
 import re
 import sys
@@ -47,9 +48,21 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> st
         return given_tokenizer(cfg.tokenizer)
     began = time.monotonic()
     print(f"training a tokenizer of {cfg.trained_size:,} tokens")
-    text = train_tokenizer(sample_texts(cfg, source, progress.tail), cfg.trained_size)
+    texts = filter(None, sample_texts(cfg, source, progress.tail))
+    if (first := next(texts, None)) is None:
+        raise UserError(without_training_text(cfg, progress.tail))
+    text = train_tokenizer(itertools.chain([first], texts), cfg.trained_size)
     print(f"trained {tokenizer_name(text)} in {time.monotonic() - began:.0f} s")
     return text
+
+
+def without_training_text(cfg: PrepareConfig, tail: bool) -> str:
+    if tail:  # the end of the text is held out, not whole documents
+        return f"--source {' '.join(cfg.sources)}: holds next to no text to train a tokenizer on; give more text"
+    return (
+        "--tokenizer train: all documents fall into the validation share, so there is no text to train on; give them "
+        "different ids, or leave the ids out, or give a smaller --val-fraction"
+    )
 
 
 def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress: Progress) -> None:
@@ -77,24 +90,27 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
     size, limit, val_fraction = sum(source.files[n].bytes for n in numbers), math.inf, cfg.held_out
     if tail:
         share, val_fraction = max(1 - 2 * cfg.held_out, (1 - cfg.held_out) / 2), 0.0
-        limit = share * (cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
-        size = min(share * size, limit)
-    before = position = seen = taken = 0  # the first two in bytes of the source, the others of text
+        chunks = (chunk for n in numbers for chunk in read_chunks(source.fetch(n), source.files[n].name, options))
+        total = sum(size_of(training_texts(chunk, val_fraction)) for chunk in chunks)
+        limit = share * min(total, cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
+        size *= limit / max(1, total)
+    before = seen = taken = 0  # the first in bytes of the source, the others of text
     for number in numbers:
         for chunk in read_chunks(source.fetch(number), source.files[number].name, options):
-            start, position = position, before + chunk.position
-            is_due = taken * size <= SAMPLE_BYTES * position
-            if is_due or limit < math.inf:
+            is_due = taken * size <= SAMPLE_BYTES * (before + chunk.position)
+            if is_due or tail:
                 texts = training_texts(chunk, val_fraction)
-                amount = sum(len(text.encode()) for text in texts)
-                room = min(limit - seen, amount * (size - start) / max(1, position - start)) if tail else math.inf
-                seen += amount
                 if is_due:
-                    taken += amount
-                    yield from first_bytes(texts, room)
-            if tail and (position >= size or seen >= limit):
+                    taken += size_of(texts)
+                    yield from first_bytes(texts, limit - seen)
+                seen += size_of(texts)
+            if seen >= limit:
                 return
         before += source.files[number].bytes
+
+
+def size_of(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def first_bytes(texts: list[str], room: float) -> Iterator[str]:

@@ -20,7 +20,7 @@ from conftest import REPO, assert_user_error, needs_wikipedia, run_script
 
 import prepare_data
 from config import ModelConfig, PrepareConfig, TrainConfig
-from internals import checkpoint, tokenizer_training
+from internals import checkpoint, reader, tokenizer_training
 from internals.articles import is_held_out
 from internals.bulk_encoding import Texts, TiktokenEncoder, bulk_encoder, encode
 from internals.files import sha256
@@ -30,7 +30,7 @@ from internals.start import UserError
 from internals.text_files import LocalFiles
 from internals.text_stream import TextStream
 from internals.tokenizer import given_tokenizer, load_tokenizer, tokenizer_name
-from internals.tokenizer_json import END_OF_TEXT, OWN_PATTERN, canonical, merges, to_json, vocabulary
+from internals.tokenizer_json import END_OF_TEXT, OWN_PATTERN, canonical, merges, own_tokenizer, to_json, vocabulary
 from internals.tokenizer_training import sample_texts, train_tokenizer
 from model import GPT
 from prepare_data import Pipeline, prepare
@@ -291,6 +291,17 @@ def test_the_end_that_will_be_held_out_is_not_in_the_sample(tmp_path, kind, limi
     assert most / 2 < len(got) <= most
 
 
+@pytest.mark.parametrize("giant", [0, 19])
+def test_unequal_rows_do_not_change_how_much_is_sampled(tmp_path, monkeypatch, giant):
+    """The place in a .parquet file is known in rows alone. A share of its text is not the same share of its rows."""
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 10_000)
+    rows = [{"text": " ".join(f"word{n}" for n in range(200_000 if number == giant else 3))} for number in range(20)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    cfg, source = source_of(tmp_path / "a.parquet", val_fraction=0.2)
+    got, text = "".join(sample_texts(cfg, source, tail=True)), "".join(row["text"] for row in rows)
+    assert text.startswith(got) and len(got) == int(0.6 * len(text))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare_data.py
 
@@ -354,6 +365,33 @@ def test_a_text_too_short_for_the_vocabulary(tmp_path):
     size = int(str(error.value).split("give --vocab-size ")[1].split(",")[0])
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", tokenizer="train", vocab_size=size))
     assert read_meta(tmp_path / "out")["vocab_size"] == size
+
+
+def test_ids_that_all_fall_into_the_validation_share_are_named(tmp_path):
+    id = next(str(n) for n in range(100) if is_held_out(str(n).encode(), 0.2))
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "id": id} for row in make_articles(100)])
+    with pytest.raises(UserError, match=r"^--tokenizer train: all documents fall into the validation share.*ids"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
+
+
+def test_a_bad_row_that_training_meets_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 10_000)  # so that the row is not in the first chunk
+    write_jsonl(tmp_path / "a.jsonl", [*make_articles(300), {"no": "text"}])
+    with pytest.raises(UserError, match=r"^a\.jsonl, line 301: has no 'text'"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
+
+
+def test_a_tokenizer_with_more_tokens_than_a_shard_can_name_is_refused(tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)]
+    pairs = [a + b for a in tokens for b in tokens]
+    for count, fits in ((65_279, True), (65_280, False)):
+        path = tmp_path / f"{count}.json"
+        path.write_text(to_json(own_tokenizer("large", tokens + pairs[:count])), encoding="utf-8")
+        if fits:
+            assert load_tokenizer(given_tokenizer(str(path))).n_vocab == 65_536
+        else:
+            with pytest.raises(UserError, match=r"has 65,537 tokens; a shard can hold 65,536"):
+                given_tokenizer(str(path))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.json.tmp"])
@@ -428,6 +466,14 @@ def test_a_tokenizer_that_is_trained_again_cuts_the_documents_too(tmp_path, monk
     )
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
     assert len(seen) == 2 and seen[0] != seen[1] == (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
+
+
+def test_a_tokenizer_that_is_trained_again_is_loaded_before_the_workers_begin(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "id": "1"} for row in make_articles(300)])
+    loaded, load = [], prepare_data.bulk_encoder
+    monkeypatch.setattr(prepare_data, "bulk_encoder", lambda tokenizer: (loaded.append(tokenizer), load(tokenizer))[1])
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
+    assert len(loaded) == 2 and loaded[1] == (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
 
 
 @posix
