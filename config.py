@@ -39,6 +39,7 @@ CountOrAuto = Annotated[int | Literal["auto"], Range("at least 1, or auto", lamb
 FractionOrAuto = Annotated[
     float | Literal["auto"], Range("at least 0 and below 1, or auto", lambda value: value == "auto" or 0 <= value < 1)
 ]
+Workers = Annotated[int, Range("from 1 to 256", lambda value: 1 <= value <= 256)]
 ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
 Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
@@ -160,7 +161,7 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True)
 class PrepareConfig(DataDir):
-    source: Strings = ()  # wikipedia (the hub's), sample (embedded), or files, folders, globs of .parquet, .jsonl, .ndjson, .json, .txt (all but .parquet also .gz, .zst, .bz2); several are one text; none: wikipedia, for demo the sample
+    source: Strings = ()  # wikipedia (the hub's), sample (embedded), or files, folders, globs of .parquet, .jsonl, .ndjson, .json, .txt, wiki_00 (WikiExtractor's); all but .parquet also .gz, .zst, .bz2; several are one text; none: wikipedia, for demo the sample
     preset_source: tyro.conf.Fixed[str] = "wikipedia"  # the source where no --source is given
     by_size: tyro.conf.Fixed[bool] = False  # vocab_size and val_fraction: None means by the source's size
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
@@ -174,9 +175,9 @@ class PrepareConfig(DataDir):
     val_fraction: Share | None = None  # share held out; None: 0.005 (sample: 0.1; laptop, demo: by the text's size)
     shard_tokens: ShardTokens = 100_000_000  # tokens in a shard file (2 bytes each)
     max_tokens: Count | None = None  # stop after about this many, at an article's end or inside a long one; None: all
-    workers: Count | None = None  # tokenizing threads; None: one for each CPU core, at most 8
+    workers: Workers | None = None  # tokenizing threads; None: one for each CPU core, at most 8
     keep_downloads: bool = False  # of --source wikipedia: keep the downloaded files, in the Hugging Face cache (12 GB for en); later runs find them
-    overwrite: bool = False  # delete the shards in data_dir and start again
+    overwrite: bool = False  # delete the shards in data_dir and start again; flags and files are checked first, but not every line of the text
     show: Numbers = ()  # write nothing, but print the text around these tokens of the training split in data_dir
 
     def __post_init__(self):
@@ -218,9 +219,10 @@ class PrepareConfig(DataDir):
         return unescape(self.separator)
 
     @property
-    def window(self) -> int:
-        """The context of the preset's model: `train.py` needs one window of validation text, two to train on."""
-        return PRESETS[self.preset].get("block_size", ModelConfig.block_size)
+    def least_tokens(self) -> dict[str, int]:
+        """What `train.py` needs of each split: one window of the preset's model to validate on, two to train on."""
+        window = PRESETS[self.preset].get("block_size", ModelConfig.block_size)
+        return {"val": window + 1, "train": 2 * window}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

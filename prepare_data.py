@@ -52,7 +52,7 @@ from internals.readers import read_chunks
 from internals.screen import command_to_train, given_command
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
-from internals.source_size import choose_by_size
+from internals.source_size import choose_by_size, refuse_short, refuse_short_source
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes
@@ -61,7 +61,7 @@ from internals.wikipedia import HubWikipedia
 from internals.windows import TokenStream
 
 MOST_WORKERS = 8  # by default: more gain nothing (docs/data.md), and each holds a copy of the vocabulary
-COMMIT_SECONDS = 1.0  # between saves of the progress: a killed run loses at most that much work
+COMMIT_SECONDS = 1.0  # between saves of the progress: a killed run loses that much work, and the chunks in hand
 LOCK_SECONDS = 10.0  # to wait for another run that is about to end
 LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
 
@@ -105,21 +105,21 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     progress.resolved = source.resolve(progress.resolved)
     print(source.summary())
     tokenizer = find_tokenizer(cfg, source, progress)
+    if not progress.tokens:
+        refuse_short_source(cfg, source, tokenizer)
     if cfg.overwrite:
-        folder.delete()  # only now: no mistake must cost the old shards
+        folder.delete()  # only now: a mistake in the flags, the files' form or the length must not cost the old shards
     write_tokenizer(tokenizer, cfg, source, progress)
     pipeline = Pipeline(cfg, source, progress, tokenizer)
     print(bulk_encoder(pipeline.tokenizer).summary)
 
-    # 3. Articles -> tokens -> shards
+    # 3. Articles -> tokens -> shards, and the result
     with resumable(data_dir, progress):
         if not progress.end:
             pipeline.tokenize_source()
         pipeline.finish()
-
-    # 4. The result
-    DataFolder(data_dir).delete_unfinished()
-    print_result(cfg, progress)
+        DataFolder(data_dir).delete_unfinished()
+        print_result(cfg, progress)
 
 
 @contextlib.contextmanager
@@ -146,9 +146,8 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
     else:
         hub_only = f"only for --source wikipedia, but the source is {' '.join(cfg.sources)}"
         refuse_flags(cfg, ("language", "dump", "revision", "keep_downloads"), hub_only)
-        ours = [
-            data_dir / name for name in ("meta.json", "progress.json", TOKENIZER_FILE)
-        ]  # inside the source, perhaps
+        # Not text, if the data folder lies inside a source of .json files.
+        ours = [data_dir / name for name in ("meta.json", "progress.json", TOKENIZER_FILE)]
         source = LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text), ours)
         types = {file_type(file.name) for file in source.files}
     if types == {".parquet"}:
@@ -199,6 +198,7 @@ class Pipeline:
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
         self.tokenizer = tokenizer
+        self.cut_off = False  # --max-tokens left out a part of the last chunk
         self.shards: dict[str, ShardWriter] = {}
         self.open_shards()
 
@@ -274,6 +274,7 @@ class Pipeline:
                 raise UserError(f"{path}: was written by another version; give --overwrite to start again")
             if chunk.first >= done:
                 yield chunk
+        self.source.fetch(number)  # raises if the file has changed while it was read
 
     def append(self, new: Tokens, name: str) -> None:
         """Write a chunk's tokens to the shards, up to --max-tokens. `name` is the chunk's file."""
@@ -283,7 +284,7 @@ class Pipeline:
             limit = max(self.cfg.max_tokens // 10, LEAST_CUT)
             new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.tokenizer))
             self.progress.end, self.progress.cut = "max_tokens", as_utf8_name(name) if is_cut else ""
-        self.left_out = len(new.tokens) < whole
+        self.cut_off = len(new.tokens) < whole
         for split_name, chosen in (("train", ~new.val), ("val", new.val)):
             self.shards[split_name].write(new.tokens[np.repeat(chosen, new.lengths)])
             split = self.progress.splits[split_name]
@@ -294,34 +295,32 @@ class Pipeline:
 
     def reached_max_tokens(self, work: Work) -> bool:
         """Whether --max-tokens is reached. If that is also the end of the source, `end` is set to "source"."""
-        if self.progress.end and not self.left_out and work.file == len(self.source.files):
+        if self.progress.end and not self.cut_off and work.file == len(self.source.files):
             self.progress.end = "source"
         return bool(self.progress.end)
 
     def finish(self) -> None:
-        """Check that both splits have text, name the shards, and write meta.json."""
-        if self.progress.tokens == 0:
-            raise UserError(
-                f"--source {' '.join(self.cfg.sources)}: holds no text ({self.progress.empty} empty articles)"
-            )
-        if not self.progress.tail and (reason := self.progress.missed_share(self.cfg.held_out)):
+        """Check that both splits are long enough, name the shards, and write meta.json."""
+        cfg, progress = self.cfg, self.progress
+        if not progress.tail and (reason := progress.missed_share(cfg)):
+            refuse_short(cfg, progress.tokens, progress.empty)  # before everything is prepared once more
             print(f"{reason}; the end of the text is held out instead")
             self.start_again_with_tail()
-        if self.progress.tail and self.progress.splits["val"].tokens == 0:
+        if progress.tail and progress.splits["val"].tokens == 0:
+            refuse_short(cfg, progress.tokens, progress.empty)
             self.hold_out_tail()
-        self.check_lengths()
         meta = {
             "format": META_FORMAT,
             "source": self.source.provenance(),
-            **shard_settings(self.cfg),
+            **shard_settings(cfg),
             "vocab_size": load_tokenizer(self.tokenizer).n_vocab,
             **({"tokenizer_sha256": sha256_of(self.tokenizer)} if is_json(self.tokenizer) else {}),
-            "end": self.progress.end,
-            "empty": self.progress.empty,
-            "repaired_files": self.progress.repaired_files,
+            "end": progress.end,
+            "empty": progress.empty,
+            "repaired_files": progress.repaired_files,
             "splits": {
                 name: {**dataclasses.asdict(split), "shards": self.shards[name].finish()}
-                for name, split in self.progress.splits.items()
+                for name, split in progress.splits.items()
             },
         }
         write_json(self.data_dir / "meta.json", meta)
@@ -335,6 +334,7 @@ class Pipeline:
             except UserError as error:
                 raise UserError(f"{error}; start again with --overwrite") from error
             write_tokenizer(self.tokenizer, self.cfg, self.source, self.progress)
+            bulk_encoder(self.tokenizer)  # built once here, not in each worker at the same time
         self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
         self.open_shards()
         self.tokenize_source()
@@ -344,35 +344,19 @@ class Pipeline:
         train, val = self.progress.splits["train"], self.progress.splits["val"]
         tokenizer, sizes = load_tokenizer(self.tokenizer), token_bytes(self.tokenizer)
         held_out = int(train.tokens * self.cfg.held_out)
+        before = next(self.shards["train"].tail(held_out + 1))[0]
         ends = 0
         for part in self.shards["train"].tail(held_out):
             self.shards["val"].write(part)
             val.bytes += int(sizes[part].sum())
             ends += int(np.count_nonzero(part == tokenizer.eot_token))
-        val.tokens, val.articles = held_out, max(0, ends - 1)  # the first of them began in the training split
+        # An article counts where it begins, and the first end may be that of an article which began before the cut.
+        val.tokens, val.articles = held_out, ends - int(before != tokenizer.eot_token)
         train.tokens, train.bytes, train.articles = (
             train.tokens - held_out, train.bytes - val.bytes, train.articles - val.articles,
         )  # fmt: skip
         self.commit()
         self.open_shards()  # which cuts the training split
-
-    def check_lengths(self) -> None:
-        """Refuse splits too short for the preset's model, and delete them: they hold too few tokens to keep."""
-        cfg, splits = self.cfg, self.progress.splits
-        needs = {"val": cfg.window + 1, "train": 2 * cfg.window}
-        for (split, need), flag in zip(needs.items(), ("larger", "smaller"), strict=True):
-            if splits[split].tokens < need:
-                total, have = self.progress.tokens, splits[split].tokens
-                share = math.ceil(1000 * need / total) / 1000
-                better = share if split == "val" else 1 - share
-                hint = f"give a {flag} one, such as {better:g}, or more text" if share < 0.5 else "give more text"
-                self.close_shards()
-                DataFolder(self.data_dir).delete()
-                self.progress.start_again()
-                raise UserError(
-                    f"--val-fraction {cfg.held_out:g}: leaves {have:,} of {total:,} tokens to the {split} split, and train.py "
-                    f"--preset {cfg.preset} needs {need:,}; {hint}"
-                )
 
 
 def count_cores() -> int:

@@ -74,8 +74,13 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
         len(articles) - len(kept),
         count_characters(texts),
         replaced,
-        frozenset(islice(dict.fromkeys(key[:40] for key in keys), FEW_IDS)),
+        frozenset(map(shortened, islice(dict.fromkeys(keys), FEW_IDS))),
     )
+
+
+def shortened(key: bytes) -> bytes:
+    """An id or a text in at most 40 bytes, for a message. Different ones stay different."""
+    return key if len(key) <= 40 else key[:28] + b"..." + hashlib.blake2b(key, digest_size=4).hexdigest().encode()
 
 
 def count_characters(texts: Texts) -> int:

@@ -24,8 +24,8 @@ class DataFolder:
     """The files of a data folder, and which of them are ours.
 
     Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them names,
-    and unfinished shards with our header. A missing file of ours, or a shard of ours that was cut short, does not stop
-    the command. A file that cannot be recognised as ours does.
+    and unfinished shards with our header. A missing file of ours, or a shard in `meta.json` that was cut short, does not
+    stop the command. A file that cannot be recognised as ours does.
     """
 
     def __init__(self, path: Path):
@@ -62,7 +62,7 @@ class DataFolder:
         length = self.recorded_length(split, int(number))
         if partial:
             return length > 0 or begins_as(path, UNFINISHED_HEADER)
-        sizes = [HEADER_BYTES + 2 * entry["tokens"] for entry in self.meta_entries(split) if entry["file"] == path.name]
+        sizes = [HEADER_BYTES + 2 * tokens for name, tokens in self.meta_entries(split) if name == path.name]
         if sizes:
             return path.stat().st_size == sizes[0] or has_magic(path)
         return length > 0 and path.stat().st_size == HEADER_BYTES + 2 * length and has_magic(path)
@@ -75,9 +75,10 @@ class DataFolder:
     def is_own_tokenizer(self, path: Path) -> bool:
         return path.is_file() and sha256(path) in self.tokenizers()
 
-    def meta_entries(self, split: str) -> list[dict[str, Any]]:
+    def meta_entries(self, split: str) -> list[tuple[str, int]]:
+        """The name and the number of tokens of each shard in `meta.json`."""
         with contextlib.suppress(KeyError, TypeError):
-            return self.meta["splits"][split]["shards"]
+            return [(entry["file"], entry["tokens"]) for entry in self.meta["splits"][split]["shards"]]
         return []
 
     def recorded_length(self, split: str, index: int) -> int:
@@ -132,8 +133,9 @@ def own_json(path: Path) -> dict[str, Any] | None:
     """A JSON file that this command wrote; None if it is missing, foreign or damaged."""
     try:
         value = json.loads(path.read_bytes())
-        return value if {"format", "source", "tokenizer", "splits"} <= value.keys() else None
-    except (OSError, ValueError, AttributeError, RecursionError):
+        is_own = {"format", "source", "tokenizer", "splits"} <= value.keys() and "kind" in value["source"]
+        return value if is_own else None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
 
 

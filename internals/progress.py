@@ -14,7 +14,7 @@ from tqdm import tqdm
 from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
 from internals.files import nearest_folder, sha256_of, write_json
-from internals.screen import command_to_train, duration, plural, wrap
+from internals.screen import command_to_train, duration, plural, printable, wrap
 from internals.settings import differences
 from internals.shards import META_FORMAT
 from internals.start import UserError
@@ -76,22 +76,24 @@ class Progress:
             found = {id.decode("utf-8", "replace") for id in new.ids}
             self.ids = sorted(found.union(self.ids))[:FEW_IDS]
 
-    def missed_share(self, wanted: float) -> str:
+    def missed_share(self, cfg: PrepareConfig) -> str:
         """Why choosing whole documents misses the share to hold out; empty if it does not.
 
-        0.5 to 1.5 times the share is near enough, in documents and in tokens. An excess of two percent of all tokens
-        does no harm.
+        0.5 to 1.5 times the share is near enough, in documents and in tokens, if both splits are then long enough to
+        train on. An excess of two percent of all tokens does no harm.
         """
+        wanted, splits = cfg.held_out, self.splits
         if self.documents < FEW_DOCUMENTS:
             return f"{plural(self.documents, 'document')} are too few to choose from"
-        of_documents = self.splits["val"].articles / self.documents
+        of_documents = splits["val"].articles / self.documents
+        enough = all(splits[name].tokens >= need for name, need in cfg.least_tokens.items())
         too_many = self.held_out > max(1.5 * wanted, wanted + 0.02)
-        if abs(of_documents - wanted) <= wanted / 2 and self.held_out >= wanted / 2 and not too_many:
+        if abs(of_documents - wanted) <= wanted / 2 and self.held_out >= wanted / 2 and enough and not too_many:
             return ""
         text = f"choosing whole documents holds out {100 * self.held_out:.3g}% of the tokens, not {100 * wanted:.3g}%"
         if len(self.ids) < FEW_IDS:
-            ids = "the same id" if len(self.ids) == 1 else f"one of {len(self.ids)} ids"
-            text += f", because all {self.documents:,} have {ids}: {', '.join(self.ids)}"
+            ids = "the same id or text" if len(self.ids) == 1 else f"one of {len(self.ids)} ids or texts"
+            text += f", because all {self.documents:,} have {ids}: {printable(', '.join(self.ids))}"
         return text
 
     def start_again(self) -> None:
@@ -267,7 +269,7 @@ class Display:
 def print_result(cfg: PrepareConfig, progress: Progress) -> None:
     """Print the contents of the finished folder, what was left out, and the next command."""
     if progress.end == "max_tokens":
-        cut = f" inside a document of {progress.cut}" if progress.cut else ""
+        cut = f" inside a document of {printable(progress.cut)}" if progress.cut else ""
         print(f"stopped at --max-tokens {cfg.max_tokens:,}{cut}: the rest of the source is left out")
     if progress.empty:
         print(f"left out {plural(progress.empty, 'article')} without text")

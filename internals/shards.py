@@ -168,7 +168,8 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != META_FORMAT:
             raise UserError(
-                f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; {command} and --overwrite"
+                f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; prepare the data again "
+                "(prepare_data.py --overwrite)"
             )
         if missing := {"source", "tokenizer", "vocab_size", "splits"} - meta.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")

@@ -49,4 +49,10 @@ def find_article(stream: TokenStream, number: int, end: int) -> tuple[int, int]:
 
 def decode(encoding: tiktoken.Encoding, tokens: np.ndarray) -> str:
     """The text of these tokens, for a screen."""
-    return printable(encoding.decode_bytes([int(token) for token in tokens]).decode("utf-8", "replace"))
+    try:
+        return printable(encoding.decode_bytes([int(token) for token in tokens]).decode("utf-8", "replace"))
+    except KeyError as error:
+        raise UserError(
+            f"--show: the shards have token {max(tokens)}, but a vocabulary of {encoding.n_vocab:,}, so one of them is damaged; "
+            "train.py --check says which"
+        ) from error

@@ -1,9 +1,17 @@
-"""What a preset leaves to the size of the source: the vocabulary of a trained tokenizer, and the validation share."""
+"""The size of the source: what a preset leaves to it, and whether the text is long enough.
+
+choose_by_size        the vocabulary of a trained tokenizer, and the validation share
+refuse_short_source   ends the command before it has written or deleted anything
+"""
 
 import dataclasses
 import math
 
 from config import PrepareConfig
+from internals.articles import tokenize
+from internals.reader import ReadOptions
+from internals.readers import read_chunks
+from internals.start import UserError
 from internals.text_files import Source
 
 TEXT_PER_ENTRY = 200  # bytes of text per entry of the vocabulary, so that each occurs often enough to be learned
@@ -44,3 +52,51 @@ def choose_by_size(cfg: PrepareConfig, source: Source) -> PrepareConfig:
             basis += " (a large Wikipedia is assumed)"
         print(f"chosen by {basis}: {flags}")
     return dataclasses.replace(cfg, **chosen)
+
+
+def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> None:
+    """Raise UserError if the text is empty, or too short for the preset's model.
+
+    It reads and tokenizes only as far as it must: about a megabyte, unless --val-fraction is extreme. A Wikipedia from
+    the hub counts as long, so only --max-tokens can make it too short.
+    """
+    most = cfg.max_tokens or math.inf
+    if math.isinf(source.text_bytes):
+        if cfg.max_tokens:
+            refuse_short(cfg, cfg.max_tokens)
+        return
+    tokens = empty = 0
+    options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
+    files = ((source.fetch(number), file.name) for number, file in enumerate(source.files))
+    for chunk in (chunk for path, name in files for chunk in read_chunks(path, name, options)):
+        new = tokenize(chunk, tokenizer, val_fraction=0.0)
+        tokens, empty = tokens + len(new.tokens), empty + new.empty
+        if tokens >= most or (tokens and not shortage(cfg, tokens)):
+            break
+    refuse_short(cfg, min(tokens, most), empty)
+
+
+def refuse_short(cfg: PrepareConfig, tokens: int, empty: int = 0) -> None:
+    """Raise UserError if a text of `tokens` tokens is too short. `empty`: the articles without text, for the message."""
+    if tokens == 0:
+        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text ({empty} empty articles)")
+    if text := shortage(cfg, tokens):
+        raise UserError(text)
+
+
+def shortage(cfg: PrepareConfig, tokens: int) -> str:
+    """Which split of a text of `tokens` tokens is too short, and what to do; empty if none is."""
+    have = {"val": int(tokens * cfg.held_out)}
+    have["train"] = tokens - have["val"]
+    for (split, need), flag in zip(cfg.least_tokens.items(), ("larger", "smaller"), strict=True):
+        if have[split] < need:
+            share = math.ceil(1000 * need / tokens) / 1000
+            better, more = share if split == "val" else 1 - share, "more text"
+            if cfg.max_tokens and tokens >= cfg.max_tokens:
+                more = "a larger --max-tokens"
+            hint = f"give a {flag} one, such as {better:g}, or {more}" if share < 0.5 else f"give {more}"
+            return (
+                f"--val-fraction {cfg.held_out:g}: leaves {have[split]:,} of {tokens:,} tokens to the {split} split, and "
+                f"train.py --preset {cfg.preset} needs {need:,}; {hint}"
+            )
+    return ""

@@ -13,7 +13,7 @@ from internals.file_walk import file_type, find_files
 from internals.files import sha256
 from internals.reader import ReadOptions, reading
 from internals.readers import make_reader, read_chunks
-from internals.screen import plural
+from internals.screen import plural, printable
 from internals.start import UserError
 from internals.tokenizer_json import END_OF_TEXT
 
@@ -64,7 +64,11 @@ class Source:
 
 
 class LocalFiles(Source):
-    """Files, folders and globs; `sample` is the embedded one. Contents are hashed, so no change goes unnoticed."""
+    """Files, folders and globs; `sample` is the embedded one.
+
+    Contents are hashed, so another run notices a change. This run compares each file's size and time with those at the
+    beginning, before and after reading it.
+    """
 
     def __init__(self, sources: tuple[str, ...], options: ReadOptions, ours: Collection[Path] = ()):
         found = find_files(sources, SAMPLE, ours)
@@ -72,7 +76,8 @@ class LocalFiles(Source):
         self.files, self.text_bytes = [], 0
         self.seen: list[tuple[int, int]] = []  # size and time of each file when it was hashed
         self.without_separator, self.with_end_of_text = [], []  # names of .txt files
-        total = sum(path.stat().st_size for path in found.paths)
+        with reading(self.name):
+            total = sum(path.stat().st_size for path in found.paths)
         with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False, delay=1) as bar:
             for path in found.paths:
                 self.add(path)
@@ -142,4 +147,4 @@ def size_and_time(path: Path) -> tuple[int, int]:
 def listed(names: list[str], limit: int = 3) -> str:
     """`listed(["a", "b", "c", "d"], 3) -> "a, b, c and 1 more"`"""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return printable(", ".join(names[:limit])) + more

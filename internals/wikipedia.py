@@ -56,7 +56,7 @@ class HubWikipedia(Source):
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
         if endpoint := os.environ.get("HF_ENDPOINT"):
             os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")  # huggingface_hub would ask for //api
-        self.commit, self.files, self.begun = "", [], 0
+        self.commit, self.files, self.current = "", [], 0
         self._futures: dict[int, Future] = {}
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class HubWikipedia(Source):
 
     def fetch(self, number: int) -> Path:
         """The path of a file, downloaded and checked. The next file's download begins now, if it is likely needed."""
-        self.begun = number
+        self.current = number
         for ahead, file in enumerate(self.files[number : number + 2], number):
             if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
@@ -142,7 +142,9 @@ class HubWikipedia(Source):
     @property
     def missing(self) -> list[int]:
         """Bytes of each file that is not done, likely needed and not in the Hugging Face cache."""
-        needed = (self.files[number] for number in range(self.begun, len(self.files)) if self._is_likely_needed(number))
+        needed = (
+            self.files[number] for number in range(self.current, len(self.files)) if self._is_likely_needed(number)
+        )
         return [file.bytes for file in needed if not self._cached(file)]
 
     @property

@@ -1,6 +1,8 @@
 """internals/data_folder.py: a user's files stay, whatever their names, and the command says which of them is in its way."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +141,66 @@ def test_overwriting_with_a_mistake_costs_nothing(tmp_path, source, mistake):
     with pytest.raises(UserError):
         prepare(config(tmp_path / "out", overwrite=True, **given))
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "text, mistake",
+    [
+        ("", {}),
+        ("Only this.", {}),
+        ("word " * 8000, {"val_fraction": 0.005}),
+        ("word " * 8000, {"val_fraction": 0.9999}),
+        ("word " * 8000, {"max_tokens": 500}),
+    ],
+)
+def test_overwriting_with_a_text_that_is_too_short_costs_nothing(tmp_path, source, text, mistake):
+    prepare(config(tmp_path / "out", source))
+    before = files(tmp_path / "out")
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(UserError):
+        prepare(config(tmp_path / "out", tmp_path / "a.txt", overwrite=True, **mistake))
+    assert files(tmp_path / "out") == before
+
+
+def test_a_deletion_that_is_killed_can_be_repeated(tmp_path, source, monkeypatch):
+    cfg = config(tmp_path / "out", source, tokenizer="train", vocab_size=300, shard_tokens=10_000)
+    prepare(cfg)
+    want = files(tmp_path / "out")
+    assert len(want) > 4
+    unlink = Path.unlink
+    for call in range(1, len(want) + 1):
+        calls = []
+
+        def stop(self, missing_ok=False, call=call, calls=calls):
+            calls.append(self)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            unlink(self, missing_ok)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", stop)
+            prepare(dataclasses.replace(cfg, overwrite=True))
+        assert files(tmp_path / "out").items() <= want.items()
+        prepare(dataclasses.replace(cfg, overwrite=True))
+        assert files(tmp_path / "out") == want
+
+
+@pytest.mark.parametrize("source_entry", [{"name": "mine"}, {}, [], 7])
+def test_a_meta_json_of_another_program_is_foreign(tmp_path, source, source_entry):
+    mine = json.dumps({"format": 1, "tokenizer": "gpt2", "splits": {}, "source": source_entry}).encode()
+    before = put(tmp_path / "out", {"meta.json": mine})
+    with pytest.raises(UserError, match=r"meta\.json: is damaged, or not made by this command"):
+        prepare(config(tmp_path / "out", source))
+    assert files(tmp_path / "out") == before
+
+
+def test_a_folder_of_another_format_can_be_made_again(tmp_path, source):
+    prepare(config(tmp_path / "out", source))
+    path = tmp_path / "out" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(UserError, match=r"format 2, but this version reads 1; .*--overwrite"):
+        prepare(config(tmp_path / "out", source))
+    prepare(config(tmp_path / "out", source, overwrite=True))
 
 
 def test_overwriting_an_own_tokenizer_with_a_mistake_costs_nothing(tmp_path, source):

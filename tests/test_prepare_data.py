@@ -188,7 +188,7 @@ def test_a_source_without_any_text(tmp_path):
 
 
 def test_flags(tmp_path):
-    for flags in ("--workers 0", "--val-fraction 1", "--max-tokens -5", "--no-such", "--tokenizer x"):
+    for flags in ("--workers 0", "--workers 257", "--val-fraction 1", "--max-tokens -5", "--no-such", "--tokenizer x"):
         result = run_script("prepare_data.py", "--data-dir", tmp_path / "out", *flags.split())
         assert_user_error(result, flags.split()[0])
 
@@ -364,6 +364,21 @@ def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path,
     assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
 
 
+def test_the_command_that_continues_after_the_last_shard_keeps_it(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(200))
+    plain = command(tmp_path / "out", tmp_path / "a.jsonl")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="Continue: ") as error:
+        patched.setattr(sys, "argv", [*plain, "--overwrite"])
+        patched.setattr(prepare_data.DataFolder, "delete_unfinished", stop)
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
+    assert shlex.split(str(error.value).split("Continue: ")[1])[2:] == plain[1:]
+    assert read_meta(tmp_path / "out")["end"] == "source"
+
+
 def test_a_stop_before_the_old_shards_are_deleted_changes_nothing(tmp_path, monkeypatch):
     """No command is advised: without --overwrite it would say that the old folder is finished."""
     write_jsonl(tmp_path / "a.jsonl", make_articles(200))
@@ -404,6 +419,14 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"^--data-dir .*my\.txt: is a file; give a folder$"):
         prepare(config(tmp_path / "my.txt", "sample"))
     assert (tmp_path / "my.txt").read_text() == "mine"
+
+
+@posix
+def test_a_dangling_link_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for folder in (tmp_path / "link", tmp_path / "link" / "out"):
+        with pytest.raises(UserError, match=r"^--data-dir .*link: is a link to something that is gone; give a folder$"):
+            prepare(config(folder, "sample"))
 
 
 @pytest.mark.parametrize(

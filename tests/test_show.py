@@ -45,6 +45,16 @@ def test_a_token_that_cannot_be_shown_is_a_message(tmp_path, capsys):
         prepare(config(tmp_path / "none", "sample", show=((1,),)))
 
 
+def test_a_damaged_shard_is_a_message(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(100))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    path = tmp_path / "out" / "train_000000.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+    last = len(TokenStream.open(tmp_path / "out", "train")) - 1
+    with pytest.raises(UserError, match=r"--show: the shards have token 65535, .*train\.py --check"):
+        prepare(config(tmp_path / "out", "sample", show=((last,),)))
+
+
 def test_the_first_line_of_an_article_ends_with_the_article(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"A short row, number {number}."} for number in range(300)])
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))

@@ -229,10 +229,12 @@ def test_a_small_text_works_and_one_that_is_too_small_is_a_message_whose_advice_
     prepare(config(out, path))
     assert chosen(out) == (512, 0.1)
     assert read_meta(out)["splits"]["val"]["tokens"] > 10 * 256
+    before = files(out)
     path.write_text(prose(5_000))
     result = run_script(*laptop(out, path, "--overwrite"))
     assert_user_error(result, "--val-fraction 0.1: leaves", "train.py --preset laptop needs 257", "such as")
+    assert files(out) == before
     share = re.search(r"such as ([\d.]+),", result.stderr)[1]
-    assert run_script(*laptop(out, path, "--val-fraction", share)).returncode == 0
+    assert run_script(*laptop(out, path, "--overwrite", "--val-fraction", share)).returncode == 0
     path.write_text("Only this.")
     assert_user_error(run_script(*laptop(out, path, "--overwrite")), "--vocab-size 512", "more text")

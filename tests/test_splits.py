@@ -8,7 +8,9 @@ import pytest
 from articles import command, config, files, make_articles, texts, write_jsonl
 from conftest import assert_user_error, run_script
 
+from internals.articles import is_held_out
 from internals.shards import ShardWriter, read_meta
+from internals.start import UserError
 from internals.windows import TokenStream
 from prepare_data import Pipeline, prepare
 
@@ -71,8 +73,16 @@ def test_ids_that_are_the_same_for_all_are_named(tmp_path, ids):
     write_jsonl(tmp_path / "a.jsonl", rows)
     result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
     assert result.returncode == 0, result.stderr
-    assert ("the same id: " if len(ids) == 1 else "one of 2 ids: ") + ", ".join(map(str, ids)) in result.stdout
+    words = "the same id or text: " if len(ids) == 1 else "one of 2 ids or texts: "
+    assert words + ", ".join(map(str, ids)) in result.stdout
     assert "held out 20% of the tokens (--val-fraction 0.2)" in result.stdout
+
+
+def test_ids_that_begin_alike_are_not_called_the_same(tmp_path):
+    rows = [{"id": "x" * 40 + str(n), "text": prose(1_000_000 if n == 7 else 500, n)} for n in range(60)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    result = run_script(*command(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert "choosing whole documents" in result.stdout and "the same id" not in result.stdout
 
 
 def test_a_split_by_documents_that_is_good_is_not_touched(tmp_path):
@@ -91,8 +101,40 @@ def test_a_text_that_is_too_short_is_a_message_whose_advice_works(tmp_path, char
     assert not files(tmp_path / "out")
     better = result.stderr.split("such as ")[1].split(",")[0]
     assert run_script("prepare_data.py", *flags, "--val-fraction", better).returncode == 0
+    before = files(tmp_path / "out")
     (tmp_path / "a.txt").write_text("Only this.")
     assert_user_error(run_script("prepare_data.py", *flags, "--overwrite"), "more text")
+    assert files(tmp_path / "out") == before
+
+
+def test_that_advice_works_where_whole_documents_would_be_too_few(tmp_path):
+    """Of 80 documents, 4.08 are to be held out. 3 are near enough, but have 189 tokens, and 257 are needed."""
+    held_out = [is_held_out(str(n).encode(), 0.051) for n in range(2000)]
+    first = next(n for n in range(1920) if sum(held_out[n : n + 80]) == 3)
+    write_jsonl(tmp_path / "a.jsonl", [{"id": n, "text": f"{n:062}"} for n in range(first, first + 80)])
+    with pytest.raises(UserError, match=r"such as 0\.051"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=0.005))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=0.051))
+    assert len(tokens_of(tmp_path / "out")[1]) == 257
+
+
+def test_a_share_that_turns_out_too_small_costs_no_second_pass_and_no_work(tmp_path, monkeypatch):
+    """As with a Wikipedia from the hub, whose size is not known before."""
+    write_jsonl(tmp_path / "a.jsonl", make_articles(200))
+    monkeypatch.setattr("prepare_data.refuse_short_source", lambda cfg, source, tokenizer: None)
+    monkeypatch.setattr(Pipeline, "start_again_with_tail", None)
+    with pytest.raises(
+        UserError, match=r"--val-fraction 1e-06: leaves 0 of .*such as 0\.0.*changed ones need --overwrite"
+    ):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=1e-6))
+    assert (tmp_path / "out" / "train_000000.bin.partial").stat().st_size > 100_000
+
+
+def test_a_cut_between_two_documents_is_counted_as_one(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": prose(999, n)} for n in range(4)])
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=0.5))
+    splits = read_meta(tmp_path / "out")["splits"]
+    assert [(split["tokens"], split["articles"]) for split in splits.values()] == [(2000, 2), (2000, 2)]
 
 
 def test_no_text_at_all_is_a_message(tmp_path):

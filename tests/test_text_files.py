@@ -11,6 +11,7 @@ import pytest
 from articles import command, config, files, make_articles, posix, texts, write_jsonl
 from conftest import REPO, assert_user_error, run_script
 
+import prepare_data
 from config import PrepareConfig
 from internals import reader
 from internals.cli import parse
@@ -138,6 +139,19 @@ def test_odd_file_names_and_narrow_outputs(tmp_path, encoding):
     assert result.returncode == 2 and b"Traceback" not in result.stderr and b".parquet: cannot be read" in result.stderr
 
 
+@posix
+def test_control_characters_in_file_names_do_not_reach_the_terminal(tmp_path):
+    name = "a\x1b[2J.txt"
+    (tmp_path / name).write_text(f"word {END_OF_TEXT} " * 3000)
+    result = run_script(*command(tmp_path / "out", tmp_path / "*.txt", "--max-tokens", "20_000"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("a\ufffd[2J.txt") == 2  # the note on end-of-text, the document that was cut
+    (tmp_path / name).write_bytes(bytes(1000))
+    damaged = run_script(*command(tmp_path / "out", tmp_path / "*.txt", "--overwrite"))
+    assert_user_error(damaged, "a\ufffd[2J.txt")
+    assert "\x1b" not in result.stdout + damaged.stderr
+
+
 def test_an_lfs_pointer_is_named(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name in ("a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.json"):
@@ -176,3 +190,21 @@ def test_a_file_that_grows_while_it_is_prepared_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "tokenize_source", grow)
     with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+
+
+def test_a_file_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(3000))
+    assert (tmp_path / "a.jsonl").stat().st_size > 2 * reader.CHUNK_BYTES
+    read = prepare_data.read_chunks
+
+    def read_and_grow(path, name, options):
+        for number, chunk in enumerate(read(path, name, options)):
+            if number == 1:
+                with open(path, "a") as file:
+                    file.write('{"text": "more"}\n')
+            yield chunk
+
+    monkeypatch.setattr(prepare_data, "read_chunks", read_and_grow)
+    with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert not (tmp_path / "out" / "meta.json").exists()
