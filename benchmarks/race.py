@@ -121,10 +121,10 @@ class Ours:
         losses = train.forward_backward(self.training_run.batch_size, self.forward, self.training_run, state)
         state.scaler.unscale_(state.optimizer)
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
-        losses.tolist()  # waits, as train.py does
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
+        losses.tolist()  # waits, as train.py does
 
     def state_dict(self) -> dict[str, Any]:
         state = self.state

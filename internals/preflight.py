@@ -117,12 +117,12 @@ def measure(
         losses = forward_backward(batch_size, forward, run, state)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
-        torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
         begin = time.perf_counter()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
         updates.append(time.perf_counter() - begin)
+        torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
 
     def evaluate_piece() -> None:
         evaluate(batch_size, state.model, piece, machine)
