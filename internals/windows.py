@@ -1,6 +1,8 @@
 """Windows of a split: which tokens a training step or an evaluation sees."""
 
+import bisect
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +17,9 @@ class TokenStream:
     """The shards of a split as one sequence of tokens. All ids are below `vocab_size`, unless a shard is damaged."""
 
     def __init__(self, shards: Sequence[np.ndarray], vocab_size: int = 2**16, name: str = ""):
-        self.shards, self.vocab_size, self.name = shards, vocab_size, name
-        self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
+        self.shards = [np.asarray(shard) for shard in shards]  # slicing an np.memmap itself takes ten times as long
+        self.vocab_size, self.name = vocab_size, name
+        self.starts = [0, *itertools.accumulate(len(shard) for shard in shards)]
 
     @classmethod
     def open(cls, data_dir: str | Path, split: str) -> "TokenStream":
@@ -33,18 +36,18 @@ class TokenStream:
         return cls(shards, meta["vocab_size"], str(data_dir))
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length - 1`, (length,) uint16, across the borders of shards."""
+        """Tokens `start` to `start + length - 1`, (length,) uint16, across the borders of shards. Not to be changed."""
         parts = []
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        shard = bisect.bisect_right(self.starts, start) - 1
         while length > 0:
-            local = start - int(self.starts[shard])
+            local = start - self.starts[shard]
             part = self.shards[shard][local : local + length]
             parts.append(part)
             start, length, shard = start + len(part), length - len(part), shard + 1
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Epoch(NamedTuple):
