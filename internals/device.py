@@ -55,10 +55,15 @@ class Build(NamedTuple):
 
     driver: int  # the first part of the version of the oldest driver that it runs with
     cuda: int  # the CUDA version that such a driver reports: 12080 for 12.8
+    card: tuple[int, int]  # the lowest compute capability that it has kernels for
     name: str  # in the address of PyTorch's package index
 
 
-BUILDS = (Build(580, 13000, "cu130"), Build(570, 12080, "cu128"), Build(525, 12000, "cu126"))
+BUILDS = (
+    Build(580, 13000, (7, 5), "cu130"),
+    Build(570, 12080, (7, 5), "cu128"),
+    Build(525, 12000, (5, 0), "cu126"),
+)
 UPDATE_DRIVER = "update the driver (nvidia.com/drivers)"
 CUDA_CONTEXT = 400 * 2**20  # approximate bytes of a card that CUDA itself takes in every process
 
@@ -197,9 +202,22 @@ def installed_driver() -> str:
     return "an NVIDIA driver" if Path("/proc/driver/nvidia/version").exists() else ""
 
 
-def newest_build(runs: Callable[[Build], bool]) -> str:
-    """The command to install the newest build for which `runs(build)`; if there is none, to update the driver."""
-    return next((install(build.name) for build in BUILDS if runs(build)), UPDATE_DRIVER)
+def newest_card() -> tuple[int, int]:
+    """The highest compute capability among the cards, by nvidia-smi: (8, 9). If it does not say, higher than any."""
+    if nvidia_smi := shutil.which("nvidia-smi"):
+        query = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+            if found := re.findall(r"^(\d+)\.(\d+)\b", answer.stdout, re.M):
+                return max((int(major), int(minor)) for major, minor in found)
+    return 99, 0
+
+
+def newest_build(driver_runs: Callable[[Build], bool]) -> str:
+    """The command to install the newest build for the driver and the card; if there is none, to update the driver."""
+    card = newest_card()
+    fitting = [build for build in BUILDS if driver_runs(build) and card >= build.card]
+    return install(fitting[0].name) if fitting else UPDATE_DRIVER
 
 
 def install(build: str) -> str:

@@ -41,6 +41,16 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.devic
     return JoinedOptimizer(adamw, kind([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The size of what exists from the first step on: AdamW's two moments and step number (4 bytes) for each parameter,
+    Muon's one moment."""
+    return sum(
+        2 * parameter.nbytes + 4 if "betas" in group else parameter.nbytes
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
 class JoinedOptimizer(torch.optim.Optimizer):
     """Several optimizers as one, which has the parameter groups and the state of all."""
 

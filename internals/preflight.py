@@ -17,6 +17,7 @@ from internals.device import cuda_obstacle, held_by_others, unused_card
 from internals.files import nearest_folder
 from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
+from internals.optimizer import moment_bytes
 from internals.report import utilisation
 from internals.run import Run, TrainState
 from internals.run_folder import check_own, check_unused
@@ -73,9 +74,8 @@ def preflight(
     micro_batch = MicroBatch(run.batch_size, state.model, machine)
     timing = micro_batch.retry_smaller(measure, run, state, forward, forward_backward, evaluate)
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
-    values = [value for moments in state.optimizer.state.values() for value in moments.values()]
-    moments = sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value))
-    disk = weights + 2 * (weights + moments)  # best.pt, last.pt, and a new last.pt beside the old one
+    # best.pt, last.pt, and a new last.pt beside the old one
+    disk = weights + 2 * (weights + moment_bytes(state.optimizer))
     machine.print(describe(run, state, timing, micro_batch.size, disk))
     free = free_disk(run.out_dir)
     if free < disk:

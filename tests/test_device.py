@@ -10,6 +10,7 @@ from test_train import tiny
 
 import train
 from internals import cpu_kernels, device
+from internals.memory import is_out_of_memory
 from internals.start import UserError
 
 
@@ -70,6 +71,7 @@ def hide_cards(monkeypatch, complaint: str, driver: str = "") -> None:
     monkeypatch.setattr(torch.cuda, "init", init)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(device, "installed_driver", lambda: driver)
+    monkeypatch.setattr(device, "newest_card", lambda: (8, 9))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,21 @@ def test_what_the_driver_says(monkeypatch, tmp_path, script, answer):
     assert device.installed_driver().startswith(answer)
 
 
+@no_shell_scripts
+@pytest.mark.parametrize(
+    "script, build",
+    [
+        ("echo 6.1", "cu126"),  # driver 580 is the last for a GTX 1080 Ti, but CUDA 13 has no kernels for it
+        ("echo 6.1; echo 8.9", "cu130"),
+        ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", "cu130"),
+    ],
+)
+def test_the_build_that_is_advised_has_kernels_for_the_card(monkeypatch, tmp_path, script, build):
+    put_nvidia_smi(monkeypatch, tmp_path / "bin", script)
+    monkeypatch.setattr(device, "installed_driver", lambda: CARD.format("580.65"))
+    assert f"whl/{build}" in device.explain(CPU_BUILD).advice
+
+
 def test_a_card_that_others_fill(monkeypatch):
     assert device.held_by_others(0) == ""  # this process uses no card
     gib = 2**30
@@ -228,6 +245,19 @@ def test_a_card_that_others_fill(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", full)
     assert device.held_by_others(0.9) == "other processes hold all memory of the NVIDIA L4: nvidia-smi shows them"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_what_the_libraries_of_a_full_card_say(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"))
 
 
 @no_shell_scripts

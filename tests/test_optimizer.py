@@ -7,7 +7,7 @@ import torch
 
 from config import ModelConfig, TrainConfig
 from internals.muon import StackedMuon
-from internals.optimizer import make_optimizer
+from internals.optimizer import make_optimizer, moment_bytes
 from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
@@ -48,6 +48,16 @@ def test_muon_moves_the_matrices_of_the_blocks_and_no_other():
     assert names == {f"transformer.h.{layer}.{matrix}.weight" for layer in (0, 1) for matrix in matrices}
     assert group["lr_scale"] == 5
     assert all(other["lr_scale"] == 1 for other in optimizer.param_groups if other is not group)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_size_of_the_moments_is_known_before_the_first_step(name):
+    """`--check` needs it: in float16 the first steps may be skipped."""
+    model, _, optimizer = make(name)
+    before = moment_bytes(optimizer)
+    step(model, optimizer, 0)
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    assert before == moment_bytes(optimizer) == sum(value.nbytes for value in kept)
 
 
 def test_two_in_one_do_what_the_two_do():
