@@ -39,7 +39,7 @@ from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
 from internals import checkpoint, gguf, huggingface
 from internals.cpu_kernels import pack_weights
-from internals.device import resolve_device, resolve_dtype
+from internals.device import attention_of_any_length, resolve_device, resolve_dtype
 from internals.start import run
 from internals.tokenizer import load_tokenizer
 from model import GPT
@@ -124,16 +124,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 @torch.inference_mode()
 def without_cache(model: GPT, idx: torch.Tensor, max_new_tokens: int) -> None:
     """The plain loop: the whole text goes through the model for every token."""
-    for _ in range(max_new_tokens):
-        logits = model.forward(idx)[:, -1]
-        idx = torch.cat((idx, sample(logits, SAMPLING).unsqueeze(1)), dim=1)
+    with attention_of_any_length():
+        for _ in range(max_new_tokens):
+            logits = model.forward(idx)[:, -1]
+            idx = torch.cat((idx, sample(logits, SAMPLING).unsqueeze(1)), dim=1)
     idx.tolist()  # waits for a GPU
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of reading memory, from sums over 256 MiB, which no cache holds."""
     numbers = torch.ones(1 << 26, device=device)
-    return numbers.nbytes / statistics.median(seconds(lambda: numbers.sum().item()) for _ in range(20))
+    # Ten sums before each wait: a fast card sums up in less than 0.1 ms, and starting and waiting take a share of that
+    return 10 * numbers.nbytes / statistics.median(seconds(lambda: ten_sums(numbers)) for _ in range(5))
+
+
+def ten_sums(numbers: torch.Tensor) -> None:
+    for _ in range(10):
+        total = numbers.sum()
+    total.item()  # waits for a GPU
 
 
 def first_character(*command: str) -> float:
@@ -208,6 +216,40 @@ def long_texts(generating: Callable[[int], None]) -> None:
         print(f"{new:<44,d} {1e3 * statistics.median(taken):9.2f}")
 
 
+def candidates(saved: GPT, idx: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Name -> the tokens of a run, and the run."""
+    plain, plain32 = copy.deepcopy(saved).to(idx.device, dtype), copy.deepcopy(saved).to(idx.device)
+    model, model32 = pack_weights(copy.deepcopy(plain)), pack_weights(copy.deepcopy(plain32))
+    peer, peer32 = as_transformers(saved).to(idx.device, dtype), as_transformers(saved).to(idx.device)
+
+    def theirs(model: transformers.GPT2LMHeadModel, samples: int) -> None:
+        model.generate(
+            idx[None], attention_mask=torch.ones_like(idx[None]), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=True,
+            num_return_sequences=samples, pad_token_id=0, temperature=SAMPLING.temperature, top_k=SAMPLING.top_k,
+            top_p=SAMPLING.top_p,
+        ).tolist()  # fmt: skip
+
+    name = dtype_name(dtype)
+    return {
+        f"generate.py, {name}": (NEW, lambda: ours(model, idx)),
+        "generate.py, float32": (NEW, lambda: ours(model32, idx)),
+        f"generate.py, {name}, 8 samples": (8 * NEW, lambda: ours(model, idx, samples=8)),
+        f"not packed, {name}": (NEW, lambda: ours(plain, idx)),
+        "not packed, float32": (NEW, lambda: ours(plain32, idx)),
+        f"not packed, {name}, 8 samples": (8 * NEW, lambda: ours(plain, idx, samples=8)),
+        f"transformers, {name}": (NEW, lambda: theirs(peer, 1)),
+        "transformers, float32": (NEW, lambda: theirs(peer32, 1)),
+        f"transformers, {name}, 8 samples": (8 * NEW, lambda: theirs(peer, 8)),
+        f"no cache, {name}": (NEW, lambda: without_cache(plain, idx[None], NEW)),
+    }
+
+
+def ours(model: GPT, idx: torch.Tensor, new: int = NEW, samples: int = 1) -> None:
+    with attention_of_any_length():  # as the command does
+        for _ in generate(model, idx, new, dataclasses.replace(SAMPLING, num_samples=samples)):
+            pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -218,39 +260,12 @@ def main() -> None:
     device = resolve_device("auto")
     dtype, dtype_reason = resolve_dtype("auto", device, generating=True)
     saved = GPT(ModelConfig()).eval()
-    plain, plain32 = copy.deepcopy(saved).to(device, dtype), copy.deepcopy(saved).to(device)
-    model, model32 = pack_weights(copy.deepcopy(plain)), pack_weights(copy.deepcopy(plain32))
-    peer, peer32 = as_transformers(saved).to(device, dtype), as_transformers(saved).to(device)
     idx = torch.randint(saved.config.vocab_size, (PROMPT,), device=device)
+    rows = candidates(saved, idx, dtype)
     print(
         f"{torch.__version__}, transformers {transformers.__version__}, {device}, {torch.get_num_threads()} threads, "
         f"{dtype}: {dtype_reason}"
     )
-
-    def ours(model: GPT, samples: int, new: int = NEW) -> None:
-        for _ in generate(model, idx, new, dataclasses.replace(SAMPLING, num_samples=samples)):
-            pass
-
-    def theirs(model: transformers.GPT2LMHeadModel, samples: int) -> None:
-        model.generate(
-            idx[None], attention_mask=torch.ones_like(idx[None]), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=True,
-            num_return_sequences=samples, pad_token_id=0, temperature=SAMPLING.temperature, top_k=SAMPLING.top_k,
-            top_p=SAMPLING.top_p,
-        ).tolist()  # fmt: skip
-
-    name = dtype_name(dtype)
-    rows: dict[str, tuple[int, Callable[[], object]]] = {  # tokens, run
-        f"generate.py, {name}": (NEW, lambda: ours(model, 1)),
-        "generate.py, float32": (NEW, lambda: ours(model32, 1)),
-        f"generate.py, {name}, 8 samples": (8 * NEW, lambda: ours(model, 8)),
-        f"not packed, {name}": (NEW, lambda: ours(plain, 1)),
-        "not packed, float32": (NEW, lambda: ours(plain32, 1)),
-        f"not packed, {name}, 8 samples": (8 * NEW, lambda: ours(plain, 8)),
-        f"transformers, {name}": (NEW, lambda: theirs(peer, 1)),
-        "transformers, float32": (NEW, lambda: theirs(peer32, 1)),
-        f"transformers, {name}, 8 samples": (8 * NEW, lambda: theirs(peer, 8)),
-        f"no cache, {name}": (NEW, lambda: without_cache(plain, idx[None], NEW)),
-    }
     # Each token reads every weight once, but only one row of the position embedding.
     read = (saved.num_parameters()["total"] - saved.config.block_size * saved.config.n_embd) * dtype.itemsize
     limit = f"limit: reading {read / 1e6:.0f} MB a token"
@@ -264,7 +279,8 @@ def main() -> None:
         print("\nllama.cpp: not measured (needs llama-cpp-python, and a CPU)")
     else:
         beside_llama_cpp(saved, idx, rounds)
-    long_texts(lambda new: ours(model, 1, new))
+    packed = pack_weights(copy.deepcopy(saved).to(device, dtype))
+    long_texts(lambda new: ours(packed, idx, new))
     start_up(saved, rounds)
 
 

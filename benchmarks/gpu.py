@@ -1,17 +1,19 @@
-"""All figures that need a GPU, in parts of less than 8 minutes each.
+"""All figures that need a GPU, in parts of less than 8 minutes each on an RTX 4090 (estimated) or a faster card.
 
     python benchmarks/gpu.py --source DIR --nanogpt DIR                       all remaining parts, in order
     python benchmarks/gpu.py --source DIR --nanogpt DIR --part matrix-rate    some of them
 
 DIR are a folder of Wikipedia's parquet files and a checkout of nanoGPT. The results of a part are kept in
-`--out`/CARD/NAME.json, and a part that is there is not measured again; delete the file to measure it anew. Training runs
-stop after `--piece-minutes`, and the next start continues them. `--out`/CARD/summary.md shows all figures there are.
-One program at a time is on the card, so the default shape needs no more than its hungriest competitor.
+`--out`/CARD/NAME.json, and a part that is there is not measured again, unless it lacks a competitor or is a race with
+other `--tokens`; delete the file to measure it anew. Training runs stop after `--piece-minutes`, and the next start continues them. A run of nanoGPT stops only at its next evaluation, up to
+an eighth of its race later: on a card that trains at less than 160,000 tokens/s, more than two minutes.
+`--out`/CARD/summary.md shows all figures there are. One program at a time is on the card, so the default shape needs no
+more than its hungriest competitor.
 
 It needs requirements.txt, but not `datasets` and `huggingface_hub`; transformers for the comparisons; and GPT-2's
 vocabulary, from the network or from TIKTOKEN_CACHE_DIR. For an image that has PyTorch but lacks tyro,
-`pip install --no-deps --target DIR tyro docstring-parser typeguard` and PYTHONPATH=DIR are enough. `--small` runs every
-part on a CPU, tiny, in minutes.
+`pip install --no-deps --target DIR tyro docstring-parser typeguard` and PYTHONPATH=DIR are enough. `--small` runs the
+parts on a CPU, tiny, in minutes: all but `kernels`, which needs a card, and `generating`, which is not tiny.
 """
 
 import dataclasses
@@ -22,7 +24,6 @@ import platform
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -33,16 +34,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_steps
 import gpu_summary
 import torch
 import tyro
 from common import REPO
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
 from internals.files import write_json, write_text
-from internals.optimizer import make_optimizer
 from internals.report import validation_row
 from internals.shards import read_meta
 from internals.start import UserError, first_line, run
@@ -51,6 +51,7 @@ from model import GPT
 BATCH = {"wikipedia": 64, "wikipedia-150m": 8}  # sequences that all competitors fit into 24 GB
 EPOCHS = 4  # at most; with more, the loss falls less than with new text
 EVALUATIONS = 8  # of a training run
+SHARES = {"race-ours-half": 2, "race-ours-third": 3}  # races on a share of the iterations of `race-ours`
 SMALL_RUN = (
     "--device cpu --n-layer 1 --n-head 2 --n-embd 32 --n-inner 64 --block-size 64 --tokens-per-iter 1024 "
     "--eval-tokens 2048 --batch-size 4"
@@ -65,7 +66,7 @@ class Gpu:
     tokens: int = 150_000_000  # training tokens of a race, at most; never more than 4 epochs of the text
     piece_minutes: float = 6.0  # minutes of training per start; the next start continues
     out: str = "checkpoints/gpu"  # folder for data, runs and figures
-    small: bool = False  # tiny, on the CPU, to see that every part runs
+    small: bool = False  # tiny, on the CPU, to see that the parts run
 
     @property
     def device(self) -> str:
@@ -89,19 +90,18 @@ def main() -> None:
     try:
         machine = in_a_process(describe_machine, args.device)
     except Failed as error:
-        raise UserError(
-            f"{first_line(error)}: PyTorch finds no card here; --small tries every part on a CPU"
-        ) from error
+        raise UserError(f"{first_line(error)}: PyTorch finds no card here; --small tries the parts on a CPU") from error
     folder = Path(args.out).absolute() / re.sub(r"\W+", "-", machine["card"])
     folder.mkdir(parents=True, exist_ok=True)
-    failed, chosen = [], choose(args, folder)
-    for name in chosen:
-        if (folder / f"{name}.json").exists():
+    failed = []
+    for name in choose(args, folder):
+        measure = parts(args, folder).get(name)  # None: the part `data` has shown that the default run is race-ours
+        if measure is None or is_done(args, folder, name):
             continue
         print(f"\n{progress(args, folder)}\n== {name}", flush=True)
         begin = time.perf_counter()
         try:
-            figures = parts(args, folder)[name]()
+            figures = measure()
         except Failed as error:
             print(f"{name}: {error}", flush=True)
             failed.append(name)
@@ -109,6 +109,8 @@ def main() -> None:
         if figures is not None:
             taken = {"seconds": time.perf_counter() - begin, "date": datetime.date.today().isoformat()}
             write_json(folder / f"{name}.json", {**machine, **taken, "figures": figures})
+            if figures.get("missing"):
+                failed.append(name)
         write_text(folder / "summary.md", gpu_summary.markdown(kept(folder), machine))
     print(f"\n{progress(args, folder)}\nAll figures: {folder / 'summary.md'}")
     if failed:
@@ -119,34 +121,29 @@ def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
     """Name -> the function that measures it, in the order of measuring."""
     found: dict[str, Callable[[], Figures]] = {
         "data": partial(data, args),
-        "matrix-rate": lambda: {"flops": in_a_process(matrix_rate, args.device, 512 if args.small else 8192)},
+        "matrix-rate": partial(matrix_rate, args),
         "loss-eager": partial(loss, args, "--no-compile"),
         "loss-compiled": partial(loss, args, "--compile"),
     }
-    for turn in (1, 2):  # far apart, to see how much a figure varies
+    # Two turns far apart, to see how much a figure varies. A card gets warm and then slower: in the second turn the
+    # competitors run in reverse order
+    for turn, order in (1, ()), (2, ("--reverse",)):
         for preset in BATCH:
-            found[f"speed-{preset}-{turn}"] = partial(speed, args, folder, preset, BATCH[preset])
+            found[f"speed-{preset}-{turn}"] = partial(speed, args, folder, preset, BATCH[preset], *order)
     found["speed-wikipedia-256"] = partial(speed, args, folder, "wikipedia", 256)  # a whole iteration in a micro-step
-    if not args.small:
-        options = ("--device", "cuda", "--batch-size", BATCH["wikipedia"], "--rounds", 3, "--kernels")
-        nanogpt = ("--nanogpt", args.nanogpt) if args.nanogpt else ()
-        found["kernels"] = lambda: {
-            "output": script("benchmarks/train.py", *options, *nanogpt, "--only", "ours", "nano")
-        }
     for preset in BATCH:
         found[f"optimizer-{preset}"] = partial(optimizer, args, preset)
-    found["generating"] = lambda: {"output": script("benchmarks/generate.py")}
+    if not args.small:
+        found["kernels"] = partial(kernels, args)
+        found["generating"] = generating
     for rate in ("6e-4", "1e-3") if args.nanogpt else ():
-        found[f"race-nanogpt-{rate}"] = partial(nanogpt_run, args, folder, rate)
-    for name, share in {"race-ours": 1, "race-ours-half": 2, "race-ours-third": 3}.items():
-        found[name] = partial(training_run, args, folder, name, lambda share=share: iterations(args) // share)
-    found["race-ours-2e-3"] = partial(
-        training_run, args, folder, "race-ours-2e-3", lambda: iterations(args), "--learning-rate", "2e-3"
-    )
-    if not (args.data_dir / "meta.json").exists() or default_iterations(args) > iterations(
-        args
-    ):  # else it is race-ours
-        found["default-run"] = partial(training_run, args, folder, "default-run", lambda: default_iterations(args))
+        found[f"race-nanogpt-{rate}"] = partial(nanogpt_run, args, folder, f"race-nanogpt-{rate}", rate)
+    for name in ("race-ours", *SHARES):
+        found[name] = partial(training_run, args, folder, name)
+    found["race-ours-2e-3"] = partial(training_run, args, folder, "race-ours-2e-3", "--learning-rate", "2e-3")
+    prepared = (args.data_dir / "meta.json").exists()
+    if not prepared or length(args, "default-run") > length(args, "race-ours"):  # else it is race-ours
+        found["default-run"] = partial(training_run, args, folder, "default-run")
     return found
 
 
@@ -157,9 +154,20 @@ def choose(args: Gpu, folder: Path) -> list[str]:
     return [name for name in names if not args.part or name in args.part]
 
 
+def is_done(args: Gpu, folder: Path, name: str) -> bool:
+    """Whether a part has all figures that are asked for now: of every competitor, and of a race of this length."""
+    file = folder / f"{name}.json"
+    if not file.exists():
+        return False
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    if figures.get("missing") or (args.nanogpt and not figures.get("nanogpt", True)):
+        return False
+    return "max_iters" not in figures or figures["max_iters"] == length(args, name)
+
+
 def progress(args: Gpu, folder: Path) -> str:
     """The parts that are done, and those that are left."""
-    done = {name: (folder / f"{name}.json").exists() for name in parts(args, folder)}
+    done = {name: is_done(args, folder, name) for name in parts(args, folder)}
     names = {state: [name for name, there in done.items() if there is state] for state in (True, False)}
     return f"Done: {', '.join(names[True]) or 'nothing'}\nLeft: {', '.join(names[False]) or 'nothing'}"
 
@@ -230,18 +238,8 @@ def data(args: Gpu) -> Figures:
     return {split: splits[split]["tokens"] for split in ("train", "val")}
 
 
-def matrix_rate(device: str, size: int) -> float:
-    """FLOP/s of a square bf16 matrix product, best of several."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    return 5 * 2 * size**3 / min(seconds(lambda: [a @ a for _ in range(5)], device) for _ in range(10))
-
-
-def seconds(function: Callable, device: str) -> float:
-    begin = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def matrix_rate(args: Gpu) -> Figures:
+    return {"flops": in_a_process(gpu_steps.matrix_rate, args.device, 512 if args.small else 8192)}
 
 
 def loss(args: Gpu, compiled: str) -> Figures:
@@ -252,87 +250,77 @@ def loss(args: Gpu, compiled: str) -> Figures:
     return {"output": script("benchmarks/loss.py", *options)}
 
 
-def speed(args: Gpu, folder: Path, preset: str, batch_size: int) -> Figures:
+def speed(args: Gpu, folder: Path, preset: str, batch_size: int, *order: str) -> Figures:
     """Tokens/s and peak memory of ours, transformers and nanoGPT, one after another."""
     shape, file = with_preset(ModelConfig, preset), folder / "speed.tmp"
     cfg = with_preset(TrainConfig, preset)
+    rounds = max(5, 20 * TrainConfig().tokens_per_iter // cfg.tokens_per_iter)
     options = ("--batch-size", 1, "--rounds", 1, "--n-layer", 1) if args.small else (
-        "--batch-size", batch_size, "--rounds", 20
+        "--batch-size", batch_size, "--rounds", rounds
     )  # fmt: skip
-    nanogpt = ("--nanogpt", args.nanogpt) if args.nanogpt else ()
     flags = ("--device", args.device, "--preset", preset, "--tokens-per-iter", cfg.tokens_per_iter, "--out", file)
     try:
-        script("benchmarks/train.py", *flags, *options, *nanogpt)
+        script("benchmarks/train.py", *flags, *options, *order, *with_nanogpt(args))
     except Failed:
-        if not file.exists() or not json.loads(file.read_text()):  # else some failed, and the others have figures
+        if not file.exists():  # else some failed, and the others have figures
             raise
-    columns = ("tokens_per_second", "peak_bytes", "micro_step", "update")
-    results = {name: dict(zip(columns, row, strict=True)) for name, row in json.loads(file.read_text()).items()}
+    found = json.loads(file.read_text())
     file.unlink()
     with torch.device("meta"):
         flops = GPT(dataclasses.replace(shape, n_layer=1) if args.small else shape).flops_per_token()
-    run_tokens = cfg.max_iters * cfg.tokens_per_iter
-    return {"results": results, "flops_per_token": flops, "batch_size": options[1], "run_tokens": run_tokens}
+    return {
+        "results": {name: result for name, result in found["results"].items() if result},
+        "out_of_memory": [name for name, result in found["results"].items() if not result],
+        "missing": found["missing"],
+        "nanogpt": bool(args.nanogpt),
+        "flops_per_token": flops,
+        "batch_size": options[1],
+        "run_tokens": cfg.max_iters * cfg.tokens_per_iter,
+    }
+
+
+def kernels(args: Gpu) -> Figures:
+    """The longest kernels of an iteration of ours and of nanoGPT."""
+    options = ("--device", "cuda", "--batch-size", BATCH["wikipedia"], "--rounds", 3, "--kernels")
+    output = script("benchmarks/train.py", *options, *with_nanogpt(args), "--only", "ours", "nano")
+    return {"output": output, "nanogpt": bool(args.nanogpt)}
+
+
+def with_nanogpt(args: Gpu) -> tuple[str, ...]:
+    return ("--nanogpt", args.nanogpt) if args.nanogpt else ()
+
+
+def generating() -> Figures:
+    return {"output": script("benchmarks/generate.py")}
 
 
 def optimizer(args: Gpu, preset: str) -> Figures:
     """A step of Muon and of AdamW on the preset's shape: seconds, FLOP of its matrix products, kernels launched."""
     found = {}
     for name in ("muon", "adamw"):
-        found[name] = in_a_process(step_time, args.device, preset, name, args.small)
+        found[name] = in_a_process(gpu_steps.step_time, args.device, preset, name, args.small)
         if not args.small:
             try:
-                found[name]["launches"] = in_a_process(step_launches, preset, name)
+                found[name]["launches"] = in_a_process(gpu_steps.step_launches, preset, name)
             except Failed as error:  # the profiler needs rights that not every machine gives
                 print(f"{preset}, {name}: launches not counted ({first_line(error)})", flush=True)
     return found
-
-
-def make_step(device: str, preset: str, name: str, small: bool) -> Callable[[], None]:
-    """The step of an optimizer. Its model has random gradients."""
-    cfg = dataclasses.replace(with_preset(TrainConfig, preset), optimizer=name)
-    model = GPT(dataclasses.replace(cfg.model, n_layer=1) if small else cfg.model).to(device)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    return make_optimizer(model, cfg, torch.device(device)).step
-
-
-def step_time(device: str, preset: str, name: str, small: bool) -> dict[str, float]:
-    step = make_step(device, preset, name, small)
-    step()
-    taken = [seconds(step, device) for _ in range(3 if small else 30)]
-    with FlopCounterMode(display=False) as flops:
-        step()
-    return {"seconds": statistics.median(taken), "flops": flops.get_total_flops()}
-
-
-def step_launches(preset: str, name: str) -> int:
-    step = make_step("cuda", preset, name, small=False)
-    step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if re.match("cu(da)?LaunchKernel", event.key))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training runs, in pieces
 
 
-def iterations(args: Gpu) -> int:
-    """Iterations of a race: what `--tokens` allows, or fewer if the text is short."""
+def length(args: Gpu, name: str) -> int:
+    """Iterations of a training run: of the default run the preset's 16,000, of a race what `--tokens` allows; fewer if
+    the text is short."""
     if args.small:
-        return 16
-    return min(args.tokens // TrainConfig().tokens_per_iter, default_iterations(args))
-
-
-def default_iterations(args: Gpu) -> int:
-    """Iterations of the default run: the preset's 16,000, or fewer if the text is short."""
-    if args.small:
-        return 24
+        return 24 if name == "default-run" else 16 // SHARES.get(name, 1)
     cfg = TrainConfig()
-    return min(cfg.max_iters, EPOCHS * read_meta(args.data_dir)["splits"]["train"]["tokens"] // cfg.tokens_per_iter)
+    available = EPOCHS * read_meta(args.data_dir)["splits"]["train"]["tokens"] // cfg.tokens_per_iter
+    if name == "default-run":
+        return min(cfg.max_iters, available)
+    return min(cfg.max_iters, available, args.tokens // cfg.tokens_per_iter) // SHARES.get(name, 1)
 
 
 def run_flags(args: Gpu, max_iters: int) -> list[str]:
@@ -340,9 +328,10 @@ def run_flags(args: Gpu, max_iters: int) -> list[str]:
     return [*small, "--max-iters", str(max_iters)]
 
 
-def training_run(args: Gpu, folder: Path, name: str, length: Callable[[], int], *flags: str) -> Figures:
+def training_run(args: Gpu, folder: Path, name: str, *flags: str) -> Figures:
     """A piece of a run of train.py. SIGTERM ends a piece: train.py then saves, and --auto-resume continues."""
-    max_iters, out_dir = length(), folder / "runs" / name
+    max_iters = length(args, name)
+    out_dir = folder / "runs" / f"{name}-{max_iters}"  # with other --tokens it is another run
     interval = str(max(1, max_iters // EVALUATIONS))
     command = [
         sys.executable, "train.py", "--auto-resume", "--data-dir", str(args.data_dir), "--out-dir", str(out_dir),
@@ -368,27 +357,27 @@ def training_run(args: Gpu, folder: Path, name: str, length: Callable[[], int], 
         )
         return None
     curve = [(row["tokens"], row["seconds"], row["val_loss"]) for row in evaluations]
-    return {"curve": curve, "bits_per_byte": evaluations[-1]["bits_per_byte"]}
+    return {"curve": curve, "bits_per_byte": evaluations[-1]["bits_per_byte"], "max_iters": max_iters}
 
 
-def nanogpt_run(args: Gpu, folder: Path, rate: str) -> Figures:
+def nanogpt_run(args: Gpu, folder: Path, name: str, rate: str) -> Figures:
     """A piece of a run of nanoGPT's recipe, on the same number of tokens as `race-ours`."""
-    name = f"race-nanogpt-{rate}"
-    runs = folder / "runs"
-    runs.mkdir(exist_ok=True)
-    flags = run_flags(args, iterations(args))
+    max_iters = length(args, name)
+    state, curve_file = (folder / "runs" / f"{name}-{max_iters}{ending}" for ending in (".pt", ".curve"))
+    state.parent.mkdir(exist_ok=True)
+    flags = run_flags(args, max_iters)
     if not args.small:
         flags += ["--batch-size", str(BATCH["wikipedia"])]
     script(
         "benchmarks/race.py", "--data-dir", args.data_dir, "--nanogpt", args.nanogpt, f"--nanogpt-run=--learning-rate {rate}",
-        f"--shape={shlex.join(flags)}", "--evaluations", EVALUATIONS, "--state", runs / f"{name}.pt",
-        "--minutes", args.piece_minutes, "--out", runs / f"{name}.curve",
+        f"--shape={shlex.join(flags)}", "--evaluations", EVALUATIONS, "--state", state,
+        "--minutes", args.piece_minutes, "--out", curve_file,
     )  # fmt: skip
-    ((_, curve),) = json.loads((runs / f"{name}.curve").read_text()).items()
+    ((_, curve),) = json.loads(curve_file.read_text()).items()
     if len(curve) < EVALUATIONS:
         return None
     bits = validation_row(curve[-1][2], read_meta(args.data_dir))["bits_per_byte"]
-    return {"curve": curve, "bits_per_byte": bits}
+    return {"curve": curve, "bits_per_byte": bits, "max_iters": max_iters}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import statistics
 from itertools import pairwise
 from typing import Any
 
+VERSIONS = ("driver", "torch", "cuda", "python", "commit")
 Parts = dict[str, dict[str, Any]]  # the contents of the parts' files
 
 
@@ -40,7 +41,7 @@ def others(parts: Parts, machine: dict[str, str]) -> list[str]:
     """Parts that were measured with other versions than `machine` has."""
     found = []
     for name, part in parts.items():
-        changed = [f"{key} {part[key]}" for key in ("driver", "torch", "cuda", "python") if part[key] != machine[key]]
+        changed = [f"{key} {part[key]}" for key in VERSIONS if part[key] != machine[key]]
         if changed:
             found.append(f"- {name}: {', '.join(changed)}")
     return ["\n".join(found)] if found else []
@@ -70,6 +71,9 @@ def speed(turns: list[dict[str, Any]], rate: float | None) -> list[str]:
         ])  # fmt: skip
     head = ["", "tokens/s, each turn", "ours is, times", "peak MiB", "micro-step ms", "update ms"]
     follows = [f"{first['batch_size']} sequences in a micro-step."]
+    for words in ("out_of_memory", "missing"):
+        if absent := list(dict.fromkeys(name for turn in turns for name in turn.get(words, ()))):
+            follows.append(f"{words.replace('_', ' ').capitalize()}: {', '.join(absent)}.")
     if ours and rate:
         follows.append(f"MFU {ours * first['flops_per_token'] / rate:.1%} of the measured matrix rate.")
     if ours:

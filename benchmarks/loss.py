@@ -84,16 +84,16 @@ def main() -> None:
     x = torch.randn(args.rows, args.n_embd).to(args.device).requires_grad_()
     weight = (torch.randn(padded, args.n_embd) * 0.05).to(args.device).requires_grad_()
     targets = torch.randint(args.vocab_size, (args.rows,)).to(args.device)
-    # One function per chunk size: a compiled function keeps the first size it meets
-    ways = [("plain", None, lambda *rest: plain(*rest))]
-    ways += [(f"{n:,}", n, lambda *rest: model.linear_cross_entropy(*rest)) for n in args.logits_at_once]
-    if args.compile:
+    ways = [("plain", None, plain), *((f"{n:,}", n, model.linear_cross_entropy) for n in args.logits_at_once)]
+    if args.compile:  # anew for each chunk size and dtype
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # the default is to continue without compiling
         ways = [(name, n, torch.compile(function)) for name, n, function in ways]
     print(
         f"{args.rows:,} tokens, {args.n_embd} dimensions, {args.vocab_size:,} tokens in the vocabulary, {args.device}"
     )
     print(f"{'dtype':10}{'logits at once':>16}{'ms':>10}{'of plain':>10}{'MiB':>8}{'of plain':>10}")
     for dtype in (torch.bfloat16, torch.float32):
+        torch.compiler.reset()  # a function is compiled at most 8 times
         arguments = (x, weight, targets, dtype, args.vocab_size)
         for _, *way in ways:
             measure(*way, *arguments)  # to warm up

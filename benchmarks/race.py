@@ -139,7 +139,11 @@ class Ours:
 
 
 class NanoGPT:
-    """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU."""
+    """nanoGPT's model and recipe as it runs: bf16 and compiled on a GPU, float32 and eager on a CPU.
+
+    As its train.py does, it reads a batch while the card works on the one before, and waits for the card every tenth
+    iteration (log_interval in its config/train_gpt2.py).
+    """
 
     def __init__(self, folder: str, name: str, cfg: TrainConfig, text: Text):
         self.tokens, self.machine = np.concatenate(text.train.shards), train.make_machine(cfg)
@@ -159,10 +163,18 @@ class NanoGPT:
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.machine.device.type
         )  # fmt: skip
         self.forward = torch.compile(self.model) if self.cuda else self.model
-        if self.cuda:
-            self.forward(*(torch.zeros(self.batch_size, c.block_size, dtype=torch.int64, device="cuda"),) * 2)
+        if self.cuda:  # compile before the race: for the same precision and the same layout, with the backward pass
+            self.loss(self.forward, np.zeros((self.batch_size, c.block_size + 1), np.int64)).backward()
+            self.model.zero_grad()
         self.rng = np.random.default_rng(cfg.seed)
+        self.batch = self.next_batch()
         self.val_windows = ValidationWindows(text.val, c.block_size, cfg.eval_tokens)
+
+    def next_batch(self) -> np.ndarray:
+        self.rng_before = self.rng.bit_generator.state
+        block = self.cfg.model.block_size
+        starts = self.rng.integers(len(self.tokens) - block - 1, size=self.batch_size)
+        return np.stack([self.tokens[s : s + block + 1] for s in starts]).astype(np.int64)
 
     def loss(self, forward: Callable, array: np.ndarray) -> torch.Tensor:
         inputs, targets = self.machine.to_device(array)
@@ -170,28 +182,29 @@ class NanoGPT:
             return forward(inputs, targets.contiguous())[1]
 
     def step(self, it: int) -> None:
-        cfg, block = self.cfg, self.cfg.model.block_size
+        cfg = self.cfg
         for group in self.optimizer.param_groups:
             group["lr"] = train.get_lr(it, cfg)
         steps = cfg.accumulation_steps(processes=1)
         for _ in range(steps):
-            starts = self.rng.integers(len(self.tokens) - block - 1, size=self.batch_size)
-            batch = np.stack([self.tokens[s : s + block + 1] for s in starts]).astype(np.int64)
-            (self.loss(self.forward, batch) / steps).backward()
+            loss = self.loss(self.forward, self.batch) / steps
+            self.batch = self.next_batch()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.cuda:
-            torch.cuda.synchronize()
+        if it % 10 == 0:
+            loss.item()
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        return {"model": model, "optimizer": optimizer, "rng": self.rng.bit_generator.state}
+        return {"model": model, "optimizer": optimizer, "rng": self.rng_before}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.rng.bit_generator.state = saved["rng"]
+        self.batch = self.next_batch()
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -229,6 +242,7 @@ def compete(runners: list[Any], args: Race) -> Curves:
             first, last = (runner.max_iters * n // args.evaluations for n in (part, part + 1))
             for it in range(first, last):
                 runner.step(it)
+            wait_for_the_card()
             seconds = before + time.perf_counter() - begin
             point = Point(last * runner.tokens_per_iter, seconds, runner.evaluate())
             curves[runner.name].append(point)
@@ -238,6 +252,12 @@ def compete(runners: list[Any], args: Race) -> Curves:
         if args.minutes is not None and time.perf_counter() - started > 60 * args.minutes:
             break
     return curves
+
+
+def wait_for_the_card() -> None:
+    """Until it has computed all that it was given, if a runner is on a card."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def describe(point: Point, text: Text) -> str:
@@ -276,6 +296,7 @@ def iterations_in(seconds: float, runner: Any) -> int:
     while len(times) < 3 or sum(times) < TIMED_SECONDS:
         begin = time.perf_counter()
         runner.step(len(times))
+        wait_for_the_card()
         times.append(time.perf_counter() - begin)
     return max(1, round(seconds / np.median(times[1:])))
 

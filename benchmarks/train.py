@@ -6,13 +6,15 @@
 
 Peers are transformers' GPT-2 and, if `--nanogpt` names a checkout, nanoGPT. Each competitor runs in its own process, so that
 its peak memory is its own. In every round it makes a micro-step (forward and backward on the same random tokens) and a step
-of its optimizer with clipping. On a CPU, whose speed varies with what else it does, the competitors take turns in every
-round. On a GPU they run one after another, so that its memory need not hold them all. The output is the medians over the
-rounds, and the tokens per second that follow for an iteration of `--tokens-per-iter` tokens: several micro-steps and one
-optimizer step.
+of its optimizer with clipping. The output is the medians over the rounds, and the tokens per second of an iteration of
+`--tokens-per-iter` tokens: several micro-steps and one optimizer step.
+
+On a CPU, whose speed varies with what else it does, the competitors take turns in every round, and the time of an iteration
+is calculated from that of a micro-step and a step. On a GPU they run one after another, so that its memory need not hold
+them all, and a round has a whole iteration as well, without waits inside. So its time includes adding up the gradients of
+the micro-steps, and the starting of kernels while others run.
 """
 
-import contextlib
 import dataclasses
 import multiprocessing
 import statistics
@@ -22,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import common  # must come first: it decides which train.py is imported below
 import torch
@@ -35,9 +37,9 @@ from internals.cli import with_preset
 from internals.device import resolve_device
 from internals.files import write_json
 from internals.machine import Machine
-from internals.memory import peak_memory
+from internals.memory import is_out_of_memory, peak_memory
 from internals.run_length import resolve_model
-from internals.start import UserError, run
+from internals.start import UserError, first_line, run
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Comparison:
     vocab_size: int = ModelConfig.vocab_size  # tokens of the vocabulary
     out: str | None = None  # file for the figures, as JSON
     only: tuple[str, ...] = ()  # competitors whose names begin with these; empty: all
-    kernels: bool = False  # on a GPU: also an iteration without waits, and its longest kernels by PyTorch's profiler
+    reverse: bool = False  # on a GPU: the competitors in reverse order
+    kernels: bool = False  # on a GPU: also the longest kernels of an iteration by PyTorch's profiler
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,14 +156,52 @@ def competitors(args: Comparison) -> dict[str, tuple[Callable, dict[str, Any]]]:
 # The comparison
 
 
+class Turn(NamedTuple):
+    """Seconds."""
+
+    micro_step: float
+    update: float
+    iteration: float
+
+
+class Result(NamedTuple):
+    """Medians of a competitor's turns."""
+
+    tokens_per_second: float
+    peak_bytes: int
+    micro_step: float  # seconds
+    update: float  # seconds
+
+
+class OutOfMemory(Exception):
+    """A competitor does not fit on the card."""
+
+
 def compete(connection: Connection, name: str, args: Comparison, shape: ModelConfig) -> None:
-    """The process of one competitor. For every message it makes a micro-step and an update, and sends the seconds of
-    both. After None it sends its peak memory."""
+    """The process of one competitor. It sends a `Turn` for every message, and its peak memory after None. It ends with
+    an `OutOfMemory` if that happens."""
+    try:
+        take_turns(connection, name, args, shape)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        connection.send(OutOfMemory(first_line(error)))
+
+
+def take_turns(connection: Connection, name: str, args: Comparison, shape: ModelConfig) -> None:
     make, arguments = competitors(args)[name]
     torch.manual_seed(0)
     micro_step, optimize = make(args, shape, **arguments)
     tokens = torch.randint(shape.vocab_size, (args.batch_size, shape.block_size + 1)).to(args.device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]  # ours is compiled for this layout
+    if make is not ours:  # the others read contiguous batches
+        inputs, targets = inputs.contiguous(), targets.contiguous()
+    micro_steps = args.tokens_per_iter / (args.batch_size * shape.block_size)
+
+    def iteration() -> None:
+        for _ in range(int(micro_steps)):
+            micro_step(inputs, targets)
+        optimize()
 
     def seconds(function: Callable) -> float:
         begin = time.perf_counter()
@@ -170,14 +211,10 @@ def compete(connection: Connection, name: str, args: Comparison, shape: ModelCon
         return time.perf_counter() - begin
 
     while connection.recv():
-        connection.send((seconds(lambda: micro_step(inputs, targets)), seconds(optimize)))
+        micro, update = seconds(lambda: micro_step(inputs, targets)), seconds(optimize)
+        whole = seconds(iteration) if args.device == "cuda" else micro_steps * micro + update
+        connection.send(Turn(micro, update, whole))
     if args.kernels:
-
-        def iteration() -> None:
-            for _ in range(args.tokens_per_iter // (args.batch_size * shape.block_size)):
-                micro_step(inputs, targets)
-            optimize()
-
         print(f"\n{name}: {describe_kernels(iteration)}", flush=True)
     connection.send(peak_memory(Machine(resolve_device(args.device), torch.float32, "", 0, 1)).peak)
 
@@ -218,64 +255,69 @@ class Competitor:
         theirs.close()
         self.turn()
 
-    def turn(self) -> tuple[float, float]:
-        """Seconds of a micro-step and of an update."""
-        self.connection.send(True)
-        return self.connection.recv()
+    def turn(self) -> Turn:
+        return self.ask(True)
 
     def end(self) -> int:
         """End the process. Returns its peak memory in bytes."""
-        self.connection.send(None)
-        peak = self.connection.recv()
+        peak = self.ask(None)
         self.process.join()
         return peak
 
+    def ask(self, message: bool | None) -> Any:
+        self.connection.send(message)
+        answer = self.connection.recv()
+        if isinstance(answer, OutOfMemory):
+            self.process.join()  # the next one gets its memory
+            raise answer
+        return answer
 
-def compare(args: Comparison) -> dict[str, tuple[float, float, float, float]]:
-    """Name -> (tokens per second, peak memory in bytes, seconds of a micro-step, seconds of an update).
 
-    On a GPU, a competitor that fails is missing.
-    """
+def compare(args: Comparison) -> dict[str, Result | None]:
+    """Name -> figures. On a GPU, None for a competitor that runs out of memory; one that fails is missing."""
     shape = resolve_model(with_preset(ModelConfig, args.preset), epoch_tokens=10**9, epochs=1)
     shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size, dropout=0.0)
     names = list(competitors(args))
     if args.device == "cpu":
         return measure(names, args, shape)
-    results = {}
-    for name in names:
-        with contextlib.suppress(EOFError, ConnectionError):  # its process has ended and has said why
+    if args.tokens_per_iter % (args.batch_size * shape.block_size):
+        raise UserError(f"--tokens-per-iter: must be a multiple of {args.batch_size} x {shape.block_size}")
+    results: dict[str, Result | None] = {}
+    for name in reversed(names) if args.reverse else names:
+        try:
             results |= measure([name], args, shape)
-    return results
+        except OutOfMemory as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            results[name] = None
+        except (EOFError, ConnectionError):  # its process has ended and has said why
+            pass
+    return {name: results[name] for name in names if name in results}
 
 
-def measure(names: list[str], args: Comparison, shape: ModelConfig) -> dict[str, tuple[float, float, float, float]]:
+def measure(names: list[str], args: Comparison, shape: ModelConfig) -> dict[str, Result]:
     """The results of competitors that run at the same time and take turns."""
     running = [Competitor(name, args, shape) for name in names]
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for one in running:
-            seconds[one.name].append(one.turn())
-            print(f"{one.name:28}{seconds[one.name][-1][0]:8.3f} s{seconds[one.name][-1][1]:8.3f} s", file=sys.stderr)
+            turns[one.name].append(one.turn())
+            print(f"{one.name:28}" + "".join(f"{seconds:8.3f} s" for seconds in turns[one.name][-1]), file=sys.stderr)
     results = {}
     for one in running:
-        micro, optimize = (statistics.median(values) for values in zip(*seconds[one.name], strict=True))
-        micro_steps = args.tokens_per_iter / (args.batch_size * shape.block_size)
-        speed = args.tokens_per_iter / (micro_steps * micro + optimize)
-        results[one.name] = (speed, one.end(), micro, optimize)
+        micro, update, whole = (statistics.median(values) for values in zip(*turns[one.name], strict=True))
+        results[one.name] = Result(args.tokens_per_iter / whole, one.end(), micro, update)
     return results
 
 
-def table(results: dict[str, tuple[float, float, float, float]]) -> str:
+def table(results: dict[str, Result]) -> str:
     """The figures, and the ratio of the first row to each row."""
     first = next(iter(results.values()))
     rows = [
         f"{'':28}{'tokens/s':>10}{'first is':>10}{'peak MiB':>10}{'first has':>10}{'micro-step s':>14}{'update s':>10}"
     ]
-    for name, (speed, memory, micro, optimize) in results.items():
-        ratios = f"{first[0] / speed:9.2f}x", f"{first[1] / memory:9.2f}x"
-        rows.append(
-            f"{name:28}{speed:10,.0f}{ratios[0]}{memory / 2**20:10,.0f}{ratios[1]}{micro:14.3f}{optimize:10.3f}"
-        )
+    for name, (speed, memory, micro, update) in results.items():
+        ratios = f"{first.tokens_per_second / speed:9.2f}x", f"{first.peak_bytes / memory:9.2f}x"
+        rows.append(f"{name:28}{speed:10,.0f}{ratios[0]}{memory / 2**20:10,.0f}{ratios[1]}{micro:14.3f}{update:10.3f}")
     return "\n".join(rows)
 
 
@@ -284,10 +326,15 @@ def main() -> None:
     if args.kernels and args.device != "cuda":
         raise UserError("--kernels: needs --device cuda")
     results = compare(args)
-    print(table(results) if results else "")
+    fitting = {name: result for name, result in results.items() if result}
+    print(table(fitting) if fitting else "")
+    if too_large := [name for name in results if name not in fitting]:
+        print(f"Out of memory: {', '.join(too_large)}")
+    missing = [name for name in competitors(args) if name not in results]
     if args.out:
-        write_json(args.out, results)
-    if missing := [name for name in competitors(args) if name not in results]:
+        figures = {name: result and result._asdict() for name, result in results.items()}
+        write_json(args.out, {"results": figures, "missing": missing})
+    if missing:
         raise UserError(f"{', '.join(missing)}: failed, see above")
 
 

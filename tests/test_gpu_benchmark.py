@@ -1,16 +1,19 @@
 """benchmarks/gpu.py: measurements are kept, training runs stop and resume, and one page shows the figures.
 
-No figures are tested here: they need a card. nanoGPT is not part of this project, so its race runs with our own code.
+No figures are tested here: they need a card. nanoGPT is not part of this project, so a tiny model takes its place.
 """
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import signal
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, run_script, write_data
+from conftest import REPO, needs_fake_gpu, run_on_fake_gpu, run_script, write_data
 
 import train
 from config import TrainConfig
@@ -20,12 +23,56 @@ from internals.start import UserError
 
 sys.path.append(str(REPO / "benchmarks"))
 import gpu as gpu_benchmark
+import gpu_steps
 import gpu_summary
 
 SHAPE = (
     "--device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 --n-inner 32 --block-size 16 --batch-size 4 "
     "--tokens-per-iter 64 --max-iters 6 --eval-tokens 256"
 )
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.view(-1))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+"""
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    (tmp_path / "nanogpt").mkdir()
+    (tmp_path / "nanogpt" / "model.py").write_text(NANOGPT)
+    return tmp_path / "nanogpt"
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A benchmark that has the name of a command."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", REPO / "benchmarks" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def gpu(out, *args):
@@ -41,7 +88,7 @@ def test_a_part_is_measured_once_and_a_run_continues_where_it_stopped(tmp_path, 
         patch.setattr(
             train, "get_lr", lambda it, cfg: (it == 2 and signal.raise_signal(signal.SIGTERM), get_lr(it, cfg))[1]
         )
-        flags = ["--data-dir", str(data), "--out-dir", str(card / "runs" / "race-ours-third"), "--eval-interval", "1"]
+        flags = ["--data-dir", str(data), "--out-dir", str(card / "runs" / "race-ours-third-5"), "--eval-interval", "1"]
         train.train(parse(TrainConfig, "", [*gpu_benchmark.SMALL_RUN.split(), "--max-iters", "5", *flags]))
     kept = (card / "matrix-rate.json").read_text()
     assert json.loads(kept)["figures"]["flops"] > 0
@@ -67,6 +114,103 @@ def test_a_part_that_does_not_exist_is_named(tmp_path):
         gpu_benchmark.choose(args, tmp_path)
 
 
+def test_a_first_start_runs_to_its_end_with_a_text_that_is_too_short_for_the_default_run(tmp_path, monkeypatch, capsys):
+    """Before the part `data`, nobody knows that the default run has no more iterations than race-ours."""
+    args = gpu_benchmark.Gpu(source="wikipedia-files", out=str(tmp_path))
+    monkeypatch.setattr(gpu_benchmark.tyro, "cli", lambda *_, **__: args)
+    monkeypatch.setattr(gpu_benchmark, "in_a_process", lambda *_: {"card": "A"})
+    monkeypatch.setattr(gpu_summary, "markdown", lambda *_: "")
+    for part in ("matrix_rate", "loss", "speed", "kernels", "optimizer", "generating", "training_run"):
+        monkeypatch.setattr(gpu_benchmark, part, lambda *_: {})
+    monkeypatch.setattr(gpu_benchmark, "data", lambda args: {"in": str(write_data(args.data_dir, train_tokens=40_000))})
+    gpu_benchmark.main()
+    _, first, *_, last = capsys.readouterr().out.split("Done: ")
+    assert "default-run" in first and "Left: nothing" in last and "default-run" not in last
+
+
+@pytest.mark.parametrize(
+    "figures, nanogpt, done",
+    [
+        ({}, None, True),
+        ({"nanogpt": False}, None, True),
+        ({"nanogpt": False}, "DIR", False),  # was measured without it
+        ({"nanogpt": True}, None, True),
+        ({"missing": ["transformers GPT-2"]}, None, False),
+        ({"missing": [], "out_of_memory": ["nanoGPT"]}, None, True),
+        ({"max_iters": 16}, None, True),
+        ({"max_iters": 17}, None, False),  # other --tokens
+    ],
+)
+def test_a_part_that_lacks_what_is_asked_for_is_measured_again(tmp_path, figures, nanogpt, done):
+    args = gpu_benchmark.Gpu(out=str(tmp_path), small=True, nanogpt=nanogpt)
+    (tmp_path / "race-ours.json").write_text(json.dumps({"figures": figures}))
+    assert gpu_benchmark.is_done(args, tmp_path, "race-ours") is done
+
+
+def test_copies_and_fills_are_launches_and_none_at_all_is_an_error():
+    calls = {"cudaLaunchKernel": 60, "cuLaunchKernelEx": 40, "cudaMemcpyAsync": 40, "cudaMemsetAsync": 6}
+    others = {"Memcpy DtoD (Device -> Device)": 40, "cudaStreamSynchronize": 2, "aten::baddbmm": 40}
+    events = [SimpleNamespace(key=key, count=count) for key, count in (calls | others).items()]
+    assert gpu_steps.launches(events) == 146
+    with pytest.raises(RuntimeError, match="no launches"):
+        gpu_steps.launches([])
+
+
+def test_competitors_run_in_both_orders_and_say_why_they_have_no_figures(monkeypatch):
+    module, order = load_benchmark("train"), []
+
+    def measure(names, args, shape):
+        order.extend(names)
+        if names == ["transformers GPT-2"]:
+            raise module.OutOfMemory("CUDA out of memory")
+        if names == ["ours, eager"]:
+            raise EOFError
+        return {names[0]: module.Result(1.0, 2, 3.0, 4.0)}
+
+    monkeypatch.setattr(module, "measure", measure)
+    args = module.Comparison(device="cuda", nanogpt="DIR", reverse=True)
+    results = module.compare(args)
+    assert order == ["nanoGPT", "transformers GPT-2", "ours, eager", "ours"]
+    assert list(results) == ["ours", "transformers GPT-2", "nanoGPT"] and results["transformers GPT-2"] is None
+    with pytest.raises(UserError, match="--tokens-per-iter: must be a multiple of 24 x 256"):
+        module.compare(dataclasses.replace(args, batch_size=24))
+
+
+def test_what_is_measured_is_compiled_once_as_in_training(monkeypatch):
+    module, sent, graphs = load_benchmark("train"), [], torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    graphs.clear()
+    shape = module.ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, block_size=16, vocab_size=257)
+    connection = SimpleNamespace(recv=iter([True, True, None]).__next__, send=sent.append)
+    args = module.Comparison(batch_size=2, tokens_per_iter=128)
+    module.take_turns(connection, "ours bf16 compiled", args, shape)
+    assert graphs["stats"]["unique_graphs"] == 1
+    assert sent[0].iteration == 4 * sent[0].micro_step + sent[0].update
+
+
+def test_every_chunk_size_of_the_loss_is_compiled(monkeypatch, capsys):
+    import loss
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # restores it at the end
+    monkeypatch.setattr(loss.model, "LOGITS_AT_ONCE", loss.model.LOGITS_AT_ONCE)
+    monkeypatch.setattr(loss, "peak_mib", lambda *_, **__: 0)
+    sizes = [str(320 * rows) for rows in (8, 12, 16, 24, 32, 64)]
+    options = ["--rows", "64", "--n-embd", "16", "--vocab-size", "257", "--repeats", "1", "--compile"]
+    monkeypatch.setattr(sys, "argv", ["loss.py", *options, "--logits-at-once", *sizes])
+    loss.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 * 7
+
+
+def test_generating_is_measured_without_cudnns_attention(monkeypatch):
+    pytest.importorskip("transformers")
+    module, seen = load_benchmark("generate"), []
+    monkeypatch.setattr(module, "generate", lambda *_: [seen.append(torch.backends.cuda.cudnn_sdp_enabled())])
+    module.ours(None, None)
+    assert seen == [False]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_competitors_that_fail_are_named_and_the_others_get_their_turn():
     result = run_script("benchmarks/train.py", "--device", "cuda", "--n-layer", 1, "--rounds", 1)
@@ -76,13 +220,13 @@ def test_competitors_that_fail_are_named_and_the_others_get_their_turn():
     assert all(name in message for name in ("ours", "ours, eager", "transformers GPT-2"))
 
 
-def test_a_race_in_pieces_is_the_same_race(tmp_path, monkeypatch, capsys):
+def test_a_race_in_pieces_is_the_same_race(tmp_path, monkeypatch, capsys, nanogpt):
     import race
 
     data = write_data(tmp_path / "data", train_tokens=4_000)
 
     def output(*args):
-        shape = [f"--shape={SHAPE}", "--run=", "--run=--optimizer adamw"]
+        shape = [f"--shape={SHAPE}", "--run=", "--run=--optimizer adamw", "--nanogpt", nanogpt, "--nanogpt-run="]
         words = ["race.py", "--data-dir", data, *shape, "--evaluations", 3, *args]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         race.main()
@@ -123,10 +267,10 @@ def test_the_summary_compares_turns_and_finds_the_runs_below_nanogpts_loss():
         "speed-wikipedia-2": part({"results": turns[1], **rest}),
         "race-nanogpt-6e-4": part({"curve": compiling, "bits_per_byte": 1.0}),
         "race-ours-half": part({"curve": half, "bits_per_byte": 0.9}),
-        "race-ours-third": part({"curve": half[:2], "bits_per_byte": 2.0}),
+        "race-ours-third": part({"curve": half[:2], "bits_per_byte": 2.0}, commit="before"),
     }
     page = gpu_summary.markdown(parts, part({}))
-    assert "- matrix-rate: driver 570.0" in page
+    assert "- matrix-rate: driver 570.0" in page and "- race-ours-third: commit before" in page
     assert "| ours | 300,000 / 500,000 | 1.00 | 900 | 10.0 | 2.0 |" in page
     assert "| nanoGPT | 100,000 / 300,000 | 2.00 | 2,000 |" in page
     assert "MFU 40.0%" in page and "would take 1,000 minutes" in page
@@ -137,9 +281,11 @@ def test_the_summary_passes_nobody_off_as_ours():
     """Where ours failed, no ratio, MFU or duration is printed."""
     turn = {"nanoGPT": measured(100_000, 2000), "transformers GPT-2": measured(50_000, 3000)}
     figures = {"results": turn, "flops_per_token": 10**8, "batch_size": 64, "run_tokens": 24_000_000_000}
+    figures |= {"out_of_memory": ["ours"], "missing": ["ours, eager"]}
     page = gpu_summary.markdown({"matrix-rate": part({"flops": 1e14}), "speed-wikipedia-1": part(figures)}, part({}))
     assert "| nanoGPT | 100,000 |  | 2,000 |" in page and "64 sequences in a micro-step." in page
     assert "MFU" not in page and "whole run" not in page
+    assert "Out of memory: ours. Missing: ours, eager." in page
 
 
 @pytest.mark.parametrize("batch_size", ["3", "auto"])
@@ -164,6 +310,53 @@ def test_the_benchmarks_train_on_the_tokens_that_they_print(tmp_path, monkeypatc
     machine = train.make_machine(cfg)
     overhead.bare_loop(resolve_batch_size(cfg, machine), machine)
     assert sum(seen) == cfg.tokens_per_iter
+
+
+STEPS = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import race
+import torch
+from config import TrainConfig
+from internals.cli import parse
+
+make, data, folder, *flags = sys.argv[1:]
+cfg, graphs = parse(TrainConfig, "", flags), torch._dynamo.utils.counters["stats"]
+text = race.read_text(data, None)
+runner = race.Ours("", cfg, text) if make == "ours" else race.NanoGPT(folder, "", cfg, text)
+before = graphs["unique_graphs"]
+runner.step(0)
+runner.step(1)
+runner.evaluate()
+print(before, graphs["unique_graphs"])
+"""
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("make", ["ours", "nanoGPT"])
+def test_a_race_begins_with_everything_compiled(make, tmp_path, nanogpt):
+    """So the time of compiling does not count as training."""
+    data = write_data(tmp_path / "data", train_tokens=4_000)
+    (tmp_path / "steps.py").write_text(STEPS)
+    flags = [word for word in SHAPE.replace("--device cpu --dtype float32", "--device cuda").split()]
+    result = run_on_fake_gpu(
+        "python", tmp_path / "steps.py", make, data, nanogpt, *flags, "--data-dir", data, PYTHONPATH=REPO
+    )
+    assert result.returncode == 0, result.stderr
+    before, after = map(int, result.stdout.split()[-2:])
+    assert before == after > 0
+
+
+@needs_fake_gpu
+def test_a_competitor_that_does_not_fit_is_told_from_one_that_fails(tmp_path):
+    flags = ["--device", "cuda", "--n-layer", 1, "--batch-size", 64, "--rounds", 1, "--only", "ours, eager"]
+    for mib, fits in (8_000, True), (1_500, False):
+        command = ("python", "benchmarks/train.py", *flags, "--out", tmp_path / "figures.json")
+        result = run_on_fake_gpu(*command, FAKEGPU_MIB=mib, PYTHONPATH=REPO)
+        assert result.returncode == 0, result.stderr
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures["missing"] == [] and bool(figures["results"]["ours, eager"]) == fits
+    assert "Out of memory: ours, eager" in result.stdout
 
 
 @pytest.mark.parametrize("parts", [{}, {"data": part({"train": 1, "val": 1})}])

@@ -1,4 +1,4 @@
-"""The compiled loss and Muon's step on a GPU: kernels, launches, bytes and memory, counted on a card that computes nothing.
+"""The compiled loss, a compiled micro-step and Muon's step on a GPU: launches, bytes and memory on a card that computes nothing.
 
 `FAKE_GPU_DIR` has a module `counts`, which reports what the card was asked to do. Inductor itself counts the bytes.
 """
@@ -85,6 +85,48 @@ print(json.dumps(figures))
 """
 
 
+MICRO_STEPS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import counts
+import numpy as np
+import torch
+from config import TrainConfig
+from internals.machine import make_machine
+from model import GPT
+
+cfg = TrainConfig()
+machine = make_machine(cfg)
+windows = np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64)
+figures = {}
+for name, options in {
+    "default": {},
+    "pointwise": {"combo_kernels": True, "combo_kernels_pointwise_only": True},
+    "all": {"combo_kernels": True},
+}.items():
+    torch.compiler.reset()
+    model = GPT(cfg.model).to(machine.device)
+    compiled = torch.compile(model, dynamic=False, options=options)
+
+    def micro_step():
+        inputs, targets = machine.to_device(windows)
+        counts.reset()
+        with machine.autocast():
+            loss = compiled(inputs, targets)
+        loss.backward()
+        return sum(count for kind in ("kernel", "gemm", "memcpy", "memset") for count, _ in counts.counts()[kind].values())
+
+    micro_step()
+    model.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    figures[name] = {"first": micro_step(), "second": micro_step()}  # the second adds to the gradients of the first
+    figures[name]["peak"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    figures[name]["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    del model, compiled
+print(json.dumps(figures))
+"""
+
+
 def on_fake_gpu(program: str, tmp_path: Path, **variables) -> dict:
     """The last line of a program's output, as JSON. Inductor's caches are off: a cached kernel is not counted."""
     file = tmp_path / "program.py"
@@ -115,3 +157,15 @@ def test_muon_takes_a_quarter_of_the_launches_for_the_same_arithmetic(tmp_path):
     assert figures["stacked"]["launches"] <= 154 < 588 <= figures["original"]["launches"]
     assert figures["stacked"]["flop"] == figures["original"]["flop"] > 9e10
     assert figures["stacked"]["waits"] == 0
+
+
+@needs_fake_gpu
+def test_the_launches_of_a_compiled_micro_step(tmp_path):
+    """Of the default model, and how many Inductor's combo_kernels would save."""
+    figures = on_fake_gpu(MICRO_STEPS, tmp_path, timeout=900)
+    print(figures, file=sys.stderr)
+    assert [one["graphs"] for one in figures.values()] == [1, 2, 3]  # each is compiled once
+    default, pointwise = figures["default"], figures["pointwise"]
+    assert default["first"] <= 370 and default["second"] <= default["first"] + 76  # gradients to add to
+    assert pointwise["first"] <= default["first"] - 40
+    assert pointwise["peak"] <= 1.01 * default["peak"]
