@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -73,3 +75,13 @@ def test_functions_fit_on_a_screen(module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines, limit = node.end_lineno - node.lineno + 1, 100 if (module, node.name) == ("train", "train") else 50
             assert lines <= limit, f"{FILES[module].name}: {node.name}() has {lines} lines, at most {limit} are allowed"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(command):
+    """`make lint` runs the same."""
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("needs ruff: pip install -r requirements-dev.txt")
+    ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+    result = subprocess.run(ruff, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
