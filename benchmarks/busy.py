@@ -80,13 +80,17 @@ def trial(work: str, preset: str, spins: str, busy: bool, seconds: float) -> flo
             neighbour.wait()
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--spins", nargs="+", default=["default", "0", "1000", "10000"])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each trial")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = flags().parse_args()
     if args.measure:
         print(measure(*args.measure, args.seconds))
         return

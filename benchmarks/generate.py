@@ -250,10 +250,14 @@ def ours(model: GPT, idx: torch.Tensor, new: int = NEW, samples: int = 1) -> Non
             pass
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
+    return parser
+
+
+def main() -> None:
+    rounds = flags().parse_args().rounds
     load_tokenizer("gpt2")  # to fail now rather than after minutes: the command that is timed at the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)

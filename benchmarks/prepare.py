@@ -207,7 +207,7 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def main() -> None:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source", type=Path, default=os.environ.get("WIKIPEDIA_SAMPLE_DIR"), help="folder of .parquet"
@@ -220,6 +220,11 @@ def main() -> None:
         "--scaling", action="store_true", help="measure memory and time at 1, 2 and 4 times the input instead"
     )
     parser.add_argument("--usual", type=Path, help=argparse.SUPPRESS)  # the folder where `usual` writes
+    return parser
+
+
+def main() -> None:
+    parser = flags()
     args = parser.parse_args()
     if args.source is None:
         parser.error("give --source, or set WIKIPEDIA_SAMPLE_DIR")

@@ -1,14 +1,17 @@
 """Shared by the tests: run scripts as a user does, write small data folders, skip what this machine lacks."""
 
+import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from internals.files import write_json
 from internals.shards import META_FORMAT, ShardWriter
@@ -18,6 +21,10 @@ REPO = Path(__file__).resolve().parent.parent
 # The test models are so small that a second thread costs more time than it saves, above all on a busy machine. And sums
 # of several threads may differ in their last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# tyro draws boxes around its messages. CI often asks for colours in them, and a small terminal breaks their lines.
+os.environ.pop("FORCE_COLOR", None)
+os.environ["COLUMNS"] = "80"
 
 # A shell script's background job (`make test &`) ignores Ctrl-C, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,6 +74,22 @@ def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
+def load_benchmark(name: str) -> ModuleType:
+    """The module benchmarks/NAME.py. Its name is not NAME, because some benchmarks are called like commands."""
+    known = f"benchmark_{name}"
+    if known in sys.modules:
+        return sys.modules[known]
+    spec = importlib.util.spec_from_file_location(known, REPO / "benchmarks" / f"{name}.py")
+    sys.modules[known] = module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    sys.path.append(str(REPO / "benchmarks"))  # for the modules beside it; last, so that `import train` is the command
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
 def unboxed(text: str) -> str:
     """tyro's output without its box and without the line breaks inside the box."""
     return " ".join(re.sub(r"[│╭╮╰╯─]|^\||\|$", " ", text, flags=re.M).split())
@@ -102,6 +125,12 @@ def write_data(folder: Path, tokenizer: str = "bytes", train_tokens: int = 1_000
     counts = {"train": train_tokens, "val": val_tokens}
     splits = {name: (np.cumsum(rng.integers(0, 3, n)) % 64 + 32).astype(np.uint16) for name, n in counts.items()}
     return write_splits(folder, splits, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random inputs do not depend on the tests that ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

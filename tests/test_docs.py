@@ -1,17 +1,23 @@
 """The documentation is true to the code: commands parse, links lead somewhere, files exist, the demo runs."""
 
+import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
+import math
 import re
 import shlex
-import sys
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
-from conftest import REPO, run_script
+from conftest import REPO, load_benchmark, run_script
 
 from config import ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
 from internals import cli
@@ -29,13 +35,17 @@ SCRIPTS = {
     "generate.py": GenerateConfig,
     "export.py": ExportConfig,
 }
-BENCHMARKS = {
+BENCHMARKS = {  # the dataclass of its flags, or the function that makes their parser
+    "busy": "flags",
     "copied": "Copied",
+    "generate": "flags",
     "gpu": "Gpu",
     "loss": "Loss",
     "page": "Page",
+    "prepare": "flags",
     "race": "Race",
     "reference": "Reference",
+    "strip": "Strip",
     "tokenizer": "Tokenizers",
     "train": "Comparison",
 }
@@ -64,34 +74,44 @@ def commands(text: str) -> list[str]:
     return [command for line in lines if (command := line.split("  #")[0].strip())]
 
 
-def ours(command: str) -> tuple[str, list[str]] | None:
-    """The script of a command and its arguments, however it is started; None if the script is not ours."""
-    try:
-        words = shlex.split(command.split("|")[-1])
-    except ValueError:  # prose or a formula with an apostrophe
-        return None
-    for i, word in enumerate(words):
-        if word in SCRIPTS or word.startswith("benchmarks/"):
-            return word, words[i + 1 :]
-    return None
+def ours(command: str) -> list[tuple[str, list[str]]]:
+    """Our scripts in a command, however they are started, and the arguments of each."""
+    found = []
+    for part in re.split(r"\s(?:\|\|?|&&)\s", command):
+        try:
+            words = shlex.split(part)
+        except ValueError:  # prose or a formula with an apostrophe
+            continue
+        for i, word in enumerate(words):
+            if word in SCRIPTS or word.startswith("benchmarks/"):
+                found.append((word, words[i + 1 :]))
+                break
+    return found
 
 
 STARTED = [
-    (page, command, *ours(command)) for page, text in TEXTS.items() for command in commands(text) if ours(command)
+    (page, command, script, args)
+    for page, text in TEXTS.items()
+    for command in commands(text)
+    for script, args in ours(command)
 ]
 
 
-def benchmark_arguments(script: str):
-    """The dataclass of a benchmark's flags, or None if it has none of its own."""
-    sys.path.append(str(REPO / "benchmarks"))  # for benchmarks/common.py; last, so that `import train` is the command
-    name = Path(script).stem
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", REPO / script)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(REPO / "benchmarks"))
-    return getattr(module, BENCHMARKS[name])
+def test_every_script_of_a_pipe_is_found():
+    found = ours("python train.py --check | tee log && X=1 python generate.py --seed 1")
+    assert found == [("train.py", ["--check"]), ("generate.py", ["--seed", "1"])]
+
+
+def benchmark_flags(name: str) -> Any:
+    """A benchmark's dataclass of flags, or its parser."""
+    flags = getattr(load_benchmark(name), BENCHMARKS[name])
+    return flags if dataclasses.is_dataclass(flags) else flags()
+
+
+def names_of_flags(flags: Any) -> set[str]:
+    if isinstance(flags, argparse.ArgumentParser):
+        return {name for action in flags._actions for name in action.option_strings}
+    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(flags)}
 
 
 @pytest.mark.parametrize(("page", "command", "script", "args"), STARTED, ids=[f"{s[0]}: {s[1]}" for s in STARTED])
@@ -104,16 +124,14 @@ def test_a_command_parses(page, command, script, args, monkeypatch):
         parse(SCRIPTS[script], "", args)
     elif script == "benchmarks/overhead.py":
         parse(TrainConfig, "", args)
-    elif Path(script).stem in BENCHMARKS and args:
-        tyro.cli(benchmark_arguments(script), args=args)
+    elif args:
+        flags = benchmark_flags(Path(script).stem)
+        flags.parse_args(args) if isinstance(flags, argparse.ArgumentParser) else tyro.cli(flags, args=args)
 
 
 def test_a_flag_that_is_named_in_a_sentence_exists():
-    benchmarks = [benchmark_arguments(f"benchmarks/{name}.py") for name in BENCHMARKS]
-    classes = (*SCRIPTS.values(), ModelConfig, *benchmarks)
-    flags = {f"--{field.name.replace('_', '-')}" for cls in classes for field in dataclasses.fields(cls)}
-    flags |= {"--help", "--no-stream", "--lr"}
-    flags |= set(re.findall(r'"(--[\w-]+)"', (REPO / "benchmarks/prepare.py").read_text(encoding="utf-8")))
+    commands = (*SCRIPTS.values(), ModelConfig, *map(benchmark_flags, BENCHMARKS))
+    flags = {"--help", "--no-stream", "--lr", "--extra-index-url"}.union(*map(names_of_flags, commands))
     for page, text in TEXTS.items():
         for span in inline(text):
             for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", span) if span.startswith("--") else []:
@@ -150,6 +168,64 @@ def test_python_examples_import_what_exists(page):
                     assert hasattr(importlib.import_module(node.module), alias.name), f"{page}: {alias.name}"
 
 
+DIFFS = [(page, block) for page, text in TEXTS.items() for block in code(text, "diff")]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize(("page", "diff"), DIFFS, ids=[f"{page} {n}" for n, (page, _) in enumerate(DIFFS)])
+def test_a_diff_applies(page, diff):
+    """Where a line that it quotes has changed, it must be printed anew."""
+    checked = subprocess.run(
+        ["git", "apply", "--check", "-"], input=diff, cwd=REPO, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert checked.returncode == 0, f"{page}: {checked.stderr}"
+
+
+def exercise(stop: int) -> str:
+    """What the exercise of a stop in docs/reading.md prints."""
+    section = TEXTS["docs/reading.md"].split(f"\n### {stop}. ")[1].split("\n### ")[0]
+    (block,) = code(section, "python")
+    printed = io.StringIO()
+    error = pytest.raises(ValueError, match="--n-head") if stop == 3 else contextlib.nullcontext()
+    with contextlib.redirect_stdout(printed), error:
+        exec(block, {})
+    return printed.getvalue()
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
+
+
+def test_the_exercises_about_model_and_training_print_what_the_page_says():
+    page = TEXTS["docs/reading.md"]
+    assert re.findall("True|False", exercise(1)) == ["False"] * 5 + ["True"] * 3
+    ours, theirs, blind = numbers(exercise(2))
+    assert ours == pytest.approx(theirs, rel=1e-5) and 0 < ours - blind < 0.1 and blind == math.log(1024)
+    assert exercise(3) == "[4, 2, 1, 1, 1]\n16\n" and "It prints `[4, 2, 1, 1, 1]`, then 16," in page
+    gradient, difference = numbers(exercise(4))
+    assert difference < 2e-6 * gradient
+    rates, groups = exercise(5).splitlines()
+    assert f"It prints `{rates}`" in page
+    embeddings, vectors, matrices = ast.literal_eval(groups.replace(") (", "), ("))
+    assert vectors[1] == 0 and matrices[2] == 4
+    total = embeddings[0] + vectors[0] + matrices[0]
+    assert f"65 %: {embeddings[0] / 1e6:.1f} of {total / 1e6:.1f} million" in page
+
+
+def test_the_exercises_about_text_and_numbers_print_what_the_page_says():
+    page = TEXTS["docs/reading.md"]
+    per_epoch, *tokens = map(int, numbers(exercise(6)))
+    first, second = tokens[:45], tokens[45:]
+    assert per_epoch == 5 and (min(first), max(first), min(second), max(second)) == (3, 43, 4, 44)
+    assert "begins at token 3 and leaves out 0 to 2 and 44 to 49, the second at 4 and leaves out 0 to 3 and 45" in page
+    in_float32, in_bfloat16 = exercise(8).splitlines()
+    assert numbers(in_float32)[0] == pytest.approx(2, abs=1e-4) and in_bfloat16 == "tensor(1., dtype=torch.bfloat16)"
+    cold, usual, hot, top_k, top_p = (numbers(line) for line in exercise(9).splitlines())
+    assert (round(cold[0], 2), round(hot[0], 2)) == (0.86, 0.46) and "86 % and which 46 %" in page
+    assert usual[:2] == top_p[:2] and top_k[2:] == top_p[2:] == [0, 0]
+    assert round(sum(top_p), 2) == 0.88 and "together have 88 %" in page
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_tables_are_whole(page):
     """A table's rows are adjacent and have as many cells as its header; otherwise it does not render."""
@@ -169,7 +245,8 @@ def test_the_readme_is_a_front_page():
 
 def test_the_layout_tables_name_every_file():
     tables = TEXTS["README.md"] + TEXTS["docs/changing.md"]
-    named = set(re.findall(r"^\| `([\w/]+\.py|\w+/)` \|", tables, re.M))
+    cells = re.findall(r"^\| (`[^|]*`) \|", tables, re.M)
+    named = {name for cell in cells for name in re.findall(r"`([\w/]+\.py|\w+/)`", cell)}
     files = {path.name for path in REPO.glob("*.py")}
     files |= {f"internals/{path.name}" for path in (REPO / "internals").glob("*.py")}
     folders = {"internals/", "docs/", "tests/", "benchmarks/", "sample/", "data/", "checkpoints/"}
@@ -191,7 +268,8 @@ def test_the_demo_runs(tmp_path):
     assert again.returncode == 0, again.stderr
 
     run = tmp_path / "run"
-    short = ["--data-dir", tmp_path / "data", "--out-dir", run, "--eval-interval", "20"]
+    short = ["--data-dir", tmp_path / "data", "--out-dir", run, "--device", "cpu", "--eval-interval", "20"]
+    short += ["--tokens-per-iter", "2048", "--eval-tokens", "4096"]
     for count in ("1", "40"):  # it can be repeated
         trained = run_script(*train, *short, "--max-iters", count)
         assert trained.returncode == 0, trained.stderr
@@ -202,7 +280,8 @@ def test_the_demo_runs(tmp_path):
     assert abs(losses[0] - 7.62) < 0.15  # ln 2048
     assert losses[0] > losses[1] > losses[2]
 
-    text = run_script(*generate, "--checkpoint", run / "best.pt", "--seed", "1", "--max-new-tokens", "40")
+    place = ["--checkpoint", run / "best.pt", "--device", "cpu"]
+    text = run_script(*generate, *place, "--seed", "1", "--max-new-tokens", "40")
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith(generate[generate.index("--prompt") + 1])
     assert len(text.stdout) > 30

@@ -1,13 +1,11 @@
 """The reference run beside yours: when it is shown, in which unit, and under which name."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
 
 import pytest
-from conftest import REPO, run_script
+from conftest import REPO, load_benchmark, run_script
 from test_report import META, run_log, state
 from test_run_page import parsed
 
@@ -123,14 +121,7 @@ def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):
 
 @pytest.fixture
 def writer():
-    """benchmarks/reference.py"""
-    sys.path.append(str(REPO / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("write_reference", REPO / "benchmarks/reference.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(REPO / "benchmarks"))
+    return load_benchmark("reference")
 
 
 def test_what_is_written_is_found_again(tmp_path, monkeypatch, writer):

@@ -3,13 +3,11 @@
 import json
 import random
 import re
-import sys
 from collections import Counter
 
-from conftest import REPO
+from conftest import REPO, load_benchmark
 
-sys.path.append(str(REPO / "benchmarks"))
-from copied import copied_spans
+copied_spans = load_benchmark("copied").copied_spans
 
 ROWS = [json.loads(line) for line in (REPO / "sample" / "articles.jsonl").read_text(encoding="utf-8").splitlines()]
 WORD = re.compile(r"[^\W_]+(?:'\w+)?")
