@@ -1,5 +1,6 @@
 """Checkpoints are written whole or not at all, and loading one never runs code or ends in a traceback."""
 
+import errno
 import os
 import pickle
 
@@ -11,8 +12,6 @@ from config import ModelConfig
 from internals import checkpoint
 from internals.start import UserError
 from model import GPT
-
-resource = pytest.importorskip("resource")  # Windows has none
 
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=257)
 
@@ -36,6 +35,7 @@ def test_a_model_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("room", [0, 1_000, 20_000])
 def test_a_full_disk_keeps_the_one_before(tmp_path, room):
     """The system's limit on a file's size makes a write fail halfway, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     path = tmp_path / "last.pt"
     checkpoint.save(path, content())
     before = path.read_bytes()
@@ -58,6 +58,19 @@ def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not be written"):
         checkpoint.save(tmp_path / "file" / "last.pt", content())
+
+
+def test_a_drive_without_mmap_is_read_all_the_same(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", content())
+    load = torch.load
+
+    def without_mmap(path, mmap=False, **options):
+        if mmap:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", without_mmap)
+    assert checkpoint.load(tmp_path / "last.pt", mmap=True)["iter"] == 3
 
 
 def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path):

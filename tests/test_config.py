@@ -10,7 +10,7 @@ from conftest import run_script, unboxed
 
 from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, unescape
 from internals.cli import parse, with_preset
-from internals.settings import differences
+from internals.settings import differences, upgrade
 from internals.start import UserError
 
 COMMANDS = {
@@ -122,11 +122,6 @@ def test_a_configuration_cannot_be_changed():
         (PrepareConfig, ["--source", ""], ["--source"]),
         (PrepareConfig, ["--max-tokens", "0"], ["--max-tokens 0"]),
         (PrepareConfig, ["--shard-tokens", "2147483648"], ["--shard-tokens 2147483648", "from 1 to 2^31 - 1"]),
-        (GenerateConfig, ["--temperature", "-1"], ["--temperature -1"]),
-        (GenerateConfig, ["--top-p", "0"], ["--top-p 0"]),
-        (GenerateConfig, ["--top-p", "2"], ["--top-p 2"]),
-        (GenerateConfig, ["--top-k", "0"], ["--top-k 0"]),
-        (GenerateConfig, ["--max-new-tokens", "-1"], ["--max-new-tokens -1"]),
     ],
 )
 def test_a_wrong_value_is_named_and_ends_with_status_2(cls, args, words, capsys):
@@ -224,7 +219,8 @@ def test_whole_numbers_may_be_written_with_an_exponent(capsys):
 
 
 def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys):
-    monkeypatch.setenv("HOME", "/home/somebody")
+    for name in ("HOME", "USERPROFILE"):  # Windows reads the latter
+        monkeypatch.setenv(name, "/home/somebody")
     assert parse(TrainConfig, "", ["--out-dir=~/run"]).out_dir == "/home/somebody/run"
     assert parse(PrepareConfig, "", ["--data-dir=~/data"]).data_dir == "/home/somebody/data"
     assert parse(GenerateConfig, "", ["--checkpoint=~/best.pt"]).checkpoint == "/home/somebody/best.pt"
@@ -237,11 +233,18 @@ def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
-@pytest.mark.parametrize("seed", ["-1", str(2**63), "99999999999999999999"])
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
 def test_seeds_are_refused_alike(cls, seed, capsys):
     with pytest.raises(SystemExit):
         parse(cls, "", ["--seed", seed])
     assert "below 2^63" in unboxed(capsys.readouterr().err)
+
+
+def test_settings_of_an_earlier_version_get_their_names_of_today():
+    """Muon's learning rate was a number of its own; now it is a multiple of the learning rate."""
+    old = {"learning_rate": 3e-3, "muon_learning_rate": 0.012, "optimizer": "muon"}
+    assert upgrade(old) == {"learning_rate": 3e-3, "muon_lr_scale": pytest.approx(4), "optimizer": "muon"}
+    assert upgrade({"learning_rate": 3e-3}) == {"learning_rate": 3e-3, "optimizer": "adamw"}
 
 
 def test_the_folders_follow_from_the_preset():

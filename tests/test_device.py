@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,7 +170,7 @@ OLD, NEW, FUTURE = ("NVIDIA GeForce GTX 1080 Ti", (6, 1)), ("NVIDIA GeForce RTX 
         ([OLD, NEW], None, ["GPU 0, NVIDIA GeForce GTX", "; CUDA_VISIBLE_DEVICES=1 takes the NVIDIA GeForce RTX 4090"]),
         ([OLD, NEW], "3,5", ["; CUDA_VISIBLE_DEVICES=5 takes the NVIDIA GeForce RTX 4090"]),
         ([("NVIDIA Tesla K80", (3, 7))], None, ["too old for the PyTorch that this project needs; use --device cpu"]),
-        ([FUTURE], None, ["take a newer build: pip install"]),
+        ([FUTURE], None, ["take a newer build: pip install", "whl/cu130"]),
     ],
 )
 def test_a_card_without_kernels_counts_as_none(monkeypatch, cards, visible, words):
@@ -228,6 +230,19 @@ def test_the_build_that_is_advised_has_kernels_for_the_card(monkeypatch, tmp_pat
     put_nvidia_smi(monkeypatch, tmp_path / "bin", script)
     monkeypatch.setattr(device, "installed_driver", lambda: CARD.format("580.65"))
     assert f"whl/{build}" in device.explain(CPU_BUILD).advice
+
+
+def test_a_driver_that_does_not_answer_and_one_without_nvidia_smi(monkeypatch):
+    def hang(*args, **options):
+        raise subprocess.TimeoutExpired("nvidia-smi", 20)
+
+    monkeypatch.setattr(device.subprocess, "run", hang)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
+    assert device.installed_driver() == "an NVIDIA driver that does not answer"
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    for loaded, answer in ((True, "an NVIDIA driver"), (False, "")):
+        monkeypatch.setattr(device, "Path", lambda path, loaded=loaded: SimpleNamespace(exists=lambda: loaded))
+        assert device.installed_driver() == answer
 
 
 def test_a_card_that_others_fill(monkeypatch):

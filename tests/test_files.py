@@ -22,6 +22,24 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot sync a folder")
+def test_a_power_cut_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    """The new content is on the disk before it gets the name, and the name is there when the block has ended."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def sync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append("sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+        assert calls == []
+    assert calls == ["sync 3 bytes", "rename", "sync folder"]
+
+
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
 def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "file"

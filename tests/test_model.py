@@ -1,5 +1,6 @@
 """The model against transformers' GPT-2 and against what a language model must and must not do."""
 
+import dataclasses
 import math
 
 import pytest
@@ -149,6 +150,52 @@ def test_flops_are_those_that_pytorch_counts():
         model(idx, targets).backward()
     # The two differ by the padded rows, and by the biases and norms that the formula counts as weights.
     assert model.flops_per_token() * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_flops_of_attention_grow_with_the_context_as_pytorch_counts_them():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted, calculated = [], []
+    for block_size in (24, 96):
+        model = GPT(dataclasses.replace(TINY, block_size=block_size))
+        idx = torch.randint(101, (2, block_size))
+        math_alone = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, math_alone:
+            model(idx, idx).backward()
+        counted.append(counter.get_total_flops() / idx.numel())
+        calculated.append(model.flops_per_token())
+    assert calculated[1] - calculated[0] == pytest.approx(counted[1] - counted[0])
+
+
+def test_the_first_weights_are_gpt2s():
+    """Projections that add to the residual stream are smaller, by the root of the number of additions: 2 in a layer."""
+    model = GPT(ModelConfig(n_layer=2))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_dropout_acts_in_training_alone(monkeypatch, training):
+    """On the embeddings, and in each layer on attention's weights, its output and the feed-forward network's."""
+    model = GPT(dataclasses.replace(TINY, dropout=0.3)).train(training)
+    outputs, weights = [], []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
+
+    def watched(*args, dropout_p, **rest):
+        weights.append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **rest)
+
+    monkeypatch.setattr(F, "dropout", lambda x, p: (outputs.append(p), dropout(x, p))[1])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model(torch.randint(101, (2, 24)))
+    assert outputs == ([0.3] * (1 + 2 * TINY.n_layer) if training else [])
+    assert weights == [0.3 if training else 0.0] * TINY.n_layer
 
 
 def test_dropout_acts_in_training_alone():

@@ -85,8 +85,9 @@ def test_what_is_no_fault_of_the_network_is_not_retried(monkeypatch, error):
         assert "/cache/x" in str(raised.value)
 
 
-def test_what_the_network_may_mend_is_retried(monkeypatch):
-    monkeypatch.setattr(network.time, "sleep", lambda seconds: None)
+def test_what_the_network_may_mend_is_retried_after_longer_and_longer_pauses(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(network.time, "sleep", pauses.append)
     answers = [ConnectionResetError(104, "Connection reset"), TimeoutError(), OSError("no answer"), "text"]
 
     def action():
@@ -96,3 +97,4 @@ def test_what_the_network_may_mend_is_retried(monkeypatch):
         return answer
 
     assert patiently("the file", action, 4, "advice", lambda error: None) == "text"
+    assert pauses == [1, 2, 4]

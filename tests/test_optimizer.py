@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from config import ModelConfig, TrainConfig
+from internals.cpu_kernels import capabilities
 from internals.muon import StackedMuon
 from internals.optimizer import make_optimizer, moment_bytes
 from model import GPT
@@ -120,7 +121,10 @@ def test_a_stack_of_the_default_models_matrices_moves_as_they_do_one_by_one(shap
             b.grad = a.grad.clone()
         for muon in muons:
             muon.step()
-    assert all((a == b).all() for a, b in zip(alone, stacked, strict=True))
+    # Two steps of 1e-3, in bfloat16. Where no instruction computes in it, a stack may be rounded differently.
+    exact = any(capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+    for a, b in zip(alone, stacked, strict=True):
+        torch.testing.assert_close(a, b, atol=0.0 if exact else 2 * 1e-3 * 2**-8, rtol=0.0)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

@@ -71,8 +71,10 @@ def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words
     assert "\n" not in line
 
 
-def test_a_cpus_speed_is_a_rate():
-    assert 1e8 < preflight.cpu_flops(torch.float32) < 1e15
+def test_a_cpus_speed_is_half_of_a_products(monkeypatch):
+    """Three products of 2 x 1024^3 operations, here in two seconds."""
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=iter([0.0, 2.0]).__next__))
+    assert preflight.cpu_flops(torch.float32) == 0.5 * 3 * 2 * 1024**3 / 2
 
 
 def start(machine=CPU, preset="wikipedia", resumed_at=None, **changes) -> None:
