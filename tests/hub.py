@@ -9,6 +9,7 @@ Each download takes the next fault. After the last fault, all downloads succeed:
 
     ok          no fault
     error       status 500
+    limit       status 429: too many requests
     drop        the connection closes half-way
     stall       the connection stays open, but no data comes after half of the file
     truncate    half of the file, passed off as the whole
@@ -151,6 +152,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.command == "GET" and "lfs" in entry:
             self.downloads.append((name, revision))
             fault = self.faults.popleft() if self.faults else "ok"
+        if fault == "limit":
+            return self.answer(429, b'{"error": "Too Many Requests"}')
         if fault == "error":
             return self.answer(500, b'{"error": "Internal Server Error"}')
         if fault == "corrupt":

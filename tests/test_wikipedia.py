@@ -48,6 +48,16 @@ def hub_folder(tmp_path):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The Hugging Face libraries of this process write into a folder of the test."""
+    import datasets
+    from huggingface_hub import constants
+
+    for module, name in ((constants, "HF_HOME"), (constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
+        monkeypatch.setattr(module, name, str(tmp_path))
+
+
+@pytest.fixture
 def serve(hub_folder, tmp_path):
     """`serve(faults)` starts a hub. Returns its handler, and the environment in which commands use it."""
     servers = []
@@ -104,6 +114,35 @@ def test_the_hub(tmp_path, serve, hub_folder):
     assert [name for name, _ in handler.downloads] == names
 
 
+def test_the_order_of_the_files_never_changes():
+    """A folder that is half done must find the same files in the same places."""
+    names = [f"20231101.en/train-{n:05d}-of-00041.parquet" for n in range(41)]
+    order = [names.index(file["name"]) for file in mixed([{"name": name} for name in names])]
+    assert order[:6] == [23, 39, 34, 40, 1, 17] and sorted(order) == list(range(41))
+
+
+COUNT_DOWNLOADS = """
+from internals import parquet, wikipedia
+prepare_data.COMMIT_SECONDS, parquet.CHUNK_ROWS = 0.0, 100  # so that a file has more chunks than are read ahead
+fetch = wikipedia.HubWikipedia.fetch
+def counting(self, number):
+    print("downloads:", len(list(self.downloads.folder.rglob("*.parquet"))))
+    return fetch(self, number)
+wikipedia.HubWikipedia.fetch = counting
+"""
+
+
+def test_at_most_three_downloads_are_on_the_disk(tmp_path, serve, hub_folder):
+    """One is read, the next one arrives, and one is done but not yet saved as done."""
+    for n in range(4, 8):
+        write_parquet(hub_folder / "20231101.simple" / f"train-{n:05d}-of-00004.parquet", make_articles(1000, seed=n))
+    _, env = serve()
+    result = run_script(*without_pauses(hub_command(tmp_path / "out", "--workers", "1"), COUNT_DOWNLOADS), env=env)
+    assert result.returncode == 0, result.stderr
+    counts = [int(count) for count in re.findall(r"downloads: (\d+)", result.stdout)]
+    assert len(counts) == 8 and max(counts) <= 3
+
+
 def test_no_file_is_downloaded_that_max_tokens_do_not_reach(tmp_path, serve, hub_folder):
     """Training the tokenizer downloads no more either, if the first file holds its sample, as on the hub."""
     names = [{"name": str(path.relative_to(hub_folder))} for path in hub_folder.rglob("*.parquet")]
@@ -147,7 +186,7 @@ def test_preset_laptop_takes_english_wikipedia_and_needs_no_flag(tmp_path, serve
 def test_faults_of_the_hub_are_overcome(tmp_path, serve, keep):
     _, env = serve()
     assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
-    faults = ["error", "drop", "stall", "truncate", "corrupt", "ok", "corrupt"]
+    faults = ["error", "drop", "stall", "truncate", "limit", "corrupt", "ok", "corrupt"]
     faults += ["error", "stall", "drop", "truncate", "drop"]
     handler, env = serve(faults)
     handler.unanswered = 1
@@ -247,11 +286,10 @@ def test_kept_downloads_are_found_by_later_runs(tmp_path, serve):
     assert_user_error(run_script(*command(tmp_path / "x", "sample", "--keep-downloads")), "--keep-downloads")
 
 
-@pytest.mark.skipif(
-    not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev,
-    reason="needs a second file system, such as Linux has in /dev/shm",
-)
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system, such as Linux has in /dev/shm")
 def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
+    if os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a temporary folder on another file system than /dev/shm")
     source = SimpleNamespace(files=[], download_folder=tmp_path)
     display = Display(config(tmp_path, "wikipedia"), source, Progress())
     assert display.needed_for_downloads(10**18) == 10**18  # on the data folder's disk, which is checked with the shards
@@ -274,6 +312,7 @@ def test_kept_downloads_need_room_on_their_own_disk(tmp_path):
     ],
 )
 def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, max_tokens, missing, at_one_time):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
     monkeypatch.setattr(
         HubWikipedia, "_cached", lambda self, file: Path(file.name) if int(file.name) in cached else None
     )
@@ -287,12 +326,28 @@ def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, ma
         assert source.missing_bytes == (105 if missing in (209, 615) else 0)  # those before it are done
 
 
-def test_both_variables_that_forbid_the_network_are_known(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(408, ""), (429, ""), (500, ""), (503, ""), (401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "--revision")],
+)
+def test_which_answers_of_the_hub_are_worth_another_try(own_cache, monkeypatch, status, hint):
     import datasets
     from huggingface_hub import constants
 
-    for module, name in ((constants, "HF_HOME"), (constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
-        monkeypatch.setattr(module, name, str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    error = OSError(f"{status} Client Error")
+    error.response = SimpleNamespace(status_code=status)
+    if hint:
+        with pytest.raises(UserError, match=rf"a file: the hub refuses it \({status} Client Error\); is {hint} right"):
+            check_retryable("a file", error)
+    else:
+        check_retryable("a file", error)
+
+
+def test_both_variables_that_forbid_the_network_are_known(own_cache, monkeypatch):
+    import datasets
+
     check_retryable("a file", ConnectionError())
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as HF_DATASETS_OFFLINE sets it
     with pytest.raises(UserError, match=r"a file: is not on this machine, and .*HF_DATASETS_OFFLINE is set"):
