@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +21,16 @@ from config import PRESETS, TrainConfig
 from internals import checkpoint
 from internals.cli import with_preset
 from internals.machine import Machine
-from internals.processes import LOST_PROCESS, WRITING, Watch, is_failed_exchange, why_exchange_failed
+from internals.processes import (
+    LOST_PROCESS,
+    WRITING,
+    Watch,
+    is_failed_exchange,
+    join_processes,
+    why_exchange_failed,
+)
 from internals.run import Run
+from internals.start import UserError
 
 FLAGS = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
@@ -66,14 +75,19 @@ def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
     return out_dir, result.stdout + result.stderr
 
 
-def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two):
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two, one_thread):
     out_dir, output = two
     assert "2 sequences x 16 tokens x 2 micro-steps x 2 processes" in output
     assert output.count("parameters:") == output.count(" 8/20  val ") == output.count("Done in ") == 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train.train(tiny(data_dir, tmp_path, dropout=0.0, batch_size=2, optimizer="adamw"))
-    torch.set_num_threads(threads)
     assert len(metrics(out_dir)) == 21
     for one, both in zip(metrics(tmp_path), metrics(out_dir), strict=True):
         assert one.keys() == both.keys() and (one["iter"], one["tokens"]) == (both["iter"], both["tokens"])
@@ -82,7 +96,66 @@ def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two):
                 assert both[name] == pytest.approx(one[name], abs=1e-5)
     losses = [row["train_loss"] for row in metrics(tmp_path)[1:]]
     assert losses[0] - losses[-1] > 1  # the learning rate is large enough to matter
-    assert len(checkpoint.load(out_dir / "last.pt")["rng"]) == 2
+    first, second = checkpoint.load(out_dir / "last.pt")["rng"]
+    assert not torch.equal(first["cpu"], second["cpu"])  # or both would drop the same activations
+
+
+def test_a_run_resumes_on_another_number_of_processes(data_dir, tmp_path, two, one_thread):
+    """From 2 to 1 and to 2 again, compared with one process that resumes at the same iterations."""
+    changing, alone = tmp_path / "changing", tmp_path / "alone"
+    shutil.copytree(two[0], changing)
+    one = dict(dropout=0.0, batch_size=2, optimizer="adamw")
+    train.train(tiny(data_dir, changing, max_iters=24, resume=True, **one))
+    result = run(torchrun(*flags(data_dir, changing, optimizer="adamw", max_iters=28), "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert "changed: " in result.stdout and "processes 1 -> 2" in " ".join(result.stdout.split())
+    for max_iters in (20, 24, 28):
+        train.train(tiny(data_dir, alone, max_iters=max_iters, auto_resume=True, **one))
+    for a, b in zip(metrics(changing)[21:], metrics(alone)[21:], strict=True):
+        assert (a["iter"], a["tokens"]) == (b["iter"], b["tokens"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+    assert len(metrics(changing)) == 29
+
+
+DIFFERENT = """
+import hashlib
+from internals import cpu_kernels
+cpu_kernels.capabilities = lambda: {"avx512_bf16": RANK == 0}
+initial_model, ending = train.initial_model, train.ending
+def other_weights(run):
+    model = initial_model(run)
+    model.transformer.wpe.weight.data += 1e-3 * RANK
+    return model
+def tell_weights(run, state):
+    weights = b"".join(parameter.detach().numpy().tobytes() for parameter in state.model.parameters())
+    os.write(1, f"weights: {hashlib.sha256(weights).hexdigest()}\\n".encode())
+    return ending(run, state)
+train.initial_model, train.ending = other_weights, tell_weights"""
+
+
+def test_machines_may_have_other_processors(data_dir, tmp_path):
+    """They may be fastest in another dtype, and draw first weights that differ in a bit."""
+    short = flags(data_dir, tmp_path / "run", dtype="auto", max_iters=2)
+    result = run(torchrun(*short, script=with_fault(tmp_path, DIFFERENT)))
+    assert result.returncode == 0, result.stderr
+    assert "float32 (the processes' devices have different fastest dtypes)" in " ".join(result.stdout.split())
+    weights = re.findall(r"weights: ([0-9a-f]{64})", result.stdout)
+    assert len(weights) == 2 and len(set(weights)) == 1
+
+
+def test_machines_must_share_the_folder_of_the_run(data_dir, tmp_path, two):
+    shutil.copytree(two[0], tmp_path / "run")
+    elsewhere = f"sys.argv += ['--out-dir={tmp_path / 'other'}'] * RANK"
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), "--auto-resume", script=with_fault(tmp_path, elsewhere)))
+    assert result.returncode != 0
+    assert result.stderr.count("the processes see different files there; all machines must share it") == 1
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are only 1; give at most"):
+        join_processes(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's list of a process's threads")
@@ -201,6 +274,14 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
     result = run(torchrun(*flags(data_dir, straight, dropout=0.1)))
     assert result.returncode == 0, result.stderr
     assert_same_end(out_dir, straight)
+
+
+def test_a_signal_to_one_process_stops_all(data_dir, tmp_path):
+    one = "train.get_lr = lambda it, cfg: (os.kill(os.getpid(), 15) if (RANK, it) == (1, 3) else 0, get_lr(it, cfg))[1]"
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, one)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Stopped at iteration 4, all saved.") == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 4
 
 
 FAULTS = {
