@@ -87,6 +87,14 @@ def as_text(row):
     return f"{row['title']}\n\n{row['text']}"
 
 
+def stderr_of(process):
+    """stderr of a script that has five minutes to end."""
+    try:
+        return process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+
+
 def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwargs):
     """Kill a script `kills` times at random moments. Whenever it finishes, `files(folder)` must be `want`."""
     rng, survived, finished = random.Random(0), 0, 0
@@ -94,7 +102,9 @@ def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwar
         # Count the seconds from the lock: a kill before that hits Python's imports, which is no test.
         (folder / ".lock").unlink(missing_ok=True)
         process, deadline = start_script(arguments, **kwargs), time.monotonic() + 60
-        while not (folder / ".lock").exists() and time.monotonic() < deadline:
+        while not (folder / ".lock").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the folder was not locked: {stderr_of(process)}")
             time.sleep(0.01)
         begin = time.monotonic()
         try:
@@ -103,7 +113,7 @@ def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwar
         except subprocess.TimeoutExpired:
             process.kill()
             survived += 1
-            _, stderr = process.communicate()
+            stderr = stderr_of(process)
         assert process.returncode in (0, -signal.SIGKILL), stderr
         if process.returncode == 0:
             assert files(folder) == want
@@ -111,7 +121,7 @@ def kill_until(kills, arguments, folder, want, shortest=0.0, longest=1.5, **kwar
             for path in folder.iterdir():
                 path.unlink()
     process = start_script(arguments, **kwargs)
-    _, stderr = process.communicate()
+    stderr = stderr_of(process)
     assert process.returncode == 0, stderr
     assert files(folder) == want
     print(f"{survived} kills survived, {finished + 1} preparations finished")

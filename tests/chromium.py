@@ -38,6 +38,14 @@ class Browser:
         os.close(read_commands)
         os.close(write_answers)
         self.number, self.session, self.buffer, self.events = 0, None, b"", []
+        try:
+            self.attach()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def attach(self) -> None:
+        """Talk to the one page from here on, and hear of its events."""
         target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

@@ -52,7 +52,18 @@ def with_data(page: str, count: int, **changes) -> str:
     return page.replace(raw, now).replace(f'max="{len(data["views"]) - 1}"', f'max="{max(0, count - 1)}"')
 
 
-def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # noqa: F811
+@pytest.fixture
+def waits(browser):
+    """A function for the milliseconds that a page waits before it reloads itself. It then waits only a tenth of them."""
+    browser.call(
+        "Page.addScriptToEvaluateOnNewDocument",
+        source="""{ const real = setTimeout; window.waits = [];
+            window.setTimeout = (action, wait) => { waits.push(wait); return real(action, wait / 10); }; }""",
+    )
+    return lambda: browser.run("waits")
+
+
+def test_a_page_of_a_run_under_way_reloads_itself(browser, waits, run, tmp_path):  # noqa: F811
     """It keeps the place that the reader chose; otherwise it follows the newest evaluation."""
     page = (run / "run.html").read_text(encoding="utf-8")
 
@@ -70,17 +81,17 @@ def test_a_page_of_a_run_under_way_reloads_itself(browser, run, tmp_path):  # no
     assert browser.run("label.textContent") == "iteration 0"
 
 
-def test_a_page_whose_run_was_killed_stops_reloading(browser, run, tmp_path):  # noqa: F811
-    page, path = (run / "run.html").read_text(encoding="utf-8"), tmp_path / "run.html"
-    path.write_text(with_data(page, 2, due=time.time() + 5))
-    browser.open(path.as_uri())
-    assert browser.run("state.textContent") == "finished"  # the words of the page: it is not overdue
-    browser.run("window.before = true")
-    browser.wait_until("!window.before && document.readyState === 'complete'")
-    assert browser.run("state.textContent") == "no news, perhaps killed"
-    browser.run("window.before = true")
-    time.sleep(11)
-    assert browser.run("window.before")
+@pytest.mark.parametrize(
+    ("due_in", "expected", "state"),
+    [(None, [], "finished"), (3600, [10_000], "finished"), (-1, [300_000], "no news, perhaps killed")],
+    ids=["finished", "running", "killed"],
+)
+def test_a_page_whose_run_was_killed_rarely_reloads(browser, waits, run, tmp_path, due_in, expected, state):  # noqa: F811
+    """The page is of a finished run and says so, whatever its data says."""
+    due = due_in and time.time() + due_in
+    (tmp_path / "run.html").write_text(with_data((run / "run.html").read_text(encoding="utf-8"), 2, due=due))
+    browser.open((tmp_path / "run.html").as_uri())
+    assert (waits(), browser.run("state.textContent")) == (expected, state)
 
 
 def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):  # noqa: F811

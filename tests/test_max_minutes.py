@@ -307,6 +307,7 @@ def test_a_model_to_start_from(data_dir, tmp_path, speed):
 def test_what_was_compiled_for_measuring_serves_the_run(data_dir, tmp_path, monkeypatch, speed):
     """Compiling takes a minute on a GPU and must happen only once."""
     speed(Timing(iteration=2.0, evaluation=1.0))
+    torch._dynamo.reset()
     graphs = []
     backend = lambda graph, inputs: (graphs.append(graph), graph.forward)[1]  # noqa: E731
     compile = torch.compile

@@ -323,17 +323,24 @@ def test_a_disk_that_is_too_small_is_noticed_early(tmp_path, monkeypatch):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
 
+@pytest.fixture(scope="module")
+def many_articles(tmp_path_factory):
+    """Enough for a second or more."""
+    path = tmp_path_factory.mktemp("many") / "a.parquet"
+    write_parquet(path, make_articles(600) * 100)
+    return path
+
+
 @posix
 @pytest.mark.parametrize("seconds", [0, 0.02, 0.1, 0.3])  # the threads start, the threads work
-def test_ctrl_c(tmp_path, seconds):
-    write_parquet(tmp_path / "a.parquet", make_articles(600) * 100)
-    process = start_script(command(tmp_path / "out", tmp_path / "a.parquet"))
+def test_ctrl_c(tmp_path, many_articles, seconds):
+    process = start_script(command(tmp_path / "out", many_articles))
     wait_for(tmp_path / "out" / "progress.json", process)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)  # like a terminal
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    words = shlex.join(["prepare_data.py", *map(str, command(tmp_path / "out", tmp_path / "a.parquet")[1:])])
+    words = shlex.join(["prepare_data.py", *map(str, command(tmp_path / "out", many_articles)[1:])])
     assert stderr.strip().splitlines() == [f"Stopped; finished work is kept. Continue: python {words}"]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-import pty
+import select
 import shlex
 import struct
 import subprocess
@@ -136,6 +136,7 @@ def test_the_time_left_counts_the_iterations_and_the_evaluations():
 def in_a_terminal(*args, columns: int = 80) -> str:
     """A command's output in a terminal with this many columns."""
     import fcntl
+    import pty
     import termios
 
     main, other = pty.openpty()
@@ -143,13 +144,16 @@ def in_a_terminal(*args, columns: int = 80) -> str:
     process = subprocess.Popen([sys.executable, *map(str, args)], cwd=REPO, stdin=other, stdout=other, stderr=other)
     os.close(other)
     shown = b""
-    while True:
-        try:
+    try:
+        while select.select([main], [], [], 60)[0]:  # within a minute
             shown += os.read(main, 65_536)
-        except OSError:  # the process has ended
-            break
+    except OSError:  # the process has ended
+        pass
     os.close(main)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    try:
+        assert process.wait(timeout=60) == 0, shown.decode()
+    finally:
+        process.kill()
     return shown.decode()
 
 

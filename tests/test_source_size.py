@@ -7,7 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from articles import files, kill_until, posix, texts, write_parquet
+from articles import files, texts, write_parquet
 from conftest import REPO, assert_user_error, run_script
 
 from config import PrepareConfig
@@ -97,7 +97,8 @@ def test_max_tokens_limits_the_size(flags, vocab_size, val_fraction):
     assert (cfg.trained_size, cfg.held_out) == (vocab_size, val_fraction)
 
 
-def test_the_hub_is_large_without_being_asked(tmp_path, capsys):
+def test_the_hub_is_large_without_being_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
     cfg = parse(PrepareConfig, "", ["--preset", "laptop"])
     source = make_source(cfg, tmp_path)
     assert isinstance(source, HubWikipedia)
@@ -156,7 +157,7 @@ def test_a_novel_needs_three_commands_and_no_flag_more(novel, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1,024 tokens" in result.stdout
     result = run_script(
-        "generate.py", "--preset", "laptop", "--checkpoint", runs, "--prompt", "The", "--max-new-tokens", "9"
+        "generate.py", "--preset", "laptop", "--checkpoint", runs, "--device=cpu", "--prompt=The", "--max-new-tokens=9"
     )
     assert result.returncode == 0 and result.stdout.startswith("The"), result.stderr
 
@@ -210,13 +211,6 @@ def test_an_interrupted_command_resumes_with_the_same_numbers(novel, tmp_path, m
     result = run_script(*laptop(out, novel))
     assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
     assert files(out) == files(tmp_path / "once")
-
-
-@posix
-def test_kills_at_random_moments(novel, tmp_path):
-    once = run_script(*laptop(tmp_path / "once", novel))
-    assert once.returncode == 0, once.stderr
-    kill_until(2, laptop(tmp_path / "out", novel), tmp_path / "out", files(tmp_path / "once"), longest=0.6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

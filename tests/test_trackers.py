@@ -23,10 +23,10 @@ from internals import checkpoint, trackers
 
 BLOCK, HEADER = 32_768, 7  # of the log format of LevelDB, which wandb uses
 
-SLOW = (
+STUCK_AT_13 = (
     "import sys, time, train; from config import TrainConfig; from internals import cli, report\n"
     "report.plot = lambda *of_the_curves: None\n"
-    "real = train.get_lr; train.get_lr = lambda it, cfg: (time.sleep(0.3), real(it, cfg))[1]\n"
+    "real = train.get_lr; train.get_lr = lambda it, cfg: (time.sleep(600 * (it == 13)), real(it, cfg))[1]\n"
     "train.main(cli.parse(TrainConfig, '', sys.argv[1:]))"
 )
 
@@ -98,13 +98,15 @@ def test_killed_and_resumed_the_store_holds_every_row(data_dir, tmp_path, straig
     out_dir = tmp_path / "run"
     env = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "TMPDIR": str(tmp_path)}
     arguments = flags(data_dir, out_dir, tracker=name)
-    child = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], cwd=REPO, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (out_dir / "metrics.jsonl").exists() or (out_dir / "metrics.jsonl").read_text().count("\n") < 14:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    child.kill()  # after iteration 13: last.pt is at 10, and 11 to 13 are repeated
-    child.wait()
+    command = [sys.executable, "-c", STUCK_AT_13, *arguments]
+    child, deadline = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL), time.monotonic() + 200
+    try:
+        while not (out_dir / "metrics.jsonl").exists() or (out_dir / "metrics.jsonl").read_text().count("\n") < 14:
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        child.kill()  # after iteration 13: last.pt is at 10, and 11 to 13 are repeated
+        child.wait()
     resumed = run_script("train.py", *arguments, "--resume", env=env)
     assert resumed.returncode == 0 and "continues without" not in resumed.stdout, resumed.stdout + resumed.stderr
     assert "at iteration 10" in resumed.stdout
