@@ -1,5 +1,6 @@
 """internals/bulk_encoding.py: the tokens are tiktoken's, whichever encoder runs and however texts are joined or cut."""
 
+import functools
 import json
 import os
 import random
@@ -36,14 +37,20 @@ needs_gigatoken = pytest.mark.skipif(
     not can_import_gigatoken(), reason="needs gigatoken: pip install -r requirements-fast.txt"
 )
 SAMPLE = (REPO / "sample" / "articles.jsonl").read_text(encoding="utf-8").splitlines()
-OWN = train_tokenizer([json.loads(row)["text"] for row in SAMPLE], 2000)
 ENCODERS = [
     pytest.param(TiktokenEncoder, "bytes", id="tiktoken-bytes"),
     pytest.param(TiktokenEncoder, "gpt2", id="tiktoken-gpt2", marks=needs_gpt2),
-    pytest.param(TiktokenEncoder, OWN, id="tiktoken-own"),
+    pytest.param(TiktokenEncoder, "own", id="tiktoken-own"),
     pytest.param(GigatokenEncoder, "gpt2", id="gigatoken-gpt2", marks=[needs_gpt2, needs_gigatoken]),
-    pytest.param(GigatokenEncoder, OWN, id="gigatoken-own", marks=needs_gigatoken),
+    pytest.param(GigatokenEncoder, "own", id="gigatoken-own", marks=needs_gigatoken),
 ]
+
+
+@functools.cache
+def encoding_of(name: str) -> tiktoken.Encoding:
+    """The encoding of that name; "own" is one that is trained here."""
+    own = name == "own"
+    return load_tokenizer(train_tokenizer([json.loads(row)["text"] for row in SAMPLE], 2000) if own else name)
 
 
 def in_utf8(texts):
@@ -64,7 +71,7 @@ def test_many_texts_in_one_call_have_the_tokens_of_each_alone(kind, tokenizer, o
     texts = ["x", " ends in blanks  \n ", "\n\nbegins so", "", "text|>", "'s", "東京", *map(as_text, make_articles(20))]
     if odd is not None:
         texts.insert(7, " word" * PIECE if odd == "long" else odd)
-    encoding = load_tokenizer(tokenizer)
+    encoding = encoding_of(tokenizer)
     want = [[*encoding.encode_ordinary(text), encoding.eot_token] for text in texts]
     tokens, lengths = encode(kind(encoding), in_utf8(texts))
     assert tokens.dtype == np.uint16
@@ -136,10 +143,10 @@ def test_a_run_without_a_place_to_cut_comes_back_exactly_and_alike(text):
 # gigatoken
 
 
-@pytest.fixture(params=[pytest.param("gpt2", marks=needs_gpt2), pytest.param(OWN, id="own")])
+@pytest.fixture(params=[pytest.param("gpt2", marks=needs_gpt2), "own"])
 def both(request):
     """tiktoken and gigatoken, with one tokenizer."""
-    return TiktokenEncoder(load_tokenizer(request.param)), GigatokenEncoder(load_tokenizer(request.param))
+    return TiktokenEncoder(encoding_of(request.param)), GigatokenEncoder(encoding_of(request.param))
 
 
 def assert_same(both, texts):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, assert_user_error, needs_gpt2, run_script
+from conftest import REPO, assert_user_error, needs_gpt2, run_script, without_network_settings
 from safetensors.torch import load_file
 
 import export
@@ -105,7 +105,7 @@ def exported(request, tmp_path_factory) -> tuple[str, GPT, Path]:
 
 def plain_python(script: str, folder: Path, *args) -> subprocess.CompletedProcess:
     """Run Python outside this project, so that none of its modules can be imported, and without a network."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment = {name: value for name, value in without_network_settings().items() if name != "PYTHONPATH"}
     environment |= {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -212,6 +212,8 @@ def test_the_files_of_a_folder(exported):
     assert "lm_head.weight" not in weights
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1  # a single file that others may not read makes the folder useless to them
+    os.umask(umask := os.umask(0))
+    assert os.name != "posix" or folder.stat().st_mode & 0o777 == 0o777 & ~umask  # as `mkdir` makes one
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "vocab.json", "merges.txt", "README.md",
@@ -267,7 +269,7 @@ for folder, prompt, context in json.loads(sys.argv[1]):
 def test_transformers_stays_inside_the_context(tmp_path, monkeypatch, tokenizer):
     """Without arguments, greedy, sampled and in batches. The model card's example runs unchanged."""
     cases = []
-    for context in (8, 64, 128, 256):
+    for context in (8, 64, 128, 256) if tokenizer == "bytes" else (8, 256):
         monkeypatch.setitem(SIZES, "block_size", context)
         save_checkpoint(tmp_path / "best.pt", tokenizer)
         out_dir = tmp_path / f"context-{context}"
@@ -302,11 +304,37 @@ def exported_gguf(exported) -> tuple[str, GPT, Path]:
     return name, model, out_dir / "model.gguf"
 
 
-def test_gguf_holds_the_same_numbers(exported_gguf):
+@pytest.fixture(scope="module")
+def gguf_reader(exported_gguf):
     import gguf
 
-    name, model, path = exported_gguf
-    reader = gguf.GGUFReader(path)
+    return gguf.GGUFReader(exported_gguf[2])  # takes seconds with GPT-2's vocabulary
+
+
+def gguf_tokenizer(reader) -> dict:
+    """The fields of a GGUF file that decide its tokens."""
+    names = ("model", "pre", "merges", "token_type", "bos_token_id", "eos_token_id", "add_bos_token")
+    return {name: reader.get_field(f"tokenizer.ggml.{name}").contents() for name in names}
+
+
+def test_gguf_holds_the_same_tokenizer(exported_gguf, gguf_reader):
+    name, _, _ = exported_gguf
+    eot = VOCAB_SIZE[name] - 1
+    normal, control = 1, 3  # llama.cpp's numbers for the kinds of tokens
+    assert gguf_tokenizer(gguf_reader) == {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "merges": merges_of(load_tokenizer(name)) or ["<|endoftext|> <|endoftext|>"],  # llama.cpp wants at least one
+        "token_type": [normal] * eot + [control],
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "add_bos_token": False,
+    }
+
+
+def test_gguf_holds_the_same_numbers(exported_gguf, gguf_reader):
+    name, model, _ = exported_gguf
+    reader = gguf_reader
     tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     ours = model.state_dict()
     assert len(tensors) == len(ours)

@@ -1,7 +1,6 @@
 """Generating: the cache against no cache and against transformers, sampling against exact probabilities, the text stream,
 and the command in terminals and pipes."""
 
-import concurrent.futures
 import dataclasses
 import io
 import json
@@ -25,7 +24,6 @@ import generate
 from config import GenerateConfig, ModelConfig
 from internals import checkpoint, text_stream
 from internals.cli import parse
-from internals.cpu_kernels import pack_weights
 from internals.start import UserError
 from internals.text_stream import TextStream, print_json
 from internals.tokenizer import load_tokenizer
@@ -467,6 +465,19 @@ def test_a_stop_text_may_be_a_line_break(monkeypatch, capsys, stop, expected):
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.parametrize(("users", "threads"), [(None, [1]), ("2", [])], ids=["ours", "the user's"])
+def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(monkeypatch, users, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(generate, "open_model", lambda source: (Forced(forced_bytes("one")), BYTES, "forced"))
+    monkeypatch.setattr(generate, "pack_weights", lambda model: model)
+    generate.main(GenerateConfig(temperature=0.0, device="cpu"))
+    assert seen == threads
+
+
 def test_text_is_generated_for_programs():
     model = random_model(vocab_size=257)
     texts = generate.generate_text(
@@ -509,7 +520,7 @@ def best(tmp_path_factory):
 
 
 def command(best, *args, **kwargs):
-    return run_script("generate.py", "--checkpoint", best, *args, **kwargs)
+    return run_script("generate.py", "--device", "cpu", "--checkpoint", best, *args, **kwargs)
 
 
 def test_text_goes_to_stdout_and_all_else_to_stderr(best):
@@ -567,11 +578,11 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_the_exact_text(best):
     piped = command(best, *args, encoding="utf-8")
     assert piped.stdout == f"{prompt}\n" and "--seed" not in piped.stderr
     main, side = pty.openpty()
-    line = [sys.executable, "generate.py", "--checkpoint", str(best), *map(str, args)]
+    line = [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best), *map(str, args)]
     process = subprocess.run(line, cwd=REPO, stdout=side, stderr=subprocess.PIPE)
-    os.close(side)
     assert process.returncode == 0, process.stderr
     assert os.read(main, 65536).decode() == "a\ufffd[31m\ufffdz\u00a0é\r\n"
+    os.close(side)  # only now: macOS may discard unread text when the last writer has closed
     os.close(main)
 
 
@@ -581,7 +592,7 @@ def test_in_a_terminal_control_c_stops_the_text_and_control_d_leaves(best):
 
     main, side = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "generate.py", "--checkpoint", str(best), "--interactive", "--ignore-eot",
+        [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best), "--interactive", "--ignore-eot",
          "--max-new-tokens", "100000000"],
         cwd=REPO, stdin=side, stdout=side, stderr=subprocess.PIPE, start_new_session=True,
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
@@ -644,7 +655,8 @@ def test_control_c_leaves_no_empty_line_among_lines_of_json(monkeypatch, capsys,
 
 def test_a_closed_pipe_ends_quietly(best):
     process = subprocess.Popen(
-        [sys.executable, "generate.py", "--checkpoint", str(best), "--ignore-eot", "--max-new-tokens", "100000000"],
+        [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best), "--ignore-eot",
+         "--max-new-tokens", "100000000"],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout.read(100)
@@ -675,7 +687,8 @@ def test_a_page_is_written_whether_or_not_somebody_reads_the_text(best, tmp_path
 def test_a_full_disk_is_told(best):
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, "generate.py", "--checkpoint", str(best)], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best)],
+            cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert_user_error(process, "could not be written")
 
@@ -683,8 +696,8 @@ def test_a_full_disk_is_told(best):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell, and a disk that is always full")
 @pytest.mark.parametrize("ending", ["2>&-", "2>/dev/full", "2>&- <&-", "2>/dev/null | head -c 2"])
 def test_the_text_does_not_need_a_reader_of_stderr(best, ending):
-    command = [sys.executable, "generate.py", "--checkpoint", str(best), "--prompt", "abc", "--max-new-tokens", "5"]
-    line = f"{shlex.join(command)} {ending}"
+    command = [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best)]
+    line = f"{shlex.join([*command, '--prompt', 'abc', '--max-new-tokens', '5'])} {ending}"
     run = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=REPO, stdout=subprocess.PIPE)
     assert run.returncode == 0 and run.stdout.startswith(b"ab")
 
@@ -692,13 +705,13 @@ def test_the_text_does_not_need_a_reader_of_stderr(best, ending):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell, and a disk that is always full")
 @pytest.mark.parametrize(
     ("ending", "status"),
-    [(">/dev/full", {2}), (">/dev/full 2>/dev/full", {2}), (">&-", {0, 2}), (">&- 2>&-", {0, 2}), ("<&-", {0, 2})],
+    [(">/dev/full", 2), (">/dev/full 2>/dev/full", 2), (">&-", 0), (">&- 2>&-", 0), ("<&-", 0)],
 )
 def test_closed_and_full_streams_never_end_in_a_traceback(best, ending, status):
-    command = [sys.executable, "generate.py", "--checkpoint", str(best), "--prompt", "-", "--max-new-tokens", "5"]
-    line = f"{shlex.join(command)} {ending}"
+    command = [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best)]
+    line = f"{shlex.join([*command, '--prompt', '-', '--max-new-tokens', '5'])} {ending}"
     run = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True, input=b"abc")
-    assert run.returncode in status and b"Traceback" not in run.stderr, run.stderr
+    assert run.returncode == status and b"Traceback" not in run.stderr, run.stderr
 
 
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -723,26 +736,6 @@ def test_text_is_utf8_whatever_the_environment_says(best, environment, way):
 def test_bytes_that_are_not_utf8_on_the_command_line(best, flag):
     run = command(best, flag, os.fsdecode(b"a\xff"))
     assert_user_error(run, "no such file" if flag == "--checkpoint" else f"{flag}: not UTF-8 text")
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_two_threads_get_what_each_alone_gets(training):
-    """The threads share one model. In training mode, one that finishes must not turn dropout on for the others."""
-    model = random_model(vocab_size=257, block_size=64, dropout=0.5).train(training)
-    if not training:
-        model = pack_weights(model)
-
-    def text(seed: int) -> list[str]:
-        draws = torch.Generator().manual_seed(seed)
-        return generate.generate_text(
-            model, BYTES, "abc", 100, ignore_eot=True, num_samples=seed % 3 + 1, generator=draws
-        )
-
-    alone = [text(seed) for seed in range(8)]
-    for _ in range(3):
-        with concurrent.futures.ThreadPoolExecutor(4) as threads:
-            assert list(threads.map(text, range(8))) == alone
-    assert model.training == training and torch.backends.mkldnn.enabled and not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
@@ -783,7 +776,9 @@ def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best
     run = subprocess.run([*command, "--help"], cwd=REPO, capture_output=True, text=True)
     assert run.returncode == 0 and "--stop" in run.stdout
     assert " torch\n" not in run.stderr and "tyro" in run.stderr
-    run = subprocess.run([*command, "--checkpoint", str(best)], cwd=REPO, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "--device", "cpu", "--checkpoint", str(best)], cwd=REPO, capture_output=True, text=True
+    )
     assert run.returncode == 0 and " torch\n" in run.stderr
     for module in ("torch._dynamo", "torch._inductor", "sympy", "datasets", "transformers", "matplotlib"):
         assert f" {module}\n" not in run.stderr, module

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, needs_gpt2, run_script
+from conftest import assert_user_error, needs_gpt2, run_script, without_network_settings
 from safetensors.torch import load_file, save_file
 from test_export import SIZES, VOCAB_SIZE, save_checkpoint
 
@@ -308,7 +308,7 @@ def test_import_by_hub_id(foreign, tmp_path):
     foreign.save_pretrained(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = without_network_settings() | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept
@@ -337,7 +337,7 @@ def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
     common = ["train.py", "--init-from", tmp_path / "gpt2", "--data-dir", tmp_path / "data", "--dtype", "float32"]
-    common += ["--out-dir", tmp_path / "run", "--block-size", "64", "--eval-tokens", "4096"]
+    common += ["--out-dir", tmp_path / "run", "--device", "cpu", "--block-size", "64", "--eval-tokens", "4096"]
     evaluated = run_script(*common, "--eval-only")
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"loss       {expected:.4f} nats per token" in evaluated.stdout

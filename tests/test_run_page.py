@@ -18,7 +18,7 @@ from test_train import assert_same_end, full_disk, quick, tiny  # noqa: F401  (q
 from torch.nn import functional as F
 
 import train
-from internals import html_page, html_text, report
+from internals import html_page, html_text, report, run_page
 from internals.checkpoint import load_model
 from internals.html_text import TextPage, attention_weights
 from internals.start import UserError
@@ -101,6 +101,14 @@ def test_the_page_shows_every_evaluation(run):
         assert data["curve"][name] == expected
     assert data["curve"]["rate"] == [[row["iter"], row["learning_rate"]] for row in metrics if row["iter"]]
     assert data["due"] is None
+
+
+def test_a_long_training_curve_is_thinned():
+    steps = [{"iter": n, "train_loss": 2.0, "learning_rate": 0.1} for n in range(1, 5_001)]
+    evaluations = [{"iter": n, "val_loss": 3.0} for n in range(3_000)]
+    drawn = run_page.curve([*evaluations, *steps], None)
+    assert [iter for iter, _ in drawn["training"]] == list(range(1, 5_001, 3))  # at most 2,000 points
+    assert len(drawn["rate"]) == len(drawn["training"]) and len(drawn["validation"]) == 3_000
 
 
 def test_the_head_names_what_is_not_the_presets(run):
@@ -340,6 +348,8 @@ def test_a_continuation_has_the_probabilities_it_was_drawn_from(run, tmp_path):
     """Greedy in float32: at every place of the continuation, no token is likelier than the chosen one."""
     path = tmp_path / "text.html"
     options = [
+        "--device",
+        "cpu",
         "--dtype",
         "float32",
         "--temperature",
@@ -369,8 +379,8 @@ def test_a_continuation_has_the_probabilities_it_was_drawn_from(run, tmp_path):
 def test_a_prompt_alone_is_measured(run, tmp_path):
     path = tmp_path / "text.html"
     result = run_script(
-        "generate.py", "--checkpoint", run, "--prompt", TEXT[:90], "--max-new-tokens", "0", "--html", path
-    )
+        "generate.py", "--checkpoint", run, "--device", "cpu", "--prompt", TEXT[:90], "--max-new-tokens", "0", "--html", path
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     model, _, _ = load_model(run / "best.pt")
     (view,) = parsed(path).data["views"]
