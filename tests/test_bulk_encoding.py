@@ -49,8 +49,12 @@ ENCODERS = [
 @functools.cache
 def encoding_of(name: str) -> tiktoken.Encoding:
     """The encoding of that name; "own" is one that is trained here."""
-    own = name == "own"
-    return load_tokenizer(train_tokenizer([json.loads(row)["text"] for row in SAMPLE], 2000) if own else name)
+    return load_tokenizer(own_tokenizer() if name == "own" else name)
+
+
+@functools.cache
+def own_tokenizer() -> str:
+    return train_tokenizer([json.loads(row)["text"] for row in SAMPLE], 2000)
 
 
 def in_utf8(texts):
@@ -232,7 +236,7 @@ def test_a_gigatoken_that_does_not_work_is_not_used(no_encoder_yet, monkeypatch,
         raise error
 
     monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=SimpleNamespace(from_tiktoken=fail)))
-    encoder = bulk_encoder(OWN)
+    encoder = bulk_encoder(own_tokenizer())
     assert type(encoder) is TiktokenEncoder and f"does not work here ({error})" in encoder.summary
 
 
@@ -244,7 +248,7 @@ def test_a_full_temporary_folder_is_named(no_encoder_yet, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     words = f"^temporary folder {tempfile.gettempdir()}: cannot be written .No space left on device.; .*TMPDIR"
     with pytest.raises(UserError, match=words), writing("--data-dir"):
-        bulk_encoder(OWN)
+        bulk_encoder(own_tokenizer())
 
 
 @needs_gpt2
