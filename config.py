@@ -251,7 +251,7 @@ class TrainConfig(Compute, DataDir):
     max_minutes: Positive | None = None  # of a new run: sets max_iters so that the whole command takes this long
     max_epochs: Positive | None = None  # of a new run: lowers max_iters to at most this many passes over the text
     batch_size: CountOrAuto = 64  # most sequences per device and micro-step; auto: as many as fit into GPU memory
-    tokens_per_iter: Count = 65_536  # for all devices and micro-steps; accumulation steps follow from it
+    tokens_per_iter: CountOrAuto = 65_536  # for all devices and micro-steps; auto: by the size of the text
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
@@ -293,7 +293,8 @@ class TrainConfig(Compute, DataDir):
             self.eval_tokens >= self.model.block_size,
             f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
         )
-        self.sequences_per_process(processes=1)
+        if self.tokens_per_iter != "auto":
+            self.sequences_per_process(processes=1)
 
     def sequences_per_process(self, processes: int) -> int:
         """Sequences of an iteration that each process reads. Raises ValueError if it is not a whole number."""
@@ -385,7 +386,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": "auto", "n_inner": "auto", "block_size": 256, "dropout": "auto",
-        "batch_size": 32, "tokens_per_iter": 8_192, "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
+        "batch_size": 32, "tokens_per_iter": "auto", "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
         "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, with its own tokenizer. Downloads nothing.

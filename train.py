@@ -57,6 +57,7 @@ from internals.run import (
     resume_settings,
     save,
 )
+from internals.run_length import resolve_auto
 from internals.samples import SAMPLE
 from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
@@ -307,7 +308,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     eval_tokens = max(cfg.eval_tokens, model.config.block_size)  # ValidationWindows has at least one window
-    cfg = resolve_batch_size(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), machine)
+    cfg = resolve_auto(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), len(windows)).cfg
+    cfg = resolve_batch_size(cfg, machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")

@@ -32,7 +32,7 @@ from internals.batch_size import resolve_batch_size
 from internals.cli import parse, with_preset
 from internals.files import write_json
 from internals.machine import Machine
-from internals.run_length import resolve_model
+from internals.run_length import resolve_auto
 from internals.shards import META_FORMAT, ShardWriter, read_meta
 from internals.start import run
 from model import GPT
@@ -132,12 +132,11 @@ def main() -> None:
         tokens = max(1_000_000, 20 * cfg.model.block_size)
         make_data(Path(folder) / "data", cfg.preset, tokens)
         vocab_size = read_meta(f"{folder}/data")["vocab_size"]
-        shape = resolve_model(dataclasses.replace(cfg.model, vocab_size=vocab_size), tokens, epochs=1)
         cfg = dataclasses.replace(
             cfg, data_dir=f"{folder}/data", out_dir=f"{folder}/run", dtype=dtype, overwrite=True,
-            eval_interval=cfg.max_iters, model=shape,
+            eval_interval=cfg.max_iters, model=dataclasses.replace(cfg.model, vocab_size=vocab_size),
         )  # fmt: skip
-        cfg = resolve_batch_size(cfg, machine)
+        cfg = resolve_batch_size(resolve_auto(cfg, epoch_tokens=10**9).cfg, machine)
         short = dataclasses.replace(cfg, max_iters=2)
         for count in range(-1, ROUNDS):  # round -1 warms up
             bare = bare_loop(cfg if count >= 0 else short, machine)

@@ -64,7 +64,7 @@ def main(args: Page) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = replace(with_preset(TrainConfig, args.preset), out_dir=folder)
         cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.n_vocab))
-        cfg = resolve_auto(cfg, cfg.max_iters * cfg.tokens_per_iter).cfg
+        cfg = resolve_auto(cfg, epoch_tokens=10**9).cfg
         split = {"tokens": len(tokens), "bytes": len(text.encode()), "articles": 1, "shards": []}
         meta = {"tokenizer": "-", "source": {}, "splits": {"train": split, "val": split}}
         machine, model = make_machine(cfg), GPT(cfg.model)

@@ -103,19 +103,18 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     """
     meta = read_meta(cfg.data_dir)
     cfg = complete_config(cfg, meta, saved)
+    train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
+    val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
+    check_same_everywhere(cfg, meta, machine)
+    epoch_tokens = train_windows.per_epoch * cfg.model.block_size
+    cfg, chosen = resolve_auto(cfg, epoch_tokens) if saved is None else (resolve_as_before(cfg, saved["config"]), ())
     try:
         cfg.check_together()
         cfg.sequences_per_process(machine.processes)
     except ValueError as error:
         raise UserError(str(error)) from error
-    train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
-    val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
-    check_same_everywhere(cfg, meta, machine)
-    epoch_tokens = train_windows.per_epoch * cfg.model.block_size
     if saved is None:
-        cfg, chosen = resolve_auto(cfg, epoch_tokens)
         return Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
-    cfg = resolve_as_before(cfg, saved["config"])
     if cfg.auto_resume and cfg.max_iters != saved["config"]["max_iters"]:  # equal: it may have been made longer
         cfg = dataclasses.replace(cfg, max_iters=most_iterations(cfg, epoch_tokens))
     cfg = resolve_batch_size(dataclasses.replace(cfg, max_epochs=None), machine)

@@ -11,6 +11,8 @@ DROPOUT = {0: 0.0, 2: 0.1, 8: 0.2}
 # --n-embd auto. Tokens of training text, at least: width. Only 93,000 and 45 million tokens were tried
 # (docs/experiments.md), so the threshold is a guess
 WIDTH = {0: 128, 500_000: 256}
+# --tokens-per-iter auto. Tokens of training text, at least: tokens. As for the width; a small text gets more iterations
+ITERATION = {0: 2_048, 500_000: 8_192}
 
 
 class Resolved(NamedTuple):
@@ -25,6 +27,9 @@ def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
         epoch_tokens: tokens that one pass over the training split reads.
     """
     chosen = []
+    if cfg.tokens_per_iter == "auto":
+        cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, epoch_tokens))
+        chosen.append(f"{cfg.tokens_per_iter:,} tokens an iteration")
     most = most_iterations(cfg, epoch_tokens)
     if most < cfg.max_iters:
         cfg = dataclasses.replace(cfg, max_iters=most)
@@ -41,11 +46,18 @@ def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
     return Resolved(dataclasses.replace(cfg, model=model), tuple(chosen))
 
 
+def iteration_tokens(cfg: TrainConfig, epoch_tokens: int) -> int:
+    """`tokens_per_iter`, or the number that its `auto` stands for."""
+    if cfg.tokens_per_iter != "auto":
+        return cfg.tokens_per_iter
+    return max(tokens for least, tokens in ITERATION.items() if epoch_tokens >= least)
+
+
 def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
     """`max_iters`, or the iterations that `max_epochs` allows where these are fewer; at least 1."""
     if cfg.max_epochs is None:
         return cfg.max_iters
-    return max(1, math.floor(min(cfg.max_iters, cfg.max_epochs * epoch_tokens / cfg.tokens_per_iter)))
+    return max(1, math.floor(min(cfg.max_iters, cfg.max_epochs * epoch_tokens / iteration_tokens(cfg, epoch_tokens))))
 
 
 def tenth(iterations: int) -> int:
@@ -74,6 +86,8 @@ def resolve_as_before(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig
     """
     if cfg.eval_interval == "auto":
         cfg = dataclasses.replace(cfg, eval_interval=settings["eval_interval"])
+    if cfg.tokens_per_iter == "auto":
+        cfg = dataclasses.replace(cfg, tokens_per_iter=settings["tokens_per_iter"])
     if cfg.batch_size == "auto" and cfg.auto_resume:
         cfg = dataclasses.replace(cfg, batch_size=settings["batch_size"])
     model = {name: settings["model"][name] for name, value in vars(cfg.model).items() if value == "auto"}

@@ -10,6 +10,7 @@ from conftest import run_script, unboxed
 
 from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, unescape
 from internals.cli import parse, with_preset
+from internals.run_length import resolve_auto
 from internals.settings import differences, upgrade
 from internals.start import UserError
 
@@ -152,7 +153,7 @@ def test_an_impossible_value_in_the_file_is_one_message(monkeypatch, name, value
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_shared_out(preset, processes):
-    cfg = with_preset(TrainConfig, preset)
+    cfg = resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg
     size, steps = cfg.micro_batch_size(processes), cfg.accumulation_steps(processes)
     assert size * steps * processes * cfg.model.block_size == cfg.tokens_per_iter
     fits = lambda n: cfg.tokens_per_iter % (n * processes * cfg.model.block_size) == 0  # noqa: E731
@@ -160,9 +161,8 @@ def test_every_preset_can_be_shared_out(preset, processes):
 
 
 def test_a_batch_size_shrinks_to_what_divides():
-    sizes = {
-        preset: [with_preset(TrainConfig, preset).micro_batch_size(n) for n in (1, 2, 8, 16)] for preset in PRESETS
-    }
+    configs = {preset: resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg for preset in PRESETS}
+    sizes = {preset: [cfg.micro_batch_size(n) for n in (1, 2, 8, 16)] for preset, cfg in configs.items()}
     assert sizes == {
         "wikipedia": [64, 64, 32, 16],
         "wikipedia-150m": [8, 8, 8, 8],

@@ -22,7 +22,7 @@ from internals import checkpoint, max_minutes, report, start
 from internals.cli import with_preset
 from internals.preflight import Timing
 from internals.run import resume_settings
-from internals.run_length import DROPOUT, WIDTH, resolve_auto, tenth
+from internals.run_length import DROPOUT, ITERATION, WIDTH, resolve_auto, tenth
 from internals.settings import differences
 from internals.start import UserError
 from model import GPT
@@ -374,8 +374,19 @@ def test_the_width_follows_from_the_text():
     assert shape(10**9, n_inner=300) == (256, 300)
     assert shape(1, n_embd=96) == (96, 384)
     assert shape(1, n_head=12) == (132, 528)  # a multiple of the heads
-    text = resolve_auto(with_preset(TrainConfig, "laptop"), 93_000).chosen
-    assert "128 dimensions, 512 in the feed-forward layers" in text
+    chosen = resolve_auto(with_preset(TrainConfig, "laptop"), 93_000).chosen
+    assert "128 dimensions, 512 in the feed-forward layers" in chosen
+
+
+def test_the_tokens_of_an_iteration_follow_from_the_text():
+    laptop = with_preset(TrainConfig, "laptop")
+    assert list(ITERATION) == sorted(ITERATION) and 0 in ITERATION
+    sizes = [resolve_auto(laptop, n).cfg.tokens_per_iter for n in (1, 499_999, 500_000, 10**9)]
+    assert sizes == [2048, 2048, 8192, 8192]
+    small, chosen = resolve_auto(laptop, 93_000)
+    assert (small.max_iters, chosen[0]) == (30 * 93_000 // 2048, "2,048 tokens an iteration")
+    given, chosen = resolve_auto(dataclasses.replace(laptop, tokens_per_iter=4096), 93_000)
+    assert given.max_iters == 30 * 93_000 // 4096 and "an iteration" not in " ".join(chosen)
 
 
 @pytest.mark.parametrize(
@@ -441,6 +452,12 @@ def test_a_chosen_number_is_no_difference_from_auto_and_another_word_is():
 
 def test_evaluating_alone_needs_no_number(data_dir, tmp_path):
     train.train(tiny(data_dir, tmp_path, max_iters=2))
-    auto = {"eval_only": True, "dropout": "auto", "eval_interval": "auto", "max_minutes": 1.0}
+    auto = {
+        "eval_only": True,
+        "dropout": "auto",
+        "eval_interval": "auto",
+        "max_minutes": 1.0,
+        "tokens_per_iter": "auto",
+    }
     train.train(tiny(data_dir, tmp_path, **auto))
     train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / "best.pt"), **auto))
