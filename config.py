@@ -83,7 +83,7 @@ def alternatives(annotation: Any) -> Iterator[Any]:
 
 @functools.cache
 def rules(cls: type) -> list[tuple[str, list[Any], list[Range]]]:
-    """For each field its name, what its type allows, and the ranges in it."""
+    """For each field its name, what its type allows (types and words), and the ranges in it."""
     hints = get_type_hints(cls, include_extras=True)
     return [(name, list(alternatives(hint)), list(ranges(hint))) for name, hint in hints.items()]
 
@@ -377,7 +377,7 @@ class ExportConfig(CheckpointFile):
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults above: 30.0 million parameters, 1.05 billion tokens, 53 minutes of an RTX 4090 (calculated).
     "wikipedia": {},
-    # GPT-2's width and context, about 150 million parameters, all of Wikipedia; 24 GB and 20 hours of an RTX 4090 (calculated).
+    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; 24 GB and 20 hours of an RTX 4090 (calculated).
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,

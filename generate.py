@@ -67,8 +67,9 @@ def main(cfg: GenerateConfig) -> None:
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
-    with enough_memory(PAGE_TOO_LARGE.format(cfg.html) if cfg.html else too_large):
+    with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
+    with enough_memory(too_large):
         model = pack_weights(model.to(device, dtype))
     seed = secrets.randbelow(2**32) if cfg.seed is None else cfg.seed
     if cfg.seed is None and cfg.temperature and cfg.max_new_tokens:

@@ -57,7 +57,7 @@ from internals.run import (
     resume_settings,
     save,
 )
-from internals.run_length import resolve_auto
+from internals.run_length import iteration_tokens
 from internals.samples import SAMPLE
 from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
@@ -208,7 +208,7 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     shown = ", ".join(starts[:8]) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
     what = f"the loss of micro-step {bad[0] + 1} of {len(outcome.losses)}" if bad else "the gradient"
     advice = f"Continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
-    if state.iter == run.resumed_at:  # that is what stopped here
+    if run.resumed_at and state.iter == run.resumed_at:  # that is what stopped here
         advice = (
             f"Begin a new run with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
         )
@@ -250,9 +250,9 @@ def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     return best
 
 
-def require_finite(val_loss: float, whose: str, advice: str) -> None:
+def require_finite(val_loss: float, where: str, advice: str) -> None:
     if not math.isfinite(val_loss):
-        raise UserError(f"the validation loss {whose} is {val_loss}; {advice}")
+        raise UserError(f"the validation loss {where} is {val_loss}; {advice}")
 
 
 def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
@@ -308,12 +308,13 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     eval_tokens = max(cfg.eval_tokens, model.config.block_size)  # ValidationWindows has at least one window
-    cfg = resolve_auto(dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens), len(windows)).cfg
-    cfg = resolve_batch_size(cfg, machine)
+    tokens = len(windows) * model.config.block_size
+    cfg = dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens)
+    cfg = resolve_batch_size(dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, tokens)), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")
-    tokens, row = len(windows) * model.config.block_size, validation_row(val_loss, meta)
+    row = validation_row(val_loss, meta)
     rows = {
         "model": name,
         "data": f"{cfg.data_dir}: {tokens:,} tokens of the validation split",

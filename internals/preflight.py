@@ -107,16 +107,16 @@ def measure(
     cfg, windows, machine, repeat = run.cfg, run.val_windows, run.machine, seconds or 0.0
     tokens = batch_size * cfg.model.block_size * run.machine.processes  # of one micro-step
     piece = ValidationWindows(windows.stream, cfg.model.block_size, tokens)
-    one_micro_step = dataclasses.replace(
-        run, cfg=dataclasses.replace(cfg, tokens_per_iter=tokens, batch_size=batch_size)
-    )
-
-    updates = []  # seconds of each; too low on a GPU, which works asynchronously
+    short = dataclasses.replace(cfg, tokens_per_iter=tokens, batch_size=batch_size)
+    one_micro_step = dataclasses.replace(run, cfg=short)
+    updates = []  # seconds of each; on a GPU only those of launching it
 
     def iterate(run: Run) -> None:
         losses = forward_backward(batch_size, forward, run, state)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
+        if run is one_micro_step:
+            losses.tolist()  # else a wait for the backward pass might count as a part of the update
         begin = time.perf_counter()
         state.scaler.step(state.optimizer)
         state.scaler.update()

@@ -107,7 +107,11 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     check_same_everywhere(cfg, meta, machine)
     epoch_tokens = train_windows.per_epoch * cfg.model.block_size
-    cfg, chosen = resolve_auto(cfg, epoch_tokens) if saved is None else (resolve_as_before(cfg, saved["config"]), ())
+    chosen: tuple[str, ...] = ()
+    if saved is None:
+        cfg, chosen = resolve_auto(cfg, epoch_tokens)
+    else:
+        cfg = resolve_as_before(cfg, saved["config"])
     try:
         cfg.check_together()
         cfg.sequences_per_process(machine.processes)
@@ -115,8 +119,8 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
         raise UserError(str(error)) from error
     if saved is None:
         return Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
-    if cfg.auto_resume and cfg.max_iters != saved["config"]["max_iters"]:  # equal: it may have been made longer
-        cfg = dataclasses.replace(cfg, max_iters=most_iterations(cfg, epoch_tokens))
+    if cfg.auto_resume and cfg.max_iters > (length := saved["config"]["max_iters"]):  # within --max-epochs
+        cfg = dataclasses.replace(cfg, max_iters=max(length, most_iterations(cfg, epoch_tokens)))
     cfg = resolve_batch_size(dataclasses.replace(cfg, max_epochs=None), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
@@ -130,7 +134,7 @@ def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machi
     config.py and data. Their gradients would be added up, but every process would go its own way, or wait for ever."""
     if machine.processes == 1:
         return
-    may_differ = {*NOT_SETTINGS, "device", "dtype"} - {"check", "max_minutes"}
+    may_differ = {*NOT_SETTINGS, "device", "dtype"} - {"check", "resume", "auto_resume", "max_minutes", "max_epochs"}
     settings = {name: value for name, value in cfg.settings().items() if name not in may_differ}
     settings |= {**settings.pop("model"), "device": machine.device.type, "data": describe_data(meta)["sha256"]}
     everyone = [settings] * machine.processes
@@ -174,13 +178,12 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
             f"--{given[0].replace('_', '-')}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
             "iterations; change that with --max-iters"
         )
-    minutes, epochs = resumed.max_minutes or usual.max_minutes, resumed.max_epochs or usual.max_epochs
     if cfg.auto_resume:  # the same command began the run, so its --max-iters means what it meant then
-        max_iters = then.max_iters if minutes else resumed.max_iters
-        resumed = dataclasses.replace(resumed, max_iters=max_iters, max_minutes=None, max_epochs=epochs)
+        max_iters = then.max_iters if cfg.max_minutes else resumed.max_iters
+        resumed = dataclasses.replace(resumed, max_iters=max_iters, max_minutes=None, max_epochs=cfg.max_epochs)
     changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
     silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
-    if minutes or epochs:  # max_iters follows from them
+    if usual.max_epochs or cfg.max_minutes or cfg.max_epochs:  # max_iters follows from them
         silent.add("max_iters")
     kept = [
         f"kept from last.pt: {name} {as_typed(old)} (config.py: {as_typed(new)}); "

@@ -26,8 +26,8 @@ def check_own(out_dir: Path) -> None:
         )
     if "config.json" in present:
         raise UserError(
-            f"--out-dir {out_dir}: its config.json does not hold the settings of a run; delete it (train.py writes it "
-            "again from last.pt), or give another --out-dir"
+            f"--out-dir {out_dir}: its config.json does not hold the settings of a run; delete it (last.pt has the "
+            "settings, too), or give another --out-dir"
         )
 
 
@@ -35,7 +35,7 @@ def has_settings(config_json: Path) -> bool:
     """Whether a file has the form of a run's settings, those of another version among them."""
     try:
         settings = json.loads(config_json.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and {"max_iters", "tokens_per_iter", "model"} <= settings.keys()
 
@@ -72,7 +72,12 @@ def check_unused(out_dir: Path) -> None:
 
 def last_iteration(metrics: Path) -> int:
     """The iteration of the last row; 0 if there is none."""
-    rows = [parse_row(line) for line in metrics.read_bytes().splitlines()] if metrics.exists() else []
+    try:
+        rows = [parse_row(line) for line in metrics.read_bytes().splitlines()]
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise UserError(f"{metrics}: cannot be read ({error.strerror})") from error
     return max((row["iter"] for row in rows if row), default=0)
 
 

@@ -47,10 +47,11 @@ def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
 
 
 def iteration_tokens(cfg: TrainConfig, epoch_tokens: int) -> int:
-    """`tokens_per_iter`, or the number that its `auto` stands for."""
+    """`tokens_per_iter`, or the number that its `auto` stands for: whole sequences."""
     if cfg.tokens_per_iter != "auto":
         return cfg.tokens_per_iter
-    return max(tokens for least, tokens in ITERATION.items() if epoch_tokens >= least)
+    sequence = cfg.model.block_size
+    return max(1, max(n for least, n in ITERATION.items() if epoch_tokens >= least) // sequence) * sequence
 
 
 def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:

@@ -172,7 +172,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
                 "(prepare_data.py --overwrite)"
             )
         if missing := {"source", "tokenizer", "vocab_size", "splits"} - meta.keys():
-            raise KeyError(f"no {', '.join(sorted(missing))}")
+            raise ValueError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"

@@ -13,14 +13,14 @@ from internals.machine import Machine
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
     """An event that SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) set: the run then saves and ends after
-    the iteration. A second Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends them to
-    all processes of a job, and torchrun passes its own on. A signal that was ignored stays ignored (`nohup`).
+    the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
+    them to all processes of a job, and torchrun passes its own on. A signal that was ignored stays ignored (`nohup`).
     """
     stop = threading.Event()
 
     def handler(number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if machine.is_main and not stop.is_set():
             with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
                 os.write(2, b"\nStopping after this iteration, which is saved. Ctrl-C stops at once.\n")

@@ -30,6 +30,7 @@ from internals.processes import (
     why_exchange_failed,
 )
 from internals.run import Run
+from internals.run_length import resolve_auto
 from internals.start import UserError
 
 FLAGS = {
@@ -180,7 +181,7 @@ atexit.register(threads)"""
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_processes_share_out_the_windows_of_one(preset):
-    cfg = with_preset(TrainConfig, preset)
+    cfg = resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg
     windows = cfg.tokens_per_iter // cfg.model.block_size
     for processes in (1, 2, 4, 8, 16):
         machines = [Machine(torch.device("cpu"), torch.float32, "", rank, processes) for rank in range(processes)]
@@ -296,6 +297,7 @@ GPT.forward = limited""",
     "batch": "sys.argv += ['--batch-size=auto'] * RANK",
     "minutes": "sys.argv += ['--max-minutes=1'] * RANK",
     "check": "sys.argv += ['--check'] * RANK",
+    "epochs": "sys.argv += ['--max-epochs=2'] * RANK",
     "nan": """
 calls = iter(range(1000))
 def poisoned(self, idx, targets=None, **rest):
@@ -310,6 +312,7 @@ SAYS = {
     "batch": ["error: the processes differ (batch_size: 2 and auto)"],
     "minutes": ["error: the processes differ (max_minutes: None and 1)"],
     "check": ["error: the processes differ (check: False and True)"],
+    "epochs": ["error: the processes differ (max_epochs: None and 2)"],
     "nan": ["error: the loss of micro-step 2 of 4 is not finite in iteration 4"],
 }
 

@@ -385,6 +385,10 @@ def test_the_tokens_of_an_iteration_follow_from_the_text():
     assert sizes == [2048, 2048, 8192, 8192]
     small, chosen = resolve_auto(laptop, 93_000)
     assert (small.max_iters, chosen[0]) == (30 * 93_000 // 2048, "2,048 tokens an iteration")
+    odd = dataclasses.replace(laptop, model=dataclasses.replace(laptop.model, block_size=384))
+    assert resolve_auto(odd, 93_000).cfg.tokens_per_iter == 5 * 384
+    long = dataclasses.replace(laptop, model=dataclasses.replace(laptop.model, block_size=4096))
+    assert resolve_auto(long, 93_000).cfg.tokens_per_iter == 4096
     given, chosen = resolve_auto(dataclasses.replace(laptop, tokens_per_iter=4096), 93_000)
     assert given.max_iters == 30 * 93_000 // 4096 and "an iteration" not in " ".join(chosen)
 

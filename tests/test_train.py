@@ -28,7 +28,7 @@ from conftest import REPO, assert_user_error, run_script, write_data
 
 import train
 from config import ModelConfig, TrainConfig
-from internals import checkpoint, preflight, reference, report
+from internals import checkpoint, preflight, reference, report, stopping
 from internals.cli import parse
 from internals.machine import Outcome, make_machine
 from internals.run import Run, TrainState, resume_settings
@@ -268,6 +268,14 @@ def test_a_scheduler_may_signal_twice(data_dir, tmp_path, monkeypatch, capfd, na
     train.train(tiny(data_dir, tmp_path))
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 4
     assert capfd.readouterr().err.count("Stopping after this iteration") == 1
+
+
+def test_after_a_scheduler_s_signal_ctrl_c_stops_at_once():
+    handlers = []
+    with stopping.catch_signals(SimpleNamespace(is_main=False)) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        handlers += [signal.getsignal(signal.SIGINT), stop.is_set()]
+    assert handlers == [signal.SIG_DFL, True]
 
 
 def test_a_run_on_two_threads_resumes_exactly_too(data_dir, tmp_path, monkeypatch):
