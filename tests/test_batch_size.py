@@ -11,12 +11,14 @@ from internals import checkpoint
 from internals.batch_size import resolve_batch_size
 from internals.cli import with_preset
 from internals.machine import Machine
+from internals.run_length import resolve_auto
 
 GIB = 2**30
 
 
 def batch_size(device: str, preset: str = "wikipedia", processes: int = 1, **fields) -> int:
-    cfg = dataclasses.replace(with_preset(TrainConfig, preset), batch_size="auto", **fields)
+    cfg = resolve_auto(with_preset(TrainConfig, preset), epoch_tokens=10**9).cfg
+    cfg = dataclasses.replace(cfg, batch_size="auto", **fields)
     machine = Machine(torch.device(device), torch.bfloat16, "", 0, processes)
     return resolve_batch_size(cfg, machine).batch_size
 
