@@ -208,7 +208,7 @@ def test_a_hub_that_stays_broken_is_one_message_and_the_run_resumes(tmp_path, se
     result = run_script(*without_pauses(hub_command(tmp_path / "out")), env=env)
     assert result.returncode == 2, result.stderr
     # Another thread may be writing, so the message may begin in the middle of a line
-    errors = re.findall(r"\berror: .*", result.stderr)
+    errors = re.findall(r"error: 20231101.*", result.stderr)
     assert len(errors) == 1 and "tried 6 times" in errors[0] and "Traceback" not in result.stderr, result.stderr
     state = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert state["file"] >= 1  # the whole files are done (the third may overtake the second)
