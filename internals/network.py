@@ -38,7 +38,8 @@ def patiently(
                     f"{what}: could not be fetched ({first_line(error)}), tried {attempts} times; {advice}"
                 ) from error
             pause = 2 ** (attempt - 1)
-            tqdm.write(f"{what}: {first_line(error)}; trying again in {pause} s", file=sys.stderr)
+            message = f"{what}: {first_line(error)}; trying again in {pause} s\n"
+            tqdm.write(message, file=sys.stderr, end="")  # in one piece: several threads may print
             time.sleep(pause)
 
 
