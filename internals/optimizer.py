@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from config import TrainConfig
+from internals.device import computes_in_bfloat16
 from internals.muon import StackedMuon
 
 
@@ -35,10 +36,13 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.devic
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
     if not muon:
         return adamw
+    settings = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    # A GPU is faster with a few large products. A CPU, which waits for no launches, is faster with many small ones.
-    kind = torch.optim.Muon if device.type == "cpu" else StackedMuon
-    return JoinedOptimizer(adamw, kind([group], weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    bfloat16 = computes_in_bfloat16(device)
+    if device.type == "cpu" and bfloat16:  # it waits for no launches, and is faster with many small products
+        return JoinedOptimizer(adamw, torch.optim.Muon([group], **settings))
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return JoinedOptimizer(adamw, StackedMuon([group], **settings, dtype=dtype))
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:

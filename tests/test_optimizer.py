@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ModelConfig, TrainConfig
+from internals import cpu_kernels
 from internals.cpu_kernels import capabilities
 from internals.muon import StackedMuon
 from internals.optimizer import make_optimizer, moment_bytes
@@ -14,6 +16,12 @@ from model import GPT
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, n_inner=32, block_size=8, vocab_size=101)
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # only an argument of make_optimizer: the weights of these tests stay on the CPU
+
+
+@pytest.fixture(autouse=True)
+def hardware_with_bfloat16(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
 
 
 def make(
@@ -125,6 +133,65 @@ def test_a_stack_of_the_default_models_matrices_moves_as_they_do_one_by_one(shap
     exact = any(capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
     for a, b in zip(alone, stacked, strict=True):
         torch.testing.assert_close(a, b, atol=0.0 if exact else 2 * 1e-3 * 2**-8, rtol=0.0)
+
+
+class Products(TorchDispatchMode):
+    """Records the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "matmul"):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "device, instructions, capability, dtype",
+    [
+        (CPU, {"avx512_bf16": True}, None, torch.bfloat16),
+        (CPU, {"amx_bf16": True}, None, torch.bfloat16),
+        (CPU, {"avx2": True}, None, torch.float32),  # emulated: a run of an hour would take several
+        (GPU, {}, (8, 0), torch.bfloat16),
+        (GPU, {}, (7, 5), torch.float32),
+        (torch.device("mps"), {}, None, torch.float32),
+    ],
+)
+def test_muon_computes_in_bfloat16_only_where_the_hardware_does(device, instructions, capability, dtype, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "capabilities", lambda: instructions)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    _, _, optimizer = make(device=device)
+    muon = optimizer.optimizers[1]
+    for parameter in muon.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    with Products() as products:
+        muon.step()
+    assert products.dtypes == {dtype}
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_in_float32_muon_moves_as_the_published_method_does(shape):
+    """Newton-Schulz and Nesterov as Jordan et al. give them, in float64."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
+    expected, momentum = [p.detach().double() for p in weights], [torch.zeros(shape).double() for _ in weights]
+    muon = StackedMuon([{"params": weights}], 0.1, "match_rms_adamw", dtype=torch.float32)
+    for _ in range(3):
+        for n, parameter in enumerate(weights):
+            parameter.grad = torch.randn(shape)
+            gradient = parameter.grad.double()
+            momentum[n] = 0.95 * momentum[n] + 0.05 * gradient
+            x = 0.05 * gradient + 0.95 * momentum[n]
+            x = x / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            expected[n] = expected[n] * (1 - 1e-3 * 0.1) - 1e-3 * 0.2 * max(shape) ** 0.5 * x
+        muon.step()
+    for parameter, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value.float(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
