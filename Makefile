@@ -6,10 +6,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 
 # A build chosen with TORCH must come from PyTorch's own index. The default CPU build comes from there if possible: if
 # the index is unreachable, pip warns and takes the ordinary build.
-DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)  # on Linux, and in WSL
+# WSL's /dev/dxg serves cards of any maker, so look for NVIDIA's library; containers in WSL have it under the second name.
+WSL := /usr/lib/wsl/lib/libcuda.so.1 /usr/lib/wsl/drivers/nv*/libcuda.so.1*
+DRIVER := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl $(WSL))
 BUILDS := https://download.pytorch.org/whl
 ifdef TORCH
 TORCH_FROM := --index-url $(BUILDS)/$(TORCH)
@@ -36,9 +39,11 @@ clean:
 	rm -rf .venv
 
 .venv/bin/python:
+	@$(PYTHON) $(NEW_ENOUGH) || { echo "$(PYTHON) is not Python 3.10 or newer. Name one that is: make demo PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv || { echo "No virtual environment. On Debian and Ubuntu, first: sudo apt install python3-venv"; exit 1; }
 
 .venv/installed: .venv/bin/python requirements.txt constraints.txt
+	@$(BIN)/python $(NEW_ENOUGH) || { echo "The Python in .venv is older than 3.10 or does not run. Delete .venv first: make clean"; exit 1; }
 	$(if $(TORCH_FROM),$(INSTALL) --no-deps torch $(TORCH_FROM))
 	$(INSTALL) -r requirements.txt
 	touch $@
