@@ -58,6 +58,8 @@ def compile_problem(error: Exception) -> str:
     reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
     if re.search(r"C(\+\+)? compiler|No such file|Command '\['\S*(gcc|clang)", text):
         reason += "; it needs a C compiler and Python's headers (Ubuntu: sudo apt install build-essential python3-dev)"
+    elif re.search(r"Compiler: .+ is not found", text):  # Inductor on Windows
+        reason += "; it needs Visual Studio's Build Tools: run train.py in their x64 Native Tools Command Prompt"
     elif "working triton installation" in text:
         reason += "; it needs triton: pip install triton, on Windows triton-windows"
     return reason

@@ -12,6 +12,7 @@ COMPILER = "it needs a C compiler and Python's headers"
 # Errors of Inductor and Triton, as seen with PyTorch 2.13 and 2.14
 NO_COMPILER = "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"
 NO_CXX = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')"
+NO_CL = "InvalidCxxCompiler: Compiler: cl is not found."  # on Windows, as PyTorch's source has it
 NO_HEADER = "header.hpp:9:10: fatal error: Python.h: No such file or directory"
 NO_TRITON = "Cannot find a working triton installation. Either the package is not installed or it is too old."
 PAGES = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
@@ -22,6 +23,7 @@ PAGES = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
     [
         (RuntimeError(NO_COMPILER + PAGES), NO_COMPILER, COMPILER),
         (RuntimeError(NO_CXX + PAGES), NO_CXX, COMPILER),
+        (RuntimeError(NO_CL + PAGES), NO_CL, "it needs Visual Studio's Build Tools"),
         (RuntimeError(f"C++ compile error\n\nCommand:\ng++ x\n\nOutput:\n{NO_HEADER}\n{PAGES}"), NO_HEADER, COMPILER),
         (
             subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
@@ -31,7 +33,7 @@ PAGES = "\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
         (ValueError(NO_TRITON + PAGES), NO_TRITON, "it needs triton: pip install triton, on Windows triton-windows"),
         (KeyError("a bug"), "'a bug'", ""),
     ],
-    ids=["C", "C++", "header", "gcc", "triton", "bug"],
+    ids=["C", "C++", "cl", "header", "gcc", "triton", "bug"],
 )
 def test_a_failed_compiler_is_named_with_what_to_install(error, said, advice):
     problem = compile_problem(error)
