@@ -90,7 +90,7 @@ def train(cfg: TrainConfig) -> None:
     torch.manual_seed(cfg.seed)  # the same weights in every process
     model = initial_model(run).to(machine.device)
     refuse_long_run_on_cpu(run, model)
-    optimizer = make_optimizer(model, cfg, machine.device)
+    optimizer = make_optimizer(model, cfg, machine.device, machine.dtype)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)
     forward, compiling = training_model(model, cfg, machine)

@@ -46,9 +46,9 @@ def measure(work: str, preset: str, seconds: float) -> float:
         def step() -> int:
             return sum(1 for _ in generate(packed, prompt, 20, Sampling()))
     else:
-        optimizer = make_optimizer(model, with_preset(TrainConfig, preset), cpu)
-        idx = torch.randint(model.config.vocab_size, (1024 // block_size, block_size + 1))
         dtype = resolve_dtype("auto", cpu)[0]
+        optimizer = make_optimizer(model, with_preset(TrainConfig, preset), cpu, dtype)
+        idx = torch.randint(model.config.vocab_size, (1024 // block_size, block_size + 1))
 
         def step() -> int:
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

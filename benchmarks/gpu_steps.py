@@ -37,7 +37,7 @@ def make_step(device: str, preset: str, name: str, small: bool) -> Callable[[], 
     model = GPT(dataclasses.replace(cfg.model, n_layer=1) if small else cfg.model).to(device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    return make_optimizer(model, cfg, torch.device(device)).step
+    return make_optimizer(model, cfg, torch.device(device), torch.bfloat16).step
 
 
 def step_time(device: str, preset: str, name: str, small: bool) -> dict[str, float]:

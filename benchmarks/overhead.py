@@ -66,7 +66,7 @@ def bare_loop(cfg: TrainConfig, machine: Machine) -> float:
     """Run the bare loop. Returns its seconds."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg.model).to(machine.device)
-    optimizer = train.make_optimizer(model, cfg, machine.device)
+    optimizer = train.make_optimizer(model, cfg, machine.device, machine.dtype)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     forward, _ = train.training_model(model, cfg, machine)
     steps, batch_size = cfg.accumulation_steps(processes=1), cfg.micro_batch_size(processes=1)

@@ -107,7 +107,7 @@ class Ours:
         self.training_run = Run(cfg, {}, machine, windows, val_windows)
         torch.manual_seed(cfg.seed)
         model = GPT(cfg.model).to(machine.device)
-        optimizer = train.make_optimizer(model, cfg, machine.device)
+        optimizer = train.make_optimizer(model, cfg, machine.device, machine.dtype)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = TrainState(model, optimizer, scaler)
         self.forward, _ = train.training_model(model, cfg, machine)

@@ -70,7 +70,7 @@ def ours(args: Comparison, shape: ModelConfig, dtype: str, compiled: bool) -> tu
     )  # fmt: skip
     machine = train.make_machine(cfg)
     gpt = model.GPT(shape).to(machine.device)
-    optimizer = train.make_optimizer(gpt, cfg, machine.device)
+    optimizer = train.make_optimizer(gpt, cfg, machine.device, machine.dtype)
     forward, _ = train.training_model(gpt, cfg, machine)
 
     def micro_step(inputs: torch.Tensor, targets: torch.Tensor) -> None:

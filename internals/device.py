@@ -266,22 +266,15 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
             raise UserError("--dtype float16: CPUs are a hundred times slower in it; use bfloat16 or float32")
         return getattr(torch, name), "as requested"
     if device.type == "cuda":
+        # is_bf16_supported() also says yes to GPUs that only emulate it: ask for the hardware's generation.
         major, minor = torch.cuda.get_device_capability(device)
-        if computes_in_bfloat16(device):
+        if major >= 8:
             return torch.bfloat16, f"supported by compute capability {major}.{minor}"
         return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
     if device.type == "cpu":
+        cpu = cpu_kernels.capabilities()
         # Without AMX, Intel's vector instructions for bfloat16 speed up large products, but not reading (not measured).
-        reads_fast = cpu_kernels.is_amd() or cpu_kernels.capabilities().get("amx_bf16")
-        if computes_in_bfloat16(device) and (reads_fast or not generating):
+        if cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and (cpu_kernels.is_amd() or not generating)):
             return torch.bfloat16, "this CPU has instructions for it"
         return torch.float32, "this CPU is not known to be faster in bfloat16"
     return torch.float32, "the safe choice on this device"
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device is known to have instructions for matrix products in bfloat16. Others emulate it slowly, or fail."""
-    if device.type == "cuda":  # is_bf16_supported() also says yes to GPUs that only emulate it
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = cpu_kernels.capabilities()
-    return device.type == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))

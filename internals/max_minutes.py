@@ -130,7 +130,7 @@ def try_out(
     machine, begin = run.machine, time.perf_counter()
     model = initial_model(run).to(machine.device)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    state = TrainState(model, make_optimizer(model, run.cfg, machine.device), scaler, val_loss=0.0)
+    state = TrainState(model, make_optimizer(model, run.cfg, machine.device, machine.dtype), scaler, val_loss=0.0)
     building = time.perf_counter() - begin
     forward, _ = training_model(model, run.cfg, machine)  # the run need not compile this again
     timing = MicroBatch(run.batch_size, model, machine).retry_smaller(

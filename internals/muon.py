@@ -1,4 +1,4 @@
-"""Muon for what torch.optim.Muon is slow on: a GPU, which wants few large products, and hardware without bfloat16."""
+"""Muon where torch.optim.Muon is slow: on a GPU, which wants few large products, and without bfloat16."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,7 @@ class StackedMuon(torch.optim.Muon):
     shapes, it did in every trial.
 
     torch.optim.Muon always computes these products in bfloat16. Here they are in `dtype`, since without instructions for
-    bfloat16 a CPU takes 20 times as long as in float32.
+    bfloat16 a CPU takes 20 times as long as in float32 (docs/experiments.md).
 
     Muon is Jordan et al., 2024; the size of its steps follows Liu et al., 2025, so that AdamW's learning rates fit.
     """

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from internals.device import computes_in_bfloat16
 from internals.muon import StackedMuon
 
 
@@ -19,12 +18,15 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
     return cfg.final_lr + (cfg.learning_rate - cfg.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, cfg: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> torch.optim.Optimizer:
     """Muon for the matrices in the blocks, AdamW for the rest; or AdamW for all (`--optimizer adamw`).
 
     Muon is Jordan et al., 2024, its steps scaled to the size of AdamW's (Liu et al., 2025). AdamW is Loshchilov and
     Hutter, 2019. Only matrices decay: biases and norms have no size to limit. The learning rate of a parameter group is
-    `get_lr` times the group's `lr_scale`.
+    `get_lr` times the group's `lr_scale`. Muon's matrix products are in bfloat16 if the model's are (`dtype`), else in
+    float32: hardware without bfloat16 emulates it very slowly or refuses.
     """
     muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if all(p is not q for q in muon)]
@@ -38,10 +40,9 @@ def make_optimizer(model: torch.nn.Module, cfg: TrainConfig, device: torch.devic
         return adamw
     settings = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
     group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    bfloat16 = computes_in_bfloat16(device)
-    if device.type == "cpu" and bfloat16:  # it waits for no launches, and is faster with many small products
+    if device.type == "cpu" and dtype == torch.bfloat16:  # it waits for no launches: many small products are faster
         return JoinedOptimizer(adamw, torch.optim.Muon([group], **settings))
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
     return JoinedOptimizer(adamw, StackedMuon([group], **settings, dtype=dtype))
 
 

@@ -90,7 +90,7 @@ cfg = dataclasses.replace(with_preset(TrainConfig, sys.argv[1]), batch_size="aut
 machine = make_machine(cfg)
 cfg = resolve_batch_size(cfg, machine)
 model = GPT(cfg.model).to(machine.device)
-optimizer = make_optimizer(model, cfg, machine.device)
+optimizer = make_optimizer(model, cfg, machine.device, machine.dtype)
 tokens = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)
 for iteration in range(2):
     for micro_step in range(2):

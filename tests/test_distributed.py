@@ -70,7 +70,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of a run on two processes."""
     out_dir = tmp_path_factory.mktemp("two")
-    # Muon orthogonalises in bfloat16, which amplifies rounding errors more than float32 does
+    # Muon amplifies rounding errors: it moves the smallest directions of a gradient as far as the largest
     result = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout + result.stderr

@@ -66,7 +66,7 @@ from internals.optimizer import make_optimizer
 from model import GPT
 
 model = GPT(ModelConfig()).to("cuda")
-_, muon = make_optimizer(model, TrainConfig(), torch.device("cuda")).optimizers
+_, muon = make_optimizer(model, TrainConfig(), torch.device("cuda"), torch.bfloat16).optimizers
 original = torch.optim.Muon(muon.param_groups, adjust_lr_fn="match_rms_adamw")
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)

@@ -899,7 +899,7 @@ def little_memory(monkeypatch, sequences: int, training_only: bool = False) -> N
 def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
     data_dir, tmp_path, monkeypatch, capsys, training_only
 ):
-    run = dict(dropout=0.0, optimizer="adamw")  # Muon's bfloat16 amplifies rounding errors
+    run = dict(dropout=0.0, optimizer="adamw")  # Muon amplifies rounding errors
     train.train(tiny(data_dir, tmp_path / "enough", **run))
     little_memory(monkeypatch, 1, training_only)
     capsys.readouterr()
