@@ -86,10 +86,10 @@ def export(cfg: ExportConfig) -> None:
             (folder / "README.md").write_bytes(card.encode())
             for path in folder.iterdir():
                 with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+                    files.sync_file(file)
             names = ", ".join(sorted(path.name for path in folder.iterdir()))
             out_dir.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, out_dir)
+            files.rename(folder, out_dir)
             files.sync_folder(out_dir.parent)
     print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
     needs = " (pip install transformers)" if cfg.format == "hf" else ""

@@ -15,7 +15,13 @@ from filelock import lock_descriptor
 
 from internals.start import UserError, first_line
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RENAME_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between the attempts to rename a file
 
 
 @contextlib.contextmanager
@@ -51,14 +57,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         try:
             with open(temporary, "wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                sync_file(file)
+            rename(temporary, path)
             sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Return when the file's content is on the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the content in the drive's cache, which a power cut empties
+        with contextlib.suppress(OSError):  # a network drive or a USB stick may refuse it
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+
+
+def rename(path: str | Path, new: str | Path) -> None:
+    """Rename a file or folder. A file that is called `new` is replaced.
+
+    Windows refuses while another program has one of them open, as a virus scanner or a backup has for a moment. So a
+    refusal counts only if it lasts for three seconds. Not on Windows alone: WSL's Linux writes to Windows' drives, too.
+    """
+    for pause in RENAME_PAUSES:
+        try:
+            return os.replace(path, new)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(path, new)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -75,9 +103,12 @@ def as_json(value: Any) -> str:
 
 
 def nearest_folder(path: str | Path) -> Path:
-    """The folder `path`, or the nearest one above it that exists."""
+    """The folder `path`, or the nearest one above it that exists. On Windows there may be none: Z:\\runs has no Z:."""
     path = Path(path).absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{path}: there is no such drive; give a folder on another one")
 
 
 def sync_folder(folder: str | Path) -> None:

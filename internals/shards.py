@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from internals.files import sha256, sha256_of
+from internals.files import rename, sha256, sha256_of
 from internals.start import UserError, first_line
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
@@ -68,7 +68,7 @@ class ShardWriter:
         for index in range(self.count):
             path, partial = shard_path(self.data_dir, split, index), self._partial(index)
             if path.exists() and not partial.exists():  # the last run was stopped in `finish`
-                os.replace(path, partial)
+                rename(path, partial)
         for path in self.data_dir.glob(f"{split}_*.bin.partial"):
             name = SHARD_NAME.fullmatch(path.name)
             if name and int(name[2]) >= self.count:
@@ -150,7 +150,7 @@ class ShardWriter:
                 os.fsync(file.fileno())
             if path.exists():
                 raise UserError(f"{path}: was made by somebody else meanwhile; move it away")
-            os.replace(self._partial(index), path)
+            rename(self._partial(index), path)
             entries.append({"file": path.name, "tokens": self._length(index), "sha256": sha256(path)})
         return entries
 

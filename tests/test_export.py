@@ -513,7 +513,7 @@ export.export(ExportConfig(checkpoint=sys.argv[2], out_dir=sys.argv[3]))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs kill -9")
-@pytest.mark.parametrize("moment", ["save", "model_card", "fsync", "rename"])
+@pytest.mark.parametrize("moment", ["save", "model_card", "fsync", "replace"])
 def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
     save_checkpoint(tmp_path / "best.pt", "bytes")
     out_dir = tmp_path / "my-model"

@@ -5,10 +5,21 @@ import hashlib
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
+from articles import posix
 
-from internals.files import atomic_write, sha256, system_error, write_json, write_text, writing
+from internals import files
+from internals.files import (
+    atomic_write,
+    nearest_folder,
+    sha256,
+    system_error,
+    write_json,
+    write_text,
+    writing,
+)
 from internals.start import UserError
 
 
@@ -108,3 +119,61 @@ def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "東京"}
     assert os.listdir(tmp_path) == ["meta.json"]
+
+
+def refuse_to_rename(monkeypatch, times):
+    """os.replace fails so often, as on Windows while a virus scanner has the file open. Returns the pauses in between."""
+    replace, pauses, calls = os.replace, [], []
+
+    def refuse(*paths):
+        calls.append(paths)
+        if len(calls) <= times:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").write_text("old")
+    pauses = refuse_to_rename(monkeypatch, times=3)
+    write_text(tmp_path / "last.pt", "new")
+    assert (tmp_path / "last.pt").read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+    assert 0 < sum(pauses) < 1
+
+
+def test_a_file_that_may_not_be_replaced_is_one_message_after_seconds(tmp_path, monkeypatch):
+    (tmp_path / "last.pt").write_text("old")
+    pauses = refuse_to_rename(monkeypatch, times=1000)
+    with pytest.raises(UserError, match=r"last\.pt: could not be written \(Access is denied\)"):
+        write_text(tmp_path / "last.pt", "new")
+    assert (tmp_path / "last.pt").read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
+    assert 2 < sum(pauses) < 5
+
+
+@posix
+@pytest.mark.parametrize("refused", [False, True])
+def test_on_a_mac_the_drive_empties_its_cache_before_the_rename(tmp_path, monkeypatch, refused):
+    import fcntl
+
+    calls, replace = [], os.replace
+
+    def control(descriptor, command, *rest):
+        assert command == 51
+        calls.append("to the drive itself")
+        if refused:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    write_text(tmp_path / "file", "new")
+    assert calls == ["to the drive itself", "rename"] and (tmp_path / "file").read_text() == "new"
+
+
+def test_a_drive_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda self: False)  # as Z:\\ on a machine without it
+    with pytest.raises(UserError, match=r"models.*: there is no such drive"):
+        nearest_folder("models")
