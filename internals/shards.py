@@ -1,5 +1,6 @@
 """Token shards on the disk: write, read and verify them."""
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ META_FORMAT = 1
 UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # marks an unfinished shard as ours
 PIECE_TOKENS = 1 << 20  # read at once
 TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
+AGAIN = "prepare the data again (prepare_data.py --overwrite)"
 SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
 
 
@@ -37,17 +39,23 @@ def read_shard(path: str | Path) -> np.ndarray:
     try:
         header = np.fromfile(path, dtype="<i4", count=256)
         size = os.path.getsize(path)
+        if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+            raise UserError(f"{path}: is not a token shard; {AGAIN}")
+        tokens = int(header[2])
+        if size != HEADER_BYTES + 2 * tokens:
+            raise UserError(
+                f"{path}: has {size:,} bytes, but its {tokens:,} tokens need {HEADER_BYTES + 2 * tokens:,}; the file was "
+                f"cut short or damaged: {AGAIN}"
+            )
+        return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; prepare the data again (prepare_data.py --overwrite)") from error
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path}: is not a token shard; prepare the data again (prepare_data.py --overwrite)")
-    tokens = int(header[2])
-    if size != HEADER_BYTES + 2 * tokens:
-        raise UserError(
-            f"{path}: has {size:,} bytes, but its {tokens:,} tokens need {HEADER_BYTES + 2 * tokens:,}; the file was cut "
-            "short or damaged: prepare the data again (prepare_data.py --overwrite)"
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+        if error.errno == errno.ENOENT:
+            advice = AGAIN
+        elif error.errno in (errno.EMFILE, errno.ENFILE):  # each mapped shard keeps its file open
+            advice = "allow more (ulimit -n 4096), or prepare the data again with a larger --shard-tokens"
+        else:  # some network drives cannot map files
+            advice = "make it readable, or copy the data folder to a local disk"
+        raise UserError(f"{path}: {error.strerror}; {advice}") from error
 
 
 class ShardWriter:

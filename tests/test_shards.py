@@ -1,6 +1,8 @@
 """internals/shards.py: the shard format, the writer, and meta.json."""
 
+import errno
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -116,3 +118,39 @@ def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):
     (tmp_path / "train_000001.bin").write_bytes(shard_header(99) + bytes(198))
     with pytest.raises(UserError, match=r"train_000001\.bin"):
         TokenStream.open(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENODEV, "copy the data folder to a local disk"),  # a network drive that cannot map files
+        (errno.EMFILE, r"ulimit -n 4096.*--shard-tokens"),
+    ],
+)
+def test_a_shard_that_cannot_be_mapped_is_one_message(tmp_path, monkeypatch, number, advice):
+    write_shards(tmp_path, "train", random_tokens(50))
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(UserError, match=advice) as error:
+        read_shard(tmp_path / "train_000000.bin")
+    assert os.strerror(number) in str(error.value) and "--overwrite" not in str(error.value)
+
+
+def test_a_shard_that_another_program_holds_for_a_moment_gets_its_name(tmp_path, monkeypatch):
+    """A virus scanner, on Windows. Two renames: at the end, and when a stop there is resumed."""
+    replace, refused = os.replace, set()
+
+    def refuse_once(path, new):
+        if path not in refused:
+            refused.add(path)
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(path, new)
+
+    monkeypatch.setattr(os, "replace", refuse_once)
+    tokens = random_tokens(50)
+    entries = write_shards(tmp_path, "train", tokens)
+    assert ShardWriter(tmp_path, "train", 100, tokens=50).finish() == entries
+    assert len(refused) == 2 and np.array_equal(read_shard(tmp_path / "train_000000.bin"), tokens)
