@@ -186,11 +186,11 @@ class Walk:
         seen, own, linked = set(), [folder], []
         while own or linked:
             folder = own.pop() if own else linked.pop()
-            status = status_of(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = identity_of(folder)
+            if identity in seen:
                 self.left_out["already taken under another name"] += 1
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(identity)
             yield folder
             for entry in sorted(entries(folder), key=lambda e: e.name, reverse=True):
                 if not entry.name.startswith(".") and os.path.isdir(entry.path):
@@ -200,8 +200,7 @@ class Walk:
         """The paths, one for each file. Of several paths to a file, its own name is kept, not a link."""
         paths, names = list(paths), {}
         for path in paths:
-            status = status_of(path)
-            names.setdefault((status.st_dev, status.st_ino), []).append(path)
+            names.setdefault(identity_of(path), []).append(path)
         for several in names.values():
             if len(several) > 1:
                 self.left_out["already taken under another name"] += len(several) - 1
@@ -230,6 +229,15 @@ def status_of(path: Path) -> os.stat_result:
     except OSError as error:
         reason = "it is a link to something that is gone" if os.path.islink(path) else error
         raise unreadable(path, reason) from error
+
+
+def identity_of(path: Path) -> tuple[int, int] | str:
+    """What all names of a file or folder have in common.
+
+    Some drives of Windows (WebDAV, Google Drive, RAM disks) number every file 0. There it is the path without links.
+    """
+    status = status_of(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.normcase(os.path.realpath(path))
 
 
 def entries(folder: Path) -> list[os.DirEntry]:

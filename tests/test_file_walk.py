@@ -177,3 +177,19 @@ def test_a_tilde_that_is_no_home_folder_is_part_of_the_name(tmp_path, monkeypatc
     assert found("~nobody-of-this-name.txt")[0] == ["~nobody-of-this-name.txt"]
     with pytest.raises(UserError, match="there is no such file or folder"):
         found("~nobody-of-this-name/text")
+
+
+@posix
+def test_a_drive_that_numbers_every_file_0_gives_all_its_files(tmp_path, monkeypatch):
+    """On Windows: Google Drive's, WebDAV, RAM disks."""
+    make(tmp_path, "in/a.txt", "in/b/1.txt", "in/b/2.txt", "in/c/3.txt")
+    (tmp_path / "in" / "d.txt").symlink_to("a.txt")
+    numbered, stat = found(tmp_path / "in", tmp_path / "in" / "a.txt"), os.stat
+
+    def without_numbers(path, **kwargs):
+        status = stat(path, **kwargs)
+        return os.stat_result((status.st_mode, 0, *status[2:]))
+
+    monkeypatch.setattr(os, "stat", without_numbers)
+    assert found(tmp_path / "in", tmp_path / "in" / "a.txt") == numbered
+    assert numbered[0] == ["a.txt", "b/1.txt", "b/2.txt", "c/3.txt"]
