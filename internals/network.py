@@ -2,12 +2,12 @@
 
 import errno
 import itertools
+import math
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -73,7 +73,18 @@ def in_background(action: Callable[[], T]) -> Future:
 
 def answer_within(seconds: float, action: Callable[[], T]) -> T:
     """The result of `action`. Raises OSError if it takes longer."""
-    try:
-        return in_background(action).result(timeout=seconds)
-    except FutureTimeoutError as error:
-        raise OSError(f"no answer in {seconds:g} s") from error
+    return wait_for(in_background(action), seconds)
+
+
+def wait_for(future: Future[T], seconds: float = math.inf) -> T:
+    """The result of `future`. Raises OSError if it takes longer.
+
+    Waits in short steps: on Windows, before Python 3.14, Ctrl-C has to wait until such a step ends.
+    """
+    deadline = time.monotonic() + seconds
+    while not future.done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise OSError(f"no answer in {seconds:g} s")
+        wait([future], timeout=min(left, 0.2))
+    return future.result()

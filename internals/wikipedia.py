@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from internals.data_folder import Downloads
 from internals.files import sha256, writing
-from internals.network import answer_within, in_background, patiently
+from internals.network import answer_within, in_background, patiently, wait_for
 from internals.screen import plural
 from internals.start import UserError, first_line
 from internals.text_files import Source, SourceFile
@@ -121,7 +121,7 @@ class HubWikipedia(Source):
         for ahead, file in enumerate(self.files[number : number + 2], number):
             if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))
-        return self._futures[number].result()
+        return wait_for(self._futures[number])
 
     def _is_likely_needed(self, number: int) -> bool:
         """Whether `max_tokens` reaches beyond the files before this one. A wrong no only delays its download."""

@@ -1,16 +1,21 @@
 """internals/network.py and the vocabulary's download: bounded, announced, and not retried if that cannot help."""
 
+import contextlib
 import hashlib
+import signal
 import socket
 import threading
+import time
 
 import pytest
-from articles import command
+from articles import command, posix
 from conftest import assert_user_error, run_script, without_network_settings
 
 from internals import network
 from internals.network import patiently
 from internals.start import UserError
+from internals.text_files import SourceFile
+from internals.wikipedia import HubWikipedia
 
 
 @pytest.fixture
@@ -98,3 +103,54 @@ def test_what_the_network_may_mend_is_retried_after_longer_and_longer_pauses(mon
 
     assert patiently("the file", action, 4, "advice", lambda error: None) == "text"
     assert pauses == [1, 2, 4]
+
+
+@contextlib.contextmanager
+def late_ctrl_c():
+    """Ctrl-C after a moment, as on Windows: a wait of the main thread for another one hears of it when it is over."""
+
+    def press():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        time.sleep(0.3)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # so no system call of this thread ends early
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@posix
+@pytest.mark.parametrize("way", ["an answer", "a file of Wikipedia"])
+def test_on_windows_ctrl_c_need_not_wait_for_the_network(tmp_path, monkeypatch, way):
+    over = threading.Event()
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
+    source = HubWikipedia("simple", "20231101", "main", tmp_path)
+    source.files = [SourceFile("a.parquet", 1, None)]
+    monkeypatch.setattr(source, "_fetch", lambda file: over.wait(10))
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), late_ctrl_c():
+        if way == "an answer":
+            network.answer_within(60, lambda: over.wait(10))
+        else:
+            source.fetch(0)
+    assert time.monotonic() - begin < 5
+    over.set()
+
+
+def test_an_answer_that_is_late_is_told_from_an_error_of_the_network():
+    over = threading.Event()
+    with pytest.raises(OSError, match=r"no answer in 0\.3 s"):
+        network.answer_within(0.3, over.wait)
+    over.set()
+
+    def time_out():
+        raise TimeoutError("the handshake timed out")
+
+    with pytest.raises(TimeoutError, match="handshake"):
+        network.answer_within(60, time_out)
+    assert network.answer_within(60, lambda: "text") == "text"
