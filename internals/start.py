@@ -53,7 +53,7 @@ def begin() -> None:
     """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, BrokenPipeError):  # the reader of --help has seen enough
+        if is_closed_pipe(error):  # the reader of --help has seen enough
             os._exit(0)
         status = report_end(error, interrupted="Stopped.")
         if status is None:
@@ -114,7 +114,7 @@ class Forgiving:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.failed = True
             silence(self.stream)
-            if self.other is not None and not isinstance(error, BrokenPipeError):
+            if self.other is not None and not is_closed_pipe(error):
                 self.other.write(f"{self.name} cannot be written ({first_line(error)}); the work continues\n")
 
     def __getattr__(self, name: str) -> Any:
@@ -135,6 +135,11 @@ def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether a stream failed because its reader has gone (`| head`). Windows says EINVAL then."""
+    return isinstance(error, BrokenPipeError) or (os.name == "nt" and getattr(error, "errno", 0) == errno.EINVAL)
 
 
 def silence(stream: TextIO) -> None:

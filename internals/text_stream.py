@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import tiktoken
 
 from internals.screen import printable
-from internals.start import UserError, silence
+from internals.start import UserError, is_closed_pipe, silence
 
 
 class ReaderGone(SystemExit):
@@ -117,6 +117,6 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         silence(sys.stdout)
-        if isinstance(error, BrokenPipeError):
+        if is_closed_pipe(error):
             raise ReaderGone from error
         raise UserError(f"the text could not be written to stdout ({error.strerror})") from error

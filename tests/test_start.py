@@ -1,6 +1,7 @@
 """How commands start and end: one line for a foreseen problem, a traceback for a bug, at any time."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 import pytest
 from conftest import REPO, assert_user_error, run_script
 
+from internals import text_stream
 from internals.start import SPINS, UserError, first_line, run
+from internals.text_stream import ReaderGone
 
 COMMANDS = ("prepare_data", "train", "generate", "export")
 
@@ -159,3 +162,33 @@ def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(environment
     code = "from internals import start; start.begin(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     assert run_script("-c", code, env={**clean, **environment}).stdout.strip() == expected
+
+
+class Closed(io.StringIO):
+    """Standard output whose reader has gone, as Windows reports it."""
+
+    def write(self, text):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_a_reader_that_has_gone_on_windows_is_no_message(monkeypatch, capsys):
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        windows.setattr(sys, "stdout", Closed())
+        run(lambda: print("a line"))
+        with pytest.raises(ReaderGone):
+            text_stream.write("a line")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdout", Closed())
+    run(lambda: print("a line"))
+    assert "stdout cannot be written (" in capsys.readouterr().err  # elsewhere it is another error
+    with pytest.raises(UserError, match="could not be written to stdout"):
+        text_stream.write("a line")
+
+
+def test_a_reader_of_the_help_that_has_gone_on_windows_is_no_traceback():
+    code = (
+        "from internals import start; start.begin()\nimport os; os.name = 'nt'\nraise OSError(22, 'Invalid argument')"
+    )
+    result = run_script("-c", code)
+    assert (result.returncode, result.stderr) == (0, "")
