@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,14 @@ class Downloads:
                 path.unlink(missing_ok=True)
 
     def delete_all(self) -> None:
-        """Delete the folder and all in it. Links are not followed."""
+        """Delete the folder and all in it. Links are not followed.
+
+        A download that --max-tokens made needless may still run. Windows and network drives keep its open file.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            again = "the same command, given again, deletes it"
+            print(f"warning: {self.folder}: cannot be deleted while a file in it is open; {again}", file=sys.stderr)
 
 
 def own_json(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +211,18 @@ def test_overwriting_an_own_tokenizer_with_a_mistake_costs_nothing(tmp_path, sou
     with pytest.raises(UserError, match="pairs for"):
         prepare(config(tmp_path / "out", source, tokenizer="train", vocab_size=65_000, overwrite=True))
     assert files(tmp_path / "out") == before
+
+
+def test_a_download_that_cannot_be_deleted_yet_is_named(tmp_path, monkeypatch, capsys):
+    """Windows keeps the file that the background still writes."""
+    put(tmp_path, [f"{DOWNLOADS}/c/a.parquet.incomplete"])
+
+    def refuse(path, **kwargs):
+        raise PermissionError(13, "The file is open in another process", path)
+
+    with monkeypatch.context() as open_file:
+        open_file.setattr(os, "unlink", refuse)
+        Downloads(tmp_path).delete_all()
+    assert str(tmp_path / DOWNLOADS) in (warning := capsys.readouterr().err) and "the same command" in warning
+    Downloads(tmp_path).delete_all()
+    assert not files(tmp_path) and capsys.readouterr().err == ""
