@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import json
 import math
 import os
-import shlex
 import string
 import tempfile
 from pathlib import Path
@@ -35,6 +34,7 @@ from internals import files, gguf, gpt2_reference, huggingface
 from internals.memory import enough_memory
 from internals.pretrained import open_checkpoint
 from internals.screen import wrap
+from internals.shell import shell_join
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
 from model import GPT
@@ -117,11 +117,13 @@ def how_to_load(usage: str, name: str, tokenizer: tiktoken.Encoding, context: in
 def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: int) -> str:
     """A command that opens the export in the program it was made for."""
     if cfg.format == "gguf":
-        return shlex.join(["llama-server", "-m", f"{cfg.out_dir}/model.gguf"])
+        return shell_join(["llama-server", "-m", f"{cfg.out_dir}/model.gguf"])
     prompt, new_tokens = example(tokenizer, context)
-    pipeline = f'pipeline("text-generation", {json.dumps(cfg.out_dir)})("{prompt}", max_new_tokens={new_tokens})'
-    code = f'from transformers import pipeline; print({pipeline}[0]["generated_text"])'
-    return shlex.join(["python", "-c", code])
+    quoted = repr if os.name == "nt" else json.dumps  # PowerShell drops double quotes inside a word
+    pipeline = f"pipeline({quoted('text-generation')}, {quoted(cfg.out_dir)})"
+    call = f"{pipeline}({quoted(prompt)}, max_new_tokens={new_tokens})"
+    code = f"from transformers import pipeline; print({call}[0][{quoted('generated_text')}])"
+    return shell_join(["python", "-c", code])
 
 
 def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, usage: str) -> str:

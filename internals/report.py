@@ -120,7 +120,7 @@ def ending(run: Run, state: TrainState) -> str:
     return (
         f"Done in {duration(state.seconds)} of training. Best validation loss {best:.3f} ({bits}).\n"
         f"Model: {run.out_dir / 'best.pt'}\nCurves: {run.out_dir / 'loss.png'}\nPage: {run.out_dir / 'run.html'}\n"
-        f"Try: {command_to_generate(str(run.out_dir / 'best.pt'), cfg)}"
+        f"Try: {command_to_generate(run.out_dir / 'best.pt', cfg)}"
     )
 
 

@@ -1,7 +1,6 @@
 """Words on the screen: numbers, durations, printable text, lines of 80 columns, the progress bar, the next command."""
 
 import os
-import shlex
 import statistics
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
 from internals.cli import with_preset
+from internals.shell import shell_join
 
 REPO = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -197,8 +197,9 @@ def command(script: str, preset: str, **flags: Any) -> str:
     return started_with(script, words)
 
 
-def command_to_generate(checkpoint: str, cfg: TrainConfig) -> str:
+def command_to_generate(best: Path, cfg: TrainConfig) -> str:
     """The command to try a model. The preset is only there for the path of its checkpoint."""
+    checkpoint = best.as_posix()  # on Windows, too: like the preset's path
     usual = with_preset(GenerateConfig, cfg.preset).checkpoint
     preset = cfg.preset if checkpoint == usual else TrainConfig.preset
     prompt = cfg.sample_prompt
@@ -217,7 +218,7 @@ def command_to_train(cfg: PrepareConfig) -> str:
 def started_with(script: str, words: Iterable[str]) -> str:
     """The command line of a script. It starts train.py with torchrun if this process was started that way."""
     path = script if Path.cwd() == REPO else str(REPO / script)
-    return f"{launcher() if script == 'train.py' else 'python'} {shlex.join([path, *words])}"
+    return f"{launcher() if script == 'train.py' else 'python'} {shell_join([path, *words])}"
 
 
 def launcher() -> str:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 from config import NOT_SETTINGS, TrainConfig
+from internals.shell import shell_join
 from internals.start import UserError, first_line
 
 
@@ -34,7 +34,7 @@ def stands_for_auto(old: Any, new: Any) -> bool:
 
 def as_typed(value: Any) -> str:
     """A setting as it is typed in a command."""
-    return shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))
+    return shell_join([f"{value:g}" if isinstance(value, float) else str(value)])
 
 
 def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from pathlib import Path, PureWindowsPath
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from internals.machine import Machine
 from internals.reference import Reference
 from internals.run import Run, resume_settings
 from internals.run_length import resolve_auto
+from internals.settings import as_typed
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
 
@@ -210,7 +212,7 @@ def test_next_commands_say_what_was_meant(here, preset, folder):
     cfg = dataclasses.replace(with_preset(TrainConfig, preset), out_dir=folder, sample_prompt="-it's")
     again = parse(TrainConfig, "", arguments(screen.command("train.py", preset, out_dir=folder, resume=True)))
     assert (again.preset, again.out_dir, again.resume) == (preset, folder, True)
-    sampling = parse(GenerateConfig, "", arguments(screen.command_to_generate(f"{folder}/best.pt", cfg)))
+    sampling = parse(GenerateConfig, "", arguments(screen.command_to_generate(Path(folder, "best.pt"), cfg)))
     assert (sampling.checkpoint, sampling.prompt) == (f"{folder}/best.pt", "-it's")
     prepared = dataclasses.replace(with_preset(PrepareConfig, preset), data_dir=folder)
     training = parse(TrainConfig, "", arguments(screen.command_to_train(prepared)))
@@ -224,8 +226,27 @@ def test_a_presets_own_folders_need_no_flag(here, preset):
     cfg = with_preset(TrainConfig, preset)
     assert arguments(screen.command_to_train(with_preset(PrepareConfig, preset))) == name
     assert arguments(screen.command("train.py", preset, out_dir=cfg.out_dir, resume=True)) == [*name, "--resume"]
-    sampling = arguments(screen.command_to_generate(f"{cfg.out_dir}/best.pt", cfg))
+    sampling = arguments(screen.command_to_generate(Path(cfg.out_dir, "best.pt"), cfg))
     assert sampling == [*name, "--prompt", "The history of"]
+
+
+def test_on_windows_the_preset_is_found_by_its_path(here):
+    best, cfg = PureWindowsPath("checkpoints/demo/best.pt"), with_preset(TrainConfig, "demo")
+    assert str(best) == r"checkpoints\demo\best.pt"
+    assert arguments(screen.command_to_generate(best, cfg)) == ["--preset", "demo", "--prompt", "The history of"]
+
+
+def test_on_windows_commands_are_quoted_for_its_shells(here, monkeypatch):
+    """cmd.exe takes single quotes for letters."""
+    monkeypatch.setattr(Path, "cwd", lambda: REPO)  # no Path can be made under this name of the system
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        resuming = screen.command("train.py", "demo", out_dir=r"my runs\1", resume=True)
+        sampling = screen.command("generate.py", "demo", checkpoint=r"runs\a\best.pt", prompt="The history of")
+        typed = as_typed("The history of")
+    assert resuming == r'python train.py --preset demo --out-dir "my runs\1" --resume'
+    assert sampling == r'python generate.py --preset demo --checkpoint runs\a\best.pt --prompt "The history of"'
+    assert typed == '"The history of"'
 
 
 def test_elsewhere_the_script_is_named_in_full(here, tmp_path, monkeypatch):
@@ -310,3 +331,18 @@ def test_exported_models_come_with_the_way_to_load_them(tmp_path):
     )
     compile(code, "", "exec")
     assert (python, flag) == ("python", "-c") and f'"{tmp_path}/it\'s"' in code
+
+
+def test_on_windows_the_way_to_load_an_export_needs_no_quotes_inside_quotes(monkeypatch):
+    import export
+    from internals.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        command = export.loading_command(ExportConfig(out_dir=r"my models\a"), tokenizer, 64)
+        other = export.loading_command(ExportConfig(out_dir=r"my models\a", format="gguf"), tokenizer, 64)
+    code = command.removeprefix('python -c "').removesuffix('"')
+    compile(code, "", "exec")
+    assert '"' not in code and repr(r"my models\a") in code
+    assert other == r'llama-server -m "my models\a/model.gguf"'
