@@ -117,8 +117,7 @@ def read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")  # without a byte-order mark, as prepare_data.py reads text
     except UnicodeDecodeError as error:
-        message = f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first"
-        raise UserError(message) from error
+        raise UserError(f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first") from error
     except OSError as error:
         raise UserError(f"--prompt -: stdin cannot be read ({error.strerror})") from error
 
@@ -179,16 +178,18 @@ def interact(writer: Writer) -> None:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")
     while True:
         try:
-            writer.answer(input("> " if terminal else ""))
+            line = input("> ") + "\n" if terminal else sys.stdin.readline()  # input() would write to a full stdout
+            if not line:
+                break
+            writer.answer(line.removesuffix("\n"))
         except KeyboardInterrupt:
             if not sys.stdin.isatty():  # prompts from a file or a pipe, which has no Ctrl-D
                 raise
             if terminal or not writer.cfg.json:  # among lines of JSON, an empty line is an error
                 write("\n")
-        except EOFError:
+        except EOFError:  # Ctrl-D at the terminal
+            write("\n")
             break
-    if terminal:
-        write("\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -684,11 +684,12 @@ def test_a_page_is_written_whether_or_not_somebody_reads_the_text(best, tmp_path
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
-def test_a_full_disk_is_told(best):
+@pytest.mark.parametrize("flags", [[], ["--interactive"]])
+def test_a_full_disk_is_told(best, flags):
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best)],
-            cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best), *flags],
+            cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True, input="one\n",
         )  # fmt: skip
     assert_user_error(process, "could not be written")
 
