@@ -171,8 +171,8 @@ def interact(writer: Writer) -> None:
     """Ask for prompts and answer them. Ctrl-C stops the text (or empties the line), Ctrl-D quits."""
     with contextlib.suppress(ImportError):  # Windows' Python lacks it, but Windows' terminal keeps a history
         import readline  # noqa: F401  (importing it gives input() a history and line editing)
-    # Without a byte-order mark, as read_stdin does. A byte that is not UTF-8 becomes U+FFFD.
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+    # A byte-order mark and the \r of Windows' line ends are not text. A byte that is not UTF-8 becomes U+FFFD.
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")

@@ -569,6 +569,14 @@ def test_interactive_answers_line_by_line(best):
     assert "To get the same texts for the same prompts again, add --seed " in drawn.stderr
 
 
+def test_line_ends_of_windows_are_not_part_of_a_prompt(monkeypatch):
+    prompts = []
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\r\n\r\ntwo\r\n"), newline="\n")  # as Python opens it on Linux and macOS
+    monkeypatch.setattr(sys, "stdin", stdin)
+    generate.interact(types.SimpleNamespace(cfg=GenerateConfig(), answer=prompts.append))
+    assert prompts == ["one", "", "two"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_no_control_characters_and_a_pipe_the_exact_text(best):
     import pty
