@@ -105,6 +105,9 @@ def reading(name: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); make it readable, or leave it out") from error
+    except MemoryError as error:  # Arrow's is an ArrowException, too
+        much = f"{name}: does not fit into memory ({first_line(error)})"
+        raise UserError(f"{much}; close other programs, or check whether the file is damaged") from error
     except (OSError, pa.ArrowException, UnicodeError) as error:  # Arrow reports damage as either
         raise UserError(f"{name}: cannot be read, it may be cut short or damaged ({first_line(error)})") from error
 

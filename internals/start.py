@@ -164,7 +164,7 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
     with forgiving_streams(stdout_is_output):
         try:
             main()
-        except (UserError, ImportError, RuntimeError, OSError, KeyboardInterrupt) as error:
+        except (UserError, ImportError, RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
             status = report_end(error, interrupted)
             if status is None:
                 raise
@@ -181,6 +181,9 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
     elif isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
         status, text = 2, f"error: {error.filename}: {error.strerror}; give a path that you may use"
+    elif is_lack_of_memory(error):
+        text = f"error: too little memory ({first_line(error)}); close other programs, or raise a limit (ulimit -v)"
+        status = 2
     elif "busy or unavailable" in str(error):  # CUDA's words, on a card that an administrator set to one process
         status, text = 2, "error: the GPU serves one process, and has one (see nvidia-smi); wait, or give --device cpu"
     else:
@@ -189,6 +192,12 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
         with contextlib.suppress(OSError, ValueError):  # stderr may be gone; the exit status still tells
             print(text.translate(CONTROLS), file=sys.stderr, flush=True)
     return status
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether this machine's memory (not a GPU's) was too small, be it only to load a library."""
+    no_library = isinstance(error, ImportError | OSError) and "failed to map segment" in str(error)
+    return no_library or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def first_process_has_spoken() -> bool:

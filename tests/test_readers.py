@@ -217,6 +217,12 @@ def test_a_mistake_ends_in_one_line_and_exit_status_2(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), pa.ArrowMemoryError("malloc of size 40000064 failed")])
+def test_a_file_that_does_not_fit_into_memory_is_named(error):
+    with pytest.raises(UserError, match=r"^a\.json: does not fit into memory"), reader.reading("a.json"):
+        raise error
+
+
 def as_rows(path, options=ReadOptions()):  # noqa: B008 (it is frozen)
     return [a for chunk in read_chunks(path, path.name, options) for a in chunk.articles()]
 

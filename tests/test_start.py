@@ -60,6 +60,36 @@ def test_a_card_for_one_process_that_has_one_is_one_line(capsys):
         run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
 
 
+NOT_LOADED = "libtorch_cpu.so: failed to map segment from shared object"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 8 GiB"), "Unable to allocate 8 GiB"),
+        (ImportError(NOT_LOADED), NOT_LOADED),
+        (OSError(NOT_LOADED), NOT_LOADED),  # from ctypes
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_one_line(capsys, error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1
+    assert message.startswith("error: too little memory (") and words in message
+
+
+def test_too_little_memory_for_the_imports_is_one_line():
+    code = f"from internals import start; start.begin(); raise ImportError({NOT_LOADED!r})"
+    assert_user_error(run_script("-c", code), "too little memory", NOT_LOADED)
+
+
 def test_ctrl_c_says_what_the_command_says(capsys):
     def main():
         raise KeyboardInterrupt
