@@ -152,15 +152,15 @@ class Reader:
         return as_utf8(self.raw_blocks(), self.options.encoding)
 
     def records(self, end: bytes) -> Iterator[Chunk]:
-        """Chunks that end where a record ends, without that last `end`."""
+        """Chunks that end with an `end`. What follows the last one in the file is a chunk, too."""
         parts, first = [], 0
         for block in self.blocks():
             head, found, rest = block.data.rpartition(end)
             if not found:  # a record longer than the block
                 parts.append(block.data)
                 continue
-            data = b"".join([*parts, head])
-            count = data.count(end) + 1
+            data = b"".join([*parts, head, end])
+            count = data.count(end)
             yield Chunk(self, first, count, block.position, data)
             parts, first = [rest], first + count
         if data := b"".join(parts):

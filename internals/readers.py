@@ -111,9 +111,13 @@ class WikiExtractorReader(JsonReader):
     def chunks(self) -> Iterator[Chunk]:
         head = next(self.blocks(), Block(b"", 0)).data.lstrip()
         if not head.startswith(b"<doc "):
-            return super().chunks()
-        chunks = self.records(b"</doc>")
-        return (dataclasses.replace(chunk, data=tuple(chunk.data.split(b"</doc>"))) for chunk in chunks)
+            yield from super().chunks()
+            return
+        for chunk in self.records(b"</doc>"):
+            *records, rest = chunk.data.split(b"</doc>")
+            if rest.strip():
+                raise UserError(f"{self.name}: does not end with </doc>, so it was cut short; extract it again")
+            yield dataclasses.replace(chunk, data=tuple(records))
 
     def articles(self, chunk: Chunk) -> Iterator[Article]:
         if not isinstance(chunk.data, tuple):

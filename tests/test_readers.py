@@ -331,3 +331,21 @@ def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
     (tmp_path / "in" / "AA" / "wiki_01").write_text("<doc id=7>\nText\n</doc>\nloose text</doc>")
     with pytest.raises(UserError, match="wiki_01, <doc> 1"):
         prepare(config(tmp_path / "other", tmp_path / "in"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [5, 1 << 20])  # a mark may lie in two blocks
+@pytest.mark.parametrize("pack", ["", ".bz2"])
+def test_a_cut_file_of_wikiextractor_is_refused(tmp_path, pack, chunk_bytes, monkeypatch):
+    whole = b'<doc id="7">\nText\n</doc>\n<doc id="8">\nMore\n</doc>'
+    path = tmp_path / f"wiki_00{pack}"
+
+    def articles(data):
+        path.write_bytes(bz2.compress(data) if pack else data)
+        return [article.text for article in as_rows(path)]
+
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
+    for end in (b"", b"\n", b"\r\n \n"):
+        assert articles(whole + end) == [b"Text", b"More"]
+    for cut in (-1, -9, -17, 18):
+        with pytest.raises(UserError, match=rf"^wiki_00{pack}: .* cut short"):
+            articles(whole[:cut])
