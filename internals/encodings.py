@@ -29,7 +29,7 @@ def check_encoding(name: str) -> None:
     try:
         known = codecs.lookup(name)._is_text_encoding  # base64 is not a text encoding
         if known and codecs.lookup(name).name not in ("utf-16", "utf-32"):  # these insist on a byte-order mark
-            codecs.getincrementaldecoder(name)("replace").decode(b"text")
+            codecs.getincrementaldecoder(name)("mark").decode(b"text")  # punycode knows its own error handlers only
     except (LookupError, ValueError, TypeError):
         known = False
     if not known:

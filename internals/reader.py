@@ -124,7 +124,10 @@ class Reader:
         """Whether the file holds `wanted`, and its size. Raises UserError if its content does not match its name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                head = file.read(len(LFS_POINTER))
+                if not head and self.codec:  # Arrow would take it for the compressed form of nothing
+                    raise UserError(f"{self.name}: is empty, so it is not a {self.codec} file; leave it out")
+                if head == LFS_POINTER:
                     raise UserError(
                         f"{self.name}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
                     )
@@ -141,9 +144,12 @@ class Reader:
     def opened(self) -> pa.NativeFile:
         return pa.OSFile(os.fsencode(self.path) if os.name == "posix" else str(self.path))
 
+    @property
+    def codec(self) -> str | None:
+        return COMPRESSIONS.get(self.path.suffix.lower())
+
     def raw_blocks(self) -> Iterator[Block]:
-        codec = COMPRESSIONS.get(self.path.suffix.lower())
-        with self.opened() as file, pa.CompressedInputStream(file, codec) if codec else file as content:
+        with self.opened() as file, pa.CompressedInputStream(file, self.codec) if self.codec else file as content:
             while data := content.read(CHUNK_BYTES):
                 yield Block(data, file.tell())
 

@@ -11,6 +11,7 @@ from config import PrepareConfig
 from internals.articles import tokenize
 from internals.reader import ReadOptions
 from internals.readers import read_chunks
+from internals.screen import plural
 from internals.start import UserError
 from internals.text_files import Source
 
@@ -79,7 +80,7 @@ def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> N
 def refuse_short(cfg: PrepareConfig, tokens: int, empty: int = 0) -> None:
     """Raise UserError if a text of `tokens` tokens is too short. `empty`: the articles without text, for the message."""
     if tokens == 0:
-        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text ({empty} empty articles)")
+        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text ({plural(empty, 'empty article')})")
     if text := shortage(cfg, tokens):
         raise UserError(text)
 

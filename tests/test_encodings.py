@@ -109,7 +109,7 @@ def test_a_utf8_file_under_another_encoding_is_refused(tmp_path):
         prepare(config(tmp_path / "out", tmp_path / "a.txt", encoding="cp1252"))
 
 
-@pytest.mark.parametrize("name", ["nonsense", "base64", "rot13", "idna", "undefined"])
+@pytest.mark.parametrize("name", ["nonsense", "base64", "rot13", "idna", "punycode", "undefined"])
 def test_an_unknown_encoding_is_a_message(tmp_path, name):
     with pytest.raises(UserError, match=rf"--encoding {name}"):
         prepare(config(tmp_path / "out", tmp_path, encoding=name))

@@ -160,6 +160,24 @@ def test_an_lfs_pointer_is_named(tmp_path):
             prepare(config(tmp_path / "out", tmp_path / name))
 
 
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2"])
+def test_an_empty_file_is_not_a_compressed_one(tmp_path, ending):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", make_articles(100))
+    (tmp_path / "in" / f"b.txt.{ending}").touch()
+    with pytest.raises(
+        UserError, match=rf"^b\.txt\.{ending}: is empty, so it is not a (gzip|zstd|bz2) file; leave it out"
+    ):
+        prepare(config(tmp_path / "out", tmp_path / "in"))
+
+
+def test_a_source_without_text_counts_its_empty_articles(tmp_path):
+    for count, words in ((1, "1 empty article"), (2, "2 empty articles")):
+        write_jsonl(tmp_path / "a.jsonl", [{"text": " "}] * count)
+        with pytest.raises(UserError, match=rf"holds no text \({words}\)"):
+            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+
+
 def test_many_small_files(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(3000):
