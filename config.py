@@ -35,10 +35,9 @@ Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= v
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 Positive = Annotated[float, Range("above 0, and finite", lambda value: 0 < value < math.inf)]
-CountOrAuto = Annotated[int | Literal["auto"], Range("at least 1, or auto", lambda n: n == "auto" or n >= 1)]
-FractionOrAuto = Annotated[
-    float | Literal["auto"], Range("at least 0 and below 1, or auto", lambda value: value == "auto" or 0 <= value < 1)
-]
+Auto = Literal["auto"]
+CountOrAuto = Annotated[int | Auto, Range("at least 1, or auto", lambda n: n == "auto" or n >= 1)]
+FractionOrAuto = Annotated[float | Auto, Range("at least 0 and below 1, or auto", lambda n: n == "auto" or 0 <= n < 1)]
 Workers = Annotated[int, Range("from 1 to 256", lambda value: 1 <= value <= 256)]
 ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
@@ -52,13 +51,6 @@ Numbers = tyro.conf.UseAppendAction[tuple[tuple[int, ...], ...]]
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 
 
-def ranges(annotation: Any) -> Iterator[Range]:
-    """The ranges in a type: `Count | None` has one."""
-    yield from (part for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Range))
-    for part in get_args(annotation):
-        yield from ranges(part)
-
-
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -70,22 +62,23 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nrt\\])", lambda match: characters[match[1]], text)
 
 
-def alternatives(annotation: Any) -> Iterator[Any]:
-    """What a type allows: `int | Literal["auto"]` has int and "auto"."""
-    kind, parts = get_origin(annotation), get_args(annotation)
+def parts(annotation: Any) -> Iterator[Any]:
+    """What a type consists of: types, words and ranges. `CountOrAuto` has int, "auto" and its range."""
+    kind, inside = get_origin(annotation), get_args(annotation)
     if kind is Literal:
-        yield from parts
-    elif kind is tuple or not parts:
-        yield annotation
+        yield from inside
+    elif kind is Annotated:
+        yield from chain(parts(inside[0]), (mark for mark in inside[1:] if isinstance(mark, Range)))
+    elif inside and kind is not tuple:  # a union
+        yield from chain.from_iterable(map(parts, inside))
     else:
-        yield from chain.from_iterable(map(alternatives, parts[:1] if kind is Annotated else parts))
+        yield annotation
 
 
 @functools.cache
-def rules(cls: type) -> list[tuple[str, list[Any], list[Range]]]:
-    """For each field its name, what its type allows (types and words), and the ranges in it."""
-    hints = get_type_hints(cls, include_extras=True)
-    return [(name, list(alternatives(hint)), list(ranges(hint))) for name, hint in hints.items()]
+def rules(cls: type) -> dict[str, list[Any]]:
+    """For each field, what its type consists of."""
+    return {name: list(parts(hint)) for name, hint in get_type_hints(cls, include_extras=True).items()}
 
 
 class Checked:
@@ -93,8 +86,10 @@ class Checked:
     otherwise. The command line makes sure of the types, but somebody may edit a default here, or a config.json."""
 
     def __post_init__(self):
-        for name, allowed, limits in rules(type(self)):
+        for name, found in rules(type(self)).items():
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            limits = [part for part in found if isinstance(part, Range)]
+            allowed = [part for part in found if part not in limits]
             words = [kind for kind in allowed if isinstance(kind, str)]
             if set(allowed) <= {*words, *KINDS}:
                 fits = value in words or type(value) in allowed or (type(value) is int and float in allowed)
@@ -183,7 +178,7 @@ class PrepareConfig(DataDir):
     def __post_init__(self):
         super().__post_init__()
         require("" not in self.sources, "--source: is empty; give wikipedia, sample, or a file, folder or glob")
-        require(self.source == () or all(self.source), "--source: names nothing; give wikipedia, sample, or a file")
+        require(all(self.source), "--source: names nothing; give wikipedia, sample, or a file")
         several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
         require(
             not several_with_hub, "--source wikipedia: cannot be combined with files; prepare each into its own folder"
@@ -193,7 +188,7 @@ class PrepareConfig(DataDir):
             self.vocab_size is None or self.tokenizer == "train",
             f"--vocab-size {self.vocab_size}: only for --tokenizer train; other tokenizers have a fixed size",
         )
-        require(self.show == () or all(self.show), "--show: names no token; give token numbers, counted from 0")
+        require(all(self.show), "--show: names no token; give token numbers, counted from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)
             require(value.encode("utf-8", "ignore").decode() == value, f"--{name.replace('_', '-')}: is not UTF-8")

@@ -75,7 +75,7 @@ def main(cfg: GenerateConfig) -> None:
     if cfg.seed is None and cfg.temperature and cfg.max_new_tokens:
         what = "texts for the same prompts" if cfg.interactive else "text"
         say(f"To get the same {what} again, add --seed {seed}")
-    writer = Writer(replace(cfg, stop=stop), model, tokenizer, torch.Generator(device).manual_seed(seed), page)
+    writer = Writer(replace(cfg, stop=stop), model, tokenizer, device, seed, page)
     with attention_of_any_length():
         if cfg.interactive:
             interact(writer)
@@ -102,11 +102,9 @@ def read_prompt(cfg: GenerateConfig) -> str:
 
 def as_utf8(flag: str, text: str) -> str:
     """A text from the command line. Python passes bytes that the locale cannot decode as lone surrogates."""
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         text.encode("utf-8")
         return text
-    except UnicodeEncodeError:
-        pass
     try:
         return os.fsencode(text).decode("utf-8")  # the locale is not UTF-8, but the text is
     except UnicodeError as error:
@@ -129,18 +127,18 @@ class Writer:
     cfg: GenerateConfig
     model: GPT
     tokenizer: tiktoken.Encoding
-    generator: torch.Generator
+    device: torch.device
+    seed: int  # of the next answer
     page: TextPage | None = None
-    answers: int = 0
 
     def answer(self, prompt: str) -> None:
         """Continue a prompt and print the samples. Each prompt has its own seed, so that --seed makes its text again."""
-        self.generator.manual_seed((self.generator.initial_seed() + (self.answers > 0)) % 2**63)
-        self.answers += 1
+        seed, self.seed = self.seed, (self.seed + 1) % 2**63
+        generator = torch.Generator(self.device).manual_seed(seed)
         cfg, ids, context = self.cfg, encode(self.tokenizer, prompt), self.model.config.block_size
         if len(ids) > context:
             say(f"the prompt has {len(ids):,} tokens: the model reads the last {context:,} of them")
-        sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, self.generator)
+        sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, generator)
         several = f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"
         single = "the text does not fit into memory; close other programs, or use a smaller model"
         with enough_memory(several if cfg.num_samples > 1 else single):
@@ -148,7 +146,7 @@ class Writer:
             steps = continue_text(self.model, ids, cfg.max_new_tokens, sampling, streams)
             try:
                 if cfg.json:
-                    print_json(prompt, self.generator.initial_seed(), steps)
+                    print_json(prompt, seed, steps)
                 else:
                     print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
             except ReaderGone:
@@ -157,14 +155,14 @@ class Writer:
                 deque(steps, maxlen=0)  # the page still has a reader: generate the rest of its text
         if self.page:
             with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
-                self.page.write(self.drawn() if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
+                self.page.write(self.drawn(seed) if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
             say(f"Open this page in a browser: {cfg.html}")
 
-    def drawn(self) -> str:
+    def drawn(self, seed: int) -> str:
         """How the samples were drawn: `temperature 0.8, top-k 200, seed 7`. Filters that are off are left out."""
         top_k = f", top-k {self.cfg.top_k}" if self.cfg.top_k else ""
         top_p = f", top-p {self.cfg.top_p:g}" if self.cfg.top_p < 1 else ""
-        return f"temperature {self.cfg.temperature:g}{top_k}{top_p}, seed {self.generator.initial_seed()}"
+        return f"temperature {self.cfg.temperature:g}{top_k}{top_p}, seed {seed}"
 
 
 def interact(writer: Writer) -> None:

@@ -20,8 +20,7 @@ if __name__ == "__main__":
     from config import PrepareConfig
     from internals.cli import parse
 
-    if sys.stdout:  # None if it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the output cannot encode
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that the output cannot encode
     CFG = parse(PrepareConfig, __doc__)
 
 import contextlib
@@ -39,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import PrepareConfig
-from internals.articles import Tokens, tokenize
+from internals.articles import tokenize
 from internals.bulk_encoding import bulk_encoder
 from internals.cli import with_preset
 from internals.data_folder import DataFolder
@@ -168,7 +167,7 @@ def refuse_flags(cfg: PrepareConfig, names: tuple[str, ...], reason: str) -> Non
 
 
 def resume(cfg: PrepareConfig, source: Source) -> Progress:
-    progress = Progress.load(Path(cfg.data_dir) / "progress.json", cfg, source)
+    progress = Progress.load(cfg, source)
     print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
     return progress
 
@@ -180,7 +179,7 @@ def resume(cfg: PrepareConfig, source: Source) -> Progress:
 class Work(NamedTuple):
     """A chunk that a worker tokenizes, and the position in the source after it."""
 
-    tokens: Future  # -> Tokens
+    tokens: Future  # of Tokens
     name: str  # of the source file
     file: int  # source files done
     row: int  # rows done of the next file
@@ -198,7 +197,6 @@ class Pipeline:
     def __init__(self, cfg: PrepareConfig, source: Source, progress: Progress, tokenizer: str):
         self.cfg, self.source, self.progress, self.data_dir = cfg, source, progress, Path(cfg.data_dir)
         self.tokenizer = tokenizer
-        self.cut_off = False  # --max-tokens left out a part of the last chunk
         self.shards: dict[str, ShardWriter] = {}
         self.open_shards()
 
@@ -220,7 +218,7 @@ class Pipeline:
             return
         for shards in self.shards.values():
             shards.sync()
-        self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
+        self.progress.save(self.cfg, self.source)
         self.source.release(before=self.progress.file)
 
     def tokenize_source(self) -> None:
@@ -229,9 +227,9 @@ class Pipeline:
         committed = 0.0
         try:
             for work in self.work_in_order(pool, in_flight=3 * workers):
-                self.append(work.tokens.result(), work.name)
+                self.append(work)
                 self.progress.file, self.progress.row = work.file, work.row
-                if self.reached_max_tokens(work):
+                if self.progress.end:
                     break
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     self.commit()
@@ -270,34 +268,29 @@ class Pipeline:
         options = ReadOptions(self.cfg.text_column, self.cfg.encoding, self.cfg.separator_text, self.tokenizer)
         for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, options):
             if chunk.first < done < chunk.first + chunk.count:
-                path = self.data_dir / "progress.json"
+                path = Progress.path(self.cfg)
                 raise UserError(f"{path}: was written by another version; give --overwrite to start again")
             if chunk.first >= done:
                 yield chunk
         self.source.fetch(number)  # raises if the file has changed while it was read
 
-    def append(self, new: Tokens, name: str) -> None:
-        """Write a chunk's tokens to the shards, up to --max-tokens. `name` is the chunk's file."""
-        room = (self.cfg.max_tokens or math.inf) - self.progress.tokens
-        whole = len(new.tokens)
+    def append(self, work: Work) -> None:
+        """Write a chunk's tokens to the shards, up to --max-tokens. Where that ends the text, `progress.end` says so."""
+        new = work.tokens.result()
+        whole, room = len(new.tokens), (self.cfg.max_tokens or math.inf) - self.progress.tokens
         if whole and whole >= room:
             limit = max(self.cfg.max_tokens // 10, LEAST_CUT)
             new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.tokenizer))
-            self.progress.end, self.progress.cut = "max_tokens", as_utf8_name(name) if is_cut else ""
-        self.cut_off = len(new.tokens) < whole
+            is_all = len(new.tokens) == whole and work.file == len(self.source.files)
+            self.progress.end = "source" if is_all else "max_tokens"
+            self.progress.cut = as_utf8_name(work.name) if is_cut else ""
         for split_name, chosen in (("train", ~new.val), ("val", new.val)):
             self.shards[split_name].write(new.tokens[np.repeat(chosen, new.lengths)])
             split = self.progress.splits[split_name]
             split.tokens = self.shards[split_name].tokens
             split.bytes += int(new.text_bytes[chosen].sum())
             split.articles += int(chosen.sum()) * new.ends
-        self.progress.add_text(name, new)
-
-    def reached_max_tokens(self, work: Work) -> bool:
-        """Whether --max-tokens is reached. If that is also the end of the source, `end` is set to "source"."""
-        if self.progress.end and not self.cut_off and work.file == len(self.source.files):
-            self.progress.end = "source"
-        return bool(self.progress.end)
+        self.progress.add_text(work.name, new)
 
     def finish(self) -> None:
         """Check that both splits are long enough, name the shards, and write meta.json."""
@@ -335,7 +328,7 @@ class Pipeline:
                 raise UserError(f"{error}; start again with --overwrite") from error
             write_tokenizer(self.tokenizer, self.cfg, self.source, self.progress)
             bulk_encoder(self.tokenizer)  # built once here, not in each worker at the same time
-        self.progress.save(self.data_dir / "progress.json", self.cfg, self.source)
+        self.progress.save(self.cfg, self.source)
         self.open_shards()
         self.tokenize_source()
 

@@ -44,6 +44,7 @@ from internals.optimizer import get_lr, make_optimizer
 from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
 from internals.processes import is_failed_exchange, leave_processes, why_exchange_failed
 from internals.report import RunLog, already_finished, ending, startup, validation_row, window_text
+from internals.resume import resume_settings
 from internals.run import (
     Run,
     TrainState,
@@ -54,16 +55,14 @@ from internals.run import (
     lock_run_folder,
     open_run,
     restore,
-    resume_settings,
     save,
 )
 from internals.run_length import iteration_tokens
-from internals.samples import SAMPLE
+from internals.samples import SAMPLE, load_sample_tokenizer
 from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
 from internals.stopping import catch_signals, end_like_ctrl_c
-from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
@@ -151,8 +150,8 @@ def train(cfg: TrainConfig) -> None:
             scaler.update()
             optimizer.zero_grad()
 
-            # Only here does the program wait for the device (in float16 also in scaler.step), and the processes for each
-            # other. It is after the step, so that a GPU always has work
+            # The only wait for the device (in float16, scaler.step waits too). It is after the step, so that a GPU always
+            # has work
             outcome = machine.wait(losses, norm, stop.is_set())
             stop_if_not_finite(outcome, run, state, micro_batch.size)
             stopping = outcome.stop
@@ -269,17 +268,6 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
         run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
 
 
-def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
-    """The data's tokenizer, in process 0. None if it is not available: training does without sample text."""
-    if not run.machine.is_main:
-        return None
-    try:
-        return load_tokenizer(run.tokenizer)
-    except UserError as error:
-        run.machine.print(f"No sample text: {error}")
-        return None
-
-
 def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> str:
     """`sample_prompt` and the model's continuation. Has its own random numbers, so the run stays the same."""
     prompt = run.cfg.sample_prompt
@@ -307,9 +295,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
-    eval_tokens = max(cfg.eval_tokens, model.config.block_size)  # ValidationWindows has at least one window
     tokens = len(windows) * model.config.block_size
-    cfg = dataclasses.replace(cfg, model=model.config, eval_tokens=eval_tokens)
+    cfg = dataclasses.replace(cfg, model=model.config)
     cfg = resolve_batch_size(dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, tokens)), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
@@ -333,7 +320,8 @@ def main(cfg: TrainConfig) -> None:
     try:
         cfg, kept = resume_settings(cfg)
         if os.environ.get("RANK", "0") == "0":
-            print(*map(printable, kept), sep="\n", end="\n" if kept else "")
+            for note in kept:
+                print(printable(note))
         train(cfg)
         leave_processes()
     except (RuntimeError, MemoryError) as error:

@@ -61,15 +61,10 @@ def halves(source: str, max_mb: float) -> tuple[list[str], list[str]]:
     documents = []
     for path in found.paths:
         chunks = read_chunks(path, path.name, ReadOptions(separator="\n\n" if path.suffix == ".txt" else ""))
-        documents += [as_text(article.text) for chunk in chunks for article in chunk.articles()]
+        documents += [article.text.decode("utf-8", "replace") for chunk in chunks for article in chunk.articles()]
     random.Random(0).shuffle(documents)
     middle = len(documents) // 2
     return first_mb(documents[:middle], max_mb), first_mb(documents[middle:], max_mb)
-
-
-def as_text(text: str | bytes) -> str:
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
-    return data.decode("utf-8", "replace")
 
 
 def first_mb(documents: list[str], megabytes: float) -> list[str]:

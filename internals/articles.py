@@ -66,15 +66,15 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
     if not chunk.ends:  # the document continues: no end-of-text yet
         tokens, lengths = tokens[:-1], lengths - 1
     return Tokens(
-        tokens,
-        lengths,
-        texts.sizes,
-        np.array([is_held_out(key, val_fraction) for key in keys], bool),
-        chunk.ends,
-        len(articles) - len(kept),
-        count_characters(texts),
-        replaced,
-        frozenset(map(shortened, islice(dict.fromkeys(keys), FEW_IDS))),
+        tokens=tokens,
+        lengths=lengths,
+        text_bytes=texts.sizes,
+        val=np.array([is_held_out(key, val_fraction) for key in keys], bool),
+        ends=chunk.ends,
+        empty=len(articles) - len(kept),
+        characters=count_characters(texts),
+        replaced=replaced,
+        ids=frozenset(map(shortened, islice(dict.fromkeys(keys), FEW_IDS))),
     )
 
 

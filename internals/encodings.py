@@ -1,7 +1,6 @@
 """The encoding of text files: a byte-order mark decides, else --encoding. A file that is not text is refused."""
 
 import codecs
-import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -50,11 +49,12 @@ class FileCheck(NamedTuple):
 
 def encoding_of(head: bytes, given: str) -> str:
     """The encoding of a file that begins with these bytes; `given` is --encoding."""
+    for mark, encoding in BOMS:
+        if head.startswith(mark):
+            return encoding
     name = codecs.lookup(given).name
-    without_mark = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(
-        name, name
-    )  # Python's decoders would insist on one
-    return next((name for mark, name in BOMS if head.startswith(mark)), without_mark)
+    # Without a mark: Python's own utf-16 and utf-32 would insist on one
+    return {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(name, name)
 
 
 def as_utf8(blocks: Iterable[Block], given: str) -> Iterator[Block]:
@@ -137,11 +137,11 @@ def check_text(name: str, blocks: Callable[[], Iterator[Block]], given: str, wan
         found = found or wanted in end + block.data
         end = block.data[-len(wanted) :]
         suspect = suspect or LONG_NUL_RUN in block.data or 20 * block.data.count(0) > len(block.data)
-        with contextlib.suppress(UnicodeDecodeError):
+        try:
             strict.decode(block.data)
-            continue
-        suspect = True
-        strict.reset()
+        except UnicodeDecodeError:
+            suspect = True
+            strict.reset()
     suspect = suspect or bool(strict.getstate()[0])  # the last character is incomplete
     if suspect or not codecs.lookup(given).name.startswith("utf-8"):
         refuse_other_encoding(name, blocks, given)

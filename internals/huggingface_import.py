@@ -143,18 +143,18 @@ def read_vocabulary(source: str, rows: int) -> dict[str, int] | None:
     Args:
         rows: of the embedding; there may be more of them than tokens.
     """
-    folder, vocabulary = fetch(source, SMALL_FILES), None
+    folder, found = fetch(source, SMALL_FILES), None
     if (folder / "tokenizer.json").exists():
         fast = read_json(folder / "tokenizer.json")
         try:
-            vocabulary = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
+            found = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'tokenizer.json'}: is not a BPE tokenizer like GPT-2's") from error
     elif (folder / "vocab.json").exists():
-        vocabulary = read_json(folder / "vocab.json")
-    if vocabulary is not None and len(vocabulary) > rows:
-        raise UserError(f"{source}: its tokenizer has {len(vocabulary):,} tokens, its embedding only {rows:,} rows")
-    return vocabulary
+        found = read_json(folder / "vocab.json")
+    if found is not None and len(found) > rows:
+        raise UserError(f"{source}: its tokenizer has {len(found):,} tokens, its embedding only {rows:,} rows")
+    return found
 
 
 def find_tokenizer(source: str, rows: int) -> str:

@@ -9,6 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -23,9 +24,9 @@ from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds,
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
 from internals.run_length import most_iterations, resolve_auto, tenth
+from internals.samples import load_sample_tokenizer
 from internals.screen import wrap
 from internals.start import UserError
-from internals.tokenizer import load_tokenizer
 
 MARGIN = 0.03  # share of the time kept for the end of the process and for a machine that slows down
 MEASURING = 0.03  # share of the time spent measuring iterations; evaluations get a third of that
@@ -33,6 +34,12 @@ MOST_MEASURING = 120.0  # seconds
 FEWEST = 10  # iterations; a shorter run is not worth starting
 
 SampleText = Callable[[Run, TrainState, tiktoken.Encoding], str]
+
+
+class Measured(NamedTuple):
+    timing: Timing
+    passed: float  # seconds since the command began
+    iterations: int  # that fit into the time that is left
 
 
 def fit_minutes(
@@ -54,20 +61,21 @@ def fit_minutes(
     def dropout(iterations: int) -> float:
         return resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
 
-    # The number of iterations decides `--dropout auto`, and dropout changes an iteration's time
-    for attempt in range(2):
+    def time_run(run: Run) -> Measured:
         timing = try_out(run, measuring_seconds(cfg.max_minutes), forward_backward, evaluate, sample_text)
         passed = start.seconds_passed()
         seconds = (1 - MARGIN) * 60 * cfg.max_minutes - passed
         iterations = int(machine.gather(torch.tensor([iterations_within(seconds, cfg, epoch_tokens, timing)])).min())
         refuse_too_few(iterations, cfg, epoch_tokens, timing, passed)
-        measured, needed = run.cfg.model.dropout, dropout(iterations)
-        if measured == needed:
-            break
-        if attempt:  # each dropout leads to the other: as many iterations as need no more than the one measured last
-            iterations = bisect.bisect_right(range(1, iterations + 1), measured, key=dropout)
+        return Measured(timing, passed, iterations)
+
+    timing, passed, iterations = time_run(run)
+    needed = dropout(iterations)
+    if needed != run.cfg.model.dropout:  # the length decides `--dropout auto`, and dropout an iteration's time: again
         model = dataclasses.replace(run.cfg.model, dropout=needed)
-        run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model))
+        timing, passed, iterations = time_run(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model)))
+        if dropout(iterations) != needed:  # each leads to the other: as many iterations as need no more than measured
+            iterations = bisect.bisect_right(range(1, iterations + 1), needed, key=dropout)
     words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
         f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; this "
@@ -147,10 +155,6 @@ def try_out(
 def time_records(run: Run, state: TrainState, timing: Timing, sample_text: SampleText) -> Timing:
     """`timing` with the seconds of a run's writes, tried in a temporary folder on the disk of `out_dir`."""
     machine = run.machine
-    tokenizer = None
-    if machine.is_main:
-        with contextlib.suppress(UserError):  # then the run has no sample text, and says so
-            tokenizer = load_tokenizer(run.tokenizer)
     parent = nearest_folder(run.out_dir)
     with (
         writing(parent),
@@ -159,6 +163,7 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
         contextlib.redirect_stderr(io.StringIO()),
     ):
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, out_dir=folder, tracker="none"))
+        tokenizer = load_sample_tokenizer(run)
         with contextlib.closing(RunLog(run, state)) as log:
 
             def tell() -> None:

@@ -49,12 +49,14 @@ class Timing(NamedTuple):
 
     def of_run(self, cfg: TrainConfig) -> float:
         """Seconds of a new run, from building the model to the last evaluation."""
-        between = [
-            cfg.max_iters // n - cfg.max_iters // math.lcm(n, cfg.eval_interval)
-            for n in (cfg.checkpoint_interval, cfg.log_interval)
-        ]
+
+        def between_evaluations(interval: int) -> int:
+            """How often something falls due that is due at every evaluation, too."""
+            return cfg.max_iters // interval - cfg.max_iters // math.lcm(interval, cfg.eval_interval)
+
+        saves, rows = between_evaluations(cfg.checkpoint_interval), between_evaluations(cfg.log_interval)
         evaluations = 1 + math.ceil(cfg.max_iters / cfg.eval_interval)
-        told = evaluations * (self.evaluation + self.telling) + between[0] * self.saving + between[1] * self.row
+        told = evaluations * (self.evaluation + self.telling) + saves * self.saving + rows * self.row
         return self.building + cfg.max_iters * self.iteration + told
 
 

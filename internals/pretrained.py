@@ -121,7 +121,7 @@ class Checkpoint:
         return self.path
 
     def config(self, tokenizer: str) -> ModelConfig:
-        saved = checkpoint.load(self.path)
+        saved = checkpoint.load(self.path, mmap=True)
         if saved["tokenizer"] != tokenizer:
             raise UserError(
                 f"{self.path}: was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but the data is prepared "

@@ -102,12 +102,17 @@ class Progress:
         for name, value in vars(fresh).items():
             setattr(self, name, value)
 
-    def save(self, path: Path, cfg: PrepareConfig, source: Source) -> None:
+    @staticmethod
+    def path(cfg: PrepareConfig) -> Path:
+        return Path(cfg.data_dir) / "progress.json"
+
+    def save(self, cfg: PrepareConfig, source: Source) -> None:
         settings = {"format": META_FORMAT, "source": source.identity, **shard_settings(cfg)}
-        write_json(path, settings | dataclasses.asdict(self))
+        write_json(self.path(cfg), settings | dataclasses.asdict(self))
 
     @classmethod
-    def load(cls, path: Path, cfg: PrepareConfig, source: Source) -> "Progress":
+    def load(cls, cfg: PrepareConfig, source: Source) -> "Progress":
+        path = cls.path(cfg)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             check_same(cfg, source, saved, "is half done,")

@@ -76,9 +76,10 @@ def is_utf8(data: bytes) -> bool:
 
 def as_title(value: Any) -> str | None:
     """The title as text; it may be a number or a date. None for lists, objects, booleans and NaN."""
-    if value is None or isinstance(value, bool | list | dict | bytes) or value != value:
-        return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else None
-    return str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    is_title = value is not None and not isinstance(value, bool | list | dict) and value == value  # NaN != NaN
+    return str(value) if is_title else None
 
 
 @dataclass(frozen=True)

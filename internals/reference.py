@@ -57,14 +57,11 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
     if differences(saved["settings"], cfg.settings(), TrainConfig().settings()).keys() - NOT_LEARNING:
         return None
     same_text, scale = saved["data_sha256"] == describe_data(meta)["sha256"], bits_per_nat(meta)
-    losses, bits = (by_iteration(saved.get(name, {})) for name in ("val_loss", "bits_per_byte"))
-    if same_text:
-        bits = {iter: loss * scale for iter, loss in losses.items()}
-    else:
+    losses, bits = (by_iteration(saved[name]) for name in ("val_loss", "bits_per_byte"))
+    if not same_text:
         losses = {iter: value / scale for iter, value in bits.items()}
-    text = f"{saved['text']}, " if saved.get("text") and not same_text else ""
-    description = f"{text}{saved['hardware']}, seed {saved['seed']}, {saved['date']}"
-    return Reference(losses, bits, same_text, description) if losses else None
+    text = "" if same_text else f"{saved['text']}, "
+    return Reference(losses, bits, same_text, f"{text}{saved['hardware']}, seed {saved['seed']}, {saved['date']}")
 
 
 def bits_per_nat(meta: dict[str, Any]) -> float:

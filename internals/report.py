@@ -89,8 +89,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
 def startup(run: Run, state: TrainState, compiling: str) -> str:
     """The start-up summary."""
     cfg, rows = run.cfg, summary(run, state)
-    rows = {"device": rows.pop("device"), "compile": compiling, **rows}
-    rows["output"] = cfg.out_dir
+    rows = {"device": rows["device"], "compile": compiling, **rows, "output": cfg.out_dir}
     if reference := find_reference(cfg, run.meta):
         rows["reference"] = reference.summary
     if run.resumed_at is not None:
@@ -165,14 +164,14 @@ class RunLog:
     """
 
     def __init__(self, run: Run, state: TrainState):
-        self.run, self.cfg, self.machine, self.state = run, run.cfg, run.machine, state
+        self.run, self.cfg, self.machine = run, run.cfg, run.machine
         self.reference = find_reference(run.cfg, run.meta)
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
         self.row_seconds, self.row_tokens = 0.0, 0  # since the last row
         self.failures: set[str] = set()  # kinds that were reported
         self.sample = ""  # the text of the last evaluation
-        self.page_time = time.time()  # of the last page
+        self.facts, self.page_time = page_facts(run, state), time.time()  # of the page, and when it was last written
         if self.machine.is_main:
             write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
             self.metrics = Rows(run.out_dir / "metrics.jsonl", state.iter, repair=True)
@@ -248,9 +247,10 @@ class RunLog:
         def write() -> None:
             last, self.page_time = self.page_time, time.time()
             due = self.page_time + max(NEXT_PAGE, 3 * (self.page_time - last)) if running else None
-            facts, status = page_facts(self.run, self.state), page_status(self.cfg, self.metrics.rows[-1], running)
+            status = page_status(self.cfg, self.metrics.rows[-1], running)
             rows = self.metrics.rows, self.samples.rows
-            write_text(self.run.out_dir / "run.html", run_page(self.run, facts, status, *rows, self.reference, due))
+            page = run_page(self.run, self.facts, status, *rows, self.reference, due)
+            write_text(self.run.out_dir / "run.html", page)
 
         if self.metrics.rows:
             self._attempt("run.html", write)

@@ -10,18 +10,18 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from config import NOT_SETTINGS, PRESETS, TrainConfig
+from config import NOT_SETTINGS, TrainConfig
 from internals import checkpoint, pretrained
 from internals.batch_size import resolve_batch_size
-from internals.cli import parse, with_preset
+from internals.cli import with_preset
 from internals.files import locked, writing
 from internals.machine import Machine
 from internals.memory import random_state, set_random_state
@@ -107,26 +107,33 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     check_same_everywhere(cfg, meta, machine)
     epoch_tokens = train_windows.per_epoch * cfg.model.block_size
-    chosen: tuple[str, ...] = ()
     if saved is None:
         cfg, chosen = resolve_auto(cfg, epoch_tokens)
-    else:
-        cfg = resolve_as_before(cfg, saved["config"])
-    try:
-        cfg.check_together()
-        cfg.sequences_per_process(machine.processes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if saved is None:
+        check_together(cfg, machine)
         return Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
-    if cfg.auto_resume and cfg.max_iters > (length := saved["config"]["max_iters"]):  # within --max-epochs
+    cfg = resolve_as_before(cfg, saved["config"])
+    check_together(cfg, machine)
+    length = saved["config"]["max_iters"]
+    if cfg.auto_resume and cfg.max_iters > length:  # a longer run, within --max-epochs
         cfg = dataclasses.replace(cfg, max_iters=max(length, most_iterations(cfg, epoch_tokens)))
     cfg = resolve_batch_size(dataclasses.replace(cfg, max_epochs=None), machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
     before = len(ValidationWindows(val_windows.stream, cfg.model.block_size, eval_tokens))
-    return Run(cfg, meta, machine, train_windows, val_windows, saved["iter"], changes, before)
+    return Run(
+        cfg, meta, machine, train_windows, val_windows,
+        resumed_at=saved["iter"], changes=changes, val_windows_before=before,
+    )  # fmt: skip
+
+
+def check_together(cfg: TrainConfig, machine: Machine) -> None:
+    """Raise UserError if settings contradict each other, or the number of processes."""
+    try:
+        cfg.check_together()
+        cfg.sequences_per_process(machine.processes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
@@ -143,59 +150,6 @@ def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machi
         if changed := [name for name, value in settings.items() if value != other[name]]:
             values = ", ".join(f"{name}: {as_typed(settings[name])} and {as_typed(other[name])}" for name in changed)
             raise UserError(f"the processes differ ({values}); give all machines the same command, config.py and data")
-
-
-class Resumed(NamedTuple):
-    cfg: TrainConfig
-    kept: list[str]  # notes to print about settings that last.pt decided
-
-
-def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resumed:
-    """The settings of a command that resumes: those of last.pt, changed by the flags that were given.
-
-    Args:
-        cfg: the parsed command.
-        args: its command line; None: this process's.
-    """
-    last = Path(cfg.out_dir, "last.pt")
-    if not (cfg.resume or cfg.auto_resume) or not last.exists():
-        return Resumed(cfg, [])
-    if cfg.resume and cfg.config:
-        raise UserError("--config: only for a new run; change a resumed run with flags")
-    saved = checkpoint.load_last(last, mmap=True)["config"]
-    preset = saved["preset"] if saved.get("preset") in PRESETS else cfg.preset
-    data_dir = saved.get("data_dir", cfg.data_dir)
-    usual = with_preset(TrainConfig, preset)
-    # What sets a new run's max_iters does not set that of a resumed one, unless a flag asks for it
-    defaults = dataclasses.replace(usual, max_minutes=None, max_epochs=None, out_dir=cfg.out_dir, data_dir=data_dir)
-    with checkpoint.fitting(f"{last}: its settings are not those of this version"):
-        then = with_settings(defaults, saved)
-    if cfg.config:  # --auto-resume, in whose command it stays
-        defaults = with_settings(defaults, read_settings(cfg.config))
-    resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, defaults))
-    if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
-        raise UserError(
-            f"--{given[0].replace('_', '-')}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
-            "iterations; change that with --max-iters"
-        )
-    if cfg.auto_resume:  # the same command began the run, so its --max-iters means what it meant then
-        max_iters = then.max_iters if cfg.max_minutes else resumed.max_iters
-        resumed = dataclasses.replace(resumed, max_iters=max_iters, max_minutes=None, max_epochs=cfg.max_epochs)
-    changed = differences(*(dataclasses.asdict(settings) for settings in (resumed, fresh, fresh)))
-    silent = {*NOT_SETTINGS, "vocab_size", *(vars(resumed.model) if resumed.init_from else ())}
-    if usual.max_epochs or cfg.max_minutes or cfg.max_epochs:  # max_iters follows from them
-        silent.add("max_iters")
-    kept = [
-        f"kept from last.pt: {name} {as_typed(old)} (config.py: {as_typed(new)}); "
-        + (
-            "a different value needs another --out-dir"
-            if name in (*vars(resumed.model), "optimizer", "init_from")
-            else f"--{name.replace('_', '-')} {as_typed(new)} changes it"
-        )
-        for name, (old, new) in changed.items()
-        if name not in silent
-    ]
-    return Resumed(resumed, kept)
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:

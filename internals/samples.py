@@ -5,11 +5,23 @@ from typing import Any
 import tiktoken
 
 from internals.run import Run, TrainState
+from internals.start import UserError
 from internals.surprise import describe, surprise
-from internals.tokenizer import cut_tokens
+from internals.tokenizer import cut_tokens, load_tokenizer
 
 SAMPLE = {"temperature": 0.8, "top_k": 200}  # how the text is drawn
 PASSAGE_TOKENS = 257  # of the validation split, from its beginning; all but the first are predicted
+
+
+def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
+    """The data's tokenizer, in process 0. None if it is not available: training does without sample text."""
+    if not run.machine.is_main:
+        return None
+    try:
+        return load_tokenizer(run.tokenizer)
+    except UserError as error:
+        run.machine.print(f"No sample text: {error}")
+        return None
 
 
 def sample_row(run: Run, state: TrainState, tokenizer: tiktoken.Encoding, sample: str) -> dict[str, Any]:

@@ -192,10 +192,8 @@ def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
     """The tokenizer of a data folder, as `load_tokenizer` takes it: its name, or the text of its tokenizer.json."""
     if "tokenizer_sha256" not in meta:
         return meta["tokenizer"]
-    path, advice = (
-        Path(data_dir) / TOKENIZER_FILE,
-        "restore it, or prepare the data again (prepare_data.py --overwrite)",
-    )
+    path = Path(data_dir) / TOKENIZER_FILE
+    advice = "restore it, or prepare the data again (prepare_data.py --overwrite)"
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:

@@ -30,11 +30,11 @@ def show_tokens(data_dir: Path, numbers: list[int]) -> None:
         head = stream.read(start, min(TITLE, len(stream) - start))
         ends = np.flatnonzero(head == encoding.eot_token)
         title = decode(encoding, head[: ends[0]] if len(ends) else head).strip().split("\n")[0]
-        before = stream.read(max(0, number - AROUND), min(number, AROUND)) if number else []
-        after = stream.read(number + 1, min(AROUND, len(stream) - number - 1)) if number + 1 < len(stream) else []
-        token = decode(encoding, stream.read(number, 1))
+        first, last = max(0, number - AROUND), min(len(stream), number + AROUND + 1)
+        parts = np.split(stream.read(first, last - first), [number - first, number - first + 1])
+        before, token, after = (decode(encoding, part) for part in parts)
         print(f"training token {number:,} of {len(stream):,}, in article {article:,}: {title}")
-        print(f"{decode(encoding, before)}[[{token}]]{decode(encoding, after)}\n")
+        print(f"{before}[[{token}]]{after}\n")
 
 
 def find_article(stream: TokenStream, number: int, end: int) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress
     if progress.tokenizers[-1:] == [digest] and path.exists() and sha256(path) == digest:
         return
     progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, digest]))
-    progress.save(path.with_name("progress.json"), cfg, source)
+    progress.save(cfg, source)
     write_text(path, tokenizer)
 
 
@@ -164,7 +164,7 @@ def learn_tokens(texts: Iterable[str], count: int, pattern: str = OWN_PATTERN) -
         vocab_size=count,
         min_frequency=LEAST_COUNT,
         initial_alphabet=alphabet,
-        show_progress=bool(sys.stderr) and sys.stderr.isatty(),
+        show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator(texts, trainer)
     byte, vocab = {character: value for value, character in enumerate(alphabet)}, bpe.get_vocab()

@@ -21,7 +21,7 @@ from config import PRESETS, ModelConfig, TrainConfig
 from internals import checkpoint, max_minutes, report, start
 from internals.cli import with_preset
 from internals.preflight import Timing
-from internals.run import resume_settings
+from internals.resume import resume_settings
 from internals.run_length import DROPOUT, ITERATION, WIDTH, resolve_auto, tenth
 from internals.settings import differences
 from internals.start import UserError

@@ -36,7 +36,7 @@ from internals.tokenizer import given_tokenizer, load_tokenizer, tokenizer_name
 from internals.tokenizer_json import END_OF_TEXT, OWN_PATTERN, canonical, merges, own_tokenizer, to_json, vocabulary
 from internals.tokenizer_training import sample_texts, train_tokenizer
 from model import GPT
-from prepare_data import Pipeline, prepare
+from prepare_data import prepare
 
 # First and last character of blocks: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Syriac, Thaana, Devanagari, Bengali,
 # Tamil, Malayalam, Thai, Lao, Tibetan, Myanmar, Georgian, Hangul Jamo, Ethiopic, Cherokee, Khmer, Mongolian, general
@@ -425,11 +425,11 @@ def test_a_tokenizer_that_is_lost_or_damaged_half_way(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", make_articles(3000))
     out = tmp_path / "out"
 
-    def stop(self, work):
+    def stop(self, position):
         raise UserError("stop")
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match="stop"):
-        patched.setattr(Pipeline, "reached_max_tokens", stop)
+        patched.setattr(prepare_data.Display, "update", stop)
         prepare(config(out, tmp_path / "a.parquet", **TRAIN))
     assert json.loads((out / "progress.json").read_text())["splits"]["train"]["tokens"] > 0
     shutil.copy(out / "tokenizer.json", tmp_path / "kept.json")

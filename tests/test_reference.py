@@ -37,7 +37,6 @@ def test_the_same_text_is_compared_in_nats_and_bits(tmp_path, monkeypatch):
     ship(monkeypatch, tmp_path, cfg)
     found = find_reference(cfg, META)
     assert found.losses == {0: 5.6, 10: 5.1} and found.label == "reference"
-    assert found.bits_per_byte == pytest.approx({0: 5.6 / math.log(2), 10: 5.1 / math.log(2)})  # a byte is a token
     assert found.beside(10) == "reference 5.100" and found.beside(5) == ""
     assert found.summary == "a pocket calculator, seed 1, 2026-01-01; its losses are printed next to yours"
 
@@ -51,13 +50,6 @@ def test_another_text_is_compared_in_bits_per_byte_alone(tmp_path, monkeypatch):
     # Drawn at the loss that has the same bits per byte on this text
     assert found.losses == pytest.approx({0: 2.0 * math.log(2) * BYTES, 10: 1.8 * math.log(2) * BYTES})
     assert "some Wikipedia" in found.summary and "bits per byte" in found.summary and "other articles" in found.summary
-
-
-def test_a_reference_written_before_bits_per_byte_is_of_its_own_text_alone(tmp_path, monkeypatch):
-    cfg = with_preset(TrainConfig, "demo")
-    ship(monkeypatch, tmp_path, cfg, bits_per_byte=None, text=None)
-    assert find_reference(cfg, META).losses == {0: 5.6, 10: 5.1}
-    assert find_reference(cfg, OTHER) is None
 
 
 def test_settings_that_decide_how_the_loss_falls_must_be_the_same(tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ def stop_after(monkeypatch, chunks):
     """Stop the next run like a kill: after it has appended so many chunks, and before it saves that."""
     append, appended = Pipeline.append, []
 
-    def stopping(self, new, name):
-        append(self, new, name)
-        appended.append(name)
+    def stopping(self, work):
+        append(self, work)
+        appended.append(work)
         if len(appended) == chunks:
             raise KeyboardInterrupt
 

@@ -20,7 +20,8 @@ from internals import report, screen
 from internals.cli import parse, with_preset
 from internals.machine import Machine
 from internals.reference import Reference
-from internals.run import Run, resume_settings
+from internals.resume import resume_settings
+from internals.run import Run
 from internals.run_length import resolve_auto
 from internals.settings import as_typed
 

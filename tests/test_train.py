@@ -28,10 +28,11 @@ from conftest import REPO, assert_user_error, run_script, write_data
 
 import train
 from config import ModelConfig, TrainConfig
-from internals import checkpoint, preflight, reference, report, stopping
+from internals import checkpoint, preflight, reference, report, samples, stopping
 from internals.cli import parse
 from internals.machine import Outcome, make_machine
-from internals.run import Run, TrainState, resume_settings
+from internals.resume import resume_settings
+from internals.run import Run, TrainState
 from internals.settings import read_settings
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -953,7 +954,7 @@ def test_samples_of_text_change_nothing(data_dir, tmp_path, monkeypatch, straigh
     def unavailable(name):
         raise UserError("the gpt2 tokenizer's vocabulary could not be fetched")
 
-    monkeypatch.setattr(train, "load_tokenizer", unavailable)
+    monkeypatch.setattr(samples, "load_tokenizer", unavailable)
     train.train(tiny(data_dir, tmp_path / "without", sample_prompt=prompt))
     assert "No sample text: the gpt2 tokenizer's" in capsys.readouterr().out
     assert_same_end(tmp_path / "without", straight)
