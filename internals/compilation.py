@@ -31,9 +31,10 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
 
     If the compiler fails, the run loses only the speed-up.
     """
-    compiled: Any = torch.compile(model, dynamic=False)
+    compiled: Any = model
     reason = ""
     try:
+        compiled = torch.compile(model, dynamic=False)  # refuses a Python that is too new for it
         batch_size = cfg.micro_batch_size(machine.processes)
         # In the layout of a real batch: another one would be compiled again
         inputs, targets = machine.to_device(np.zeros((batch_size, cfg.model.block_size + 1), dtype=np.int64))

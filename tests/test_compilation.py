@@ -3,8 +3,12 @@
 import subprocess
 
 import pytest
+import torch
 
-from internals.compilation import compile_problem
+from config import ModelConfig, TrainConfig
+from internals.compilation import compile_problem, training_model
+from internals.machine import Machine
+from model import GPT
 
 COMPILER = "it needs a C compiler and Python's headers"
 
@@ -39,3 +43,17 @@ def test_a_failed_compiler_is_named_with_what_to_install(error, said, advice):
     problem = compile_problem(error)
     assert problem.startswith(f"{type(error).__name__}: {said}") and "\n" not in problem
     assert advice in problem and ("; it needs" in problem) == bool(advice)
+
+
+def test_a_run_does_without_a_compiler_that_does_not_know_this_python(monkeypatch):
+    """Unlike other failures, this one comes before the first forward pass."""
+
+    def refuse(*args, **options):
+        raise RuntimeError("torch.compile is not supported on Python 3.15+")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    sizes = ModelConfig(n_layer=1, n_head=1, n_embd=16, n_inner=16, block_size=8, vocab_size=64)
+    model, cpu = GPT(sizes), Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=1)
+    forward, compiling = training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
+    assert forward is model
+    assert compiling == "off, because compiling failed (RuntimeError: torch.compile is not supported on Python 3.15+)"
