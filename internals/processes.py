@@ -53,6 +53,8 @@ def join_processes(device: torch.device) -> torch.device:
                 f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU, there are only "
                 f"{torch.cuda.device_count()}; give at most that many processes"
             )
+        if not dist.is_nccl_available():
+            raise UserError("several GPUs need NCCL, which PyTorch has on Linux alone; on Windows, use WSL")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # torch.distributed.nn.functional stores the process group of the moment in default arguments. PyTorch would import
@@ -151,7 +153,7 @@ def connect_to_first() -> list[socket.socket]:
         if rank > 0:
             dist.broadcast_object_list(port)
             return [socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60)]
-        with socket.create_server(("", 0), backlog=processes) as server:
+        with listen(backlog=processes) as server:
             server.settimeout(60)
             port[0] = server.getsockname()[1]
             dist.broadcast_object_list(port)
@@ -161,3 +163,10 @@ def connect_to_first() -> list[socket.socket]:
             f"process {rank} cannot connect to process 0 at {os.environ['MASTER_ADDR']}:{port[0]} ({error}); "
             "let the machines reach each other on all ports"
         ) from error
+
+
+def listen(backlog: int) -> socket.socket:
+    """A server at a free port of this machine, for IPv4 and IPv6 if the system has both."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)

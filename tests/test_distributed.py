@@ -25,6 +25,7 @@ from internals.processes import (
     LOST_PROCESS,
     WRITING,
     Watch,
+    connect_to_first,
     is_failed_exchange,
     join_processes,
     why_exchange_failed,
@@ -157,6 +158,35 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are only 1; give at most"):
         join_processes(torch.device("cuda"))
+
+
+def test_several_gpus_without_nccl_are_one_line(monkeypatch):
+    """PyTorch for Windows."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match=r"several GPUs need NCCL, .* on Windows, use WSL"):
+        join_processes(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_processes_connect_by_ipv4_and_by_ipv6(monkeypatch, address):
+    """Process 0 listens, and tells its port to process 1, which connects at once."""
+    if ":" in address:
+        try:
+            socket.create_server((address, 0), family=socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("needs IPv6")
+    others = []
+    tell = lambda port: others.append(socket.create_connection((address, port[0]), timeout=10))  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", tell)
+    monkeypatch.setenv("MASTER_ADDR", address)
+    (here,), (there,) = connect_to_first(), others
+    with here, there:
+        there.sendall(b"here")
+        assert here.recv(4) == b"here"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's list of a process's threads")
