@@ -15,7 +15,7 @@ if __name__ == "__main__":
     from config import ExportConfig
     from internals.cli import parse
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the output cannot encode
+    start.reconfigure(sys.stdout, errors="backslashreplace")  # a path that the output cannot encode
     CFG = parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp.")
 
 import json

@@ -34,7 +34,7 @@ from torch import Tensor
 from config import GenerateConfig, unescape
 from internals.bulk_encoding import pieces
 from internals.cpu_kernels import pack_weights
-from internals.device import attention_of_any_length, resolve_device, resolve_dtype, unused_card
+from internals.device import attention_of_any_length, device_notice, limit_threads, resolve_device, resolve_dtype
 from internals.html_text import TextPage, check_page_path
 from internals.memory import enough_memory
 from internals.pretrained import open_model
@@ -59,14 +59,14 @@ def main(cfg: GenerateConfig) -> None:
     with enough_memory(too_large):
         model, tokenizer, description = open_model(cfg.checkpoint)
     device = resolve_device(cfg.device)
-    if notice := unused_card(cfg.device, device):
+    if notice := device_notice(cfg.device, device):
         say(notice)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
     parameters = model.num_parameters()["total"]
     say(f"{description}: {parameters / 1e6:.1f} million parameters")
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
-    if device.type == "cpu" and parameters < ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as fast, and another busy process does not slow it (benchmarks/busy.py)
+    # One thread is as fast for a small model, and another busy process does not slow it (benchmarks/busy.py)
+    limit_threads(1 if device.type == "cpu" and parameters < ONE_THREAD else None)
     with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
         page = TextPage(cfg.html, model, tokenizer, device, description) if cfg.html else None
     with enough_memory(too_large):
@@ -85,8 +85,8 @@ def main(cfg: GenerateConfig) -> None:
 
 def prepare_streams() -> None:
     """Print UTF-8, whatever the environment says: Windows has another for pipes, PYTHONIOENCODING can set any."""
-    sys.stdout.reconfigure(encoding="utf-8")
-    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
+    start.reconfigure(sys.stdout, encoding="utf-8")
+    start.reconfigure(sys.stderr, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 
 def say(message: str) -> None:
@@ -170,7 +170,7 @@ def interact(writer: Writer) -> None:
     with contextlib.suppress(ImportError):  # Windows' Python lacks it, but Windows' terminal keeps a history
         import readline  # noqa: F401  (importing it gives input() a history and line editing)
     # A byte-order mark and the \r of Windows' line ends are not text. A byte that is not UTF-8 becomes U+FFFD.
-    sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
+    start.reconfigure(sys.stdin, encoding="utf-8-sig", errors="replace", newline=None)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")

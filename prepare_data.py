@@ -20,13 +20,12 @@ if __name__ == "__main__":
     from config import PrepareConfig
     from internals.cli import parse
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names that the output cannot encode
+    start.reconfigure(sys.stdout, errors="backslashreplace")  # file names that the output cannot encode
     CFG = parse(PrepareConfig, __doc__)
 
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from config import PrepareConfig
 from internals.articles import tokenize
 from internals.bulk_encoding import bulk_encoder
 from internals.cli import with_preset
+from internals.cores import count_cores
 from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
@@ -350,11 +350,6 @@ class Pipeline:
         )  # fmt: skip
         self.commit()
         self.open_shards()  # which cuts the training split
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from generate import generate_text
 from internals import checkpoint, pretrained
 from internals.batch_size import resolve_batch_size
 from internals.compilation import training_model
-from internals.device import held_by_others, unused_card
+from internals.device import device_notice, held_by_others
 from internals.machine import Machine, Outcome, make_machine
 from internals.max_minutes import fit_minutes
 from internals.memory import MicroBatch, is_out_of_memory
@@ -280,7 +280,7 @@ def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> st
 
 def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     """Evaluate OUT_DIR/best.pt, or the model of `--init-from`, on the validation split of the data. Writes nothing."""
-    if notice := unused_card(cfg.device, machine.device):
+    if notice := device_notice(cfg.device, machine.device):
         machine.print(notice)
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
@@ -316,7 +316,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
 
 
 def main(cfg: TrainConfig) -> None:
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
+    start.reconfigure(sys.stdout, errors="replace")  # a character that the terminal lacks must not end a run
     try:
         cfg, kept = resume_settings(cfg)
         if os.environ.get("RANK", "0") == "0":

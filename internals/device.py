@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internals import cpu_kernels
+from internals.cores import count_cores
 from internals.start import UserError, first_line
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, as training computes, from NVIDIA's data sheets and
@@ -89,10 +90,21 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def unused_card(name: str, device: torch.device) -> str:
-    """One line if `--device auto` fell back to the CPU although there should be a card; else empty."""
+def device_notice(name: str, device: torch.device) -> str:
+    """One line if `--device auto` fell back to the CPU although there should be a card, or if this PyTorch is known to
+    compute wrongly on the device; else empty."""
+    if device.type == "mps" and torch.__version__ < (2, 13):
+        return f"PyTorch {torch.__version__} may compute attention wrongly on Apple's GPUs; pip install 'torch>=2.13'"
     obstacle = cuda_obstacle() if name == "auto" and device.type == "cpu" else None
     return f"GPU not used: {obstacle.found}; {obstacle.advice}" if obstacle and obstacle.driver else ""
+
+
+def limit_threads(most: int | None = None) -> None:
+    """Let PyTorch compute with at most so many CPU threads, by default with one for each core that it may use. Does
+    nothing if the user or torchrun has chosen a number."""
+    most = most or count_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > most:
+        torch.set_num_threads(most)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The machine of a training process: device, precision, and its place among the processes of the run."""
 
 import contextlib
+import platform
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
-from internals.device import resolve_device, resolve_dtype
+from internals.device import limit_threads, resolve_device, resolve_dtype
 from internals.processes import any_process, join_processes, place_among_processes
 from internals.screen import plural, printable
 
@@ -75,8 +76,9 @@ class Machine:
         """Windows (B, T + 1) -> inputs (B, T) and their targets (B, T), the next tokens, on the device."""
         tokens = torch.from_numpy(windows)
         if self.device.type == "cuda":  # from pinned memory the copy overlaps with the computation
-            tokens = tokens.pin_memory()
-        tokens = tokens.to(self.device, non_blocking=True)
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        else:  # an asynchronous copy to mps may read the memory after it was freed
+            tokens = tokens.to(self.device)
         return tokens[:, :-1], tokens[:, 1:]
 
     @property
@@ -151,6 +153,9 @@ def make_machine(cfg: TrainConfig) -> Machine:
     rank, processes = place_among_processes()
     if processes > 1:
         device = join_processes(device)
+    limit_threads()
+    if device.type == "cuda":
+        stay_on_card(device)
     dtype, reason = resolve_dtype(cfg.dtype, device)
     if processes > 1:
         dtypes = [dtype] * processes
@@ -159,3 +164,14 @@ def make_machine(cfg: TrainConfig) -> Machine:
             dtype, reason = torch.float32, "the processes' devices have different fastest dtypes"
     torch.set_float32_matmul_precision("high")  # float32 products on tensor cores (TF32), where there are any
     return Machine(device, dtype, reason, rank, processes)
+
+
+def stay_on_card(device: torch.device) -> None:
+    """On Windows and in WSL, limit PyTorch to the memory of the card that is free now.
+
+    The driver there gives a process that needs more some of the computer's own memory: nothing fails, and training
+    becomes many times slower. With the limit, PyTorch runs out of memory instead, and `MicroBatch` handles that.
+    """
+    if platform.system() == "Windows" or "microsoft" in platform.release().lower():
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / total, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
-from internals.device import cuda_obstacle, held_by_others, unused_card
+from internals.device import cuda_obstacle, device_notice, held_by_others
 from internals.files import nearest_folder
 from internals.machine import Machine
 from internals.memory import MicroBatch, peak_memory
@@ -79,6 +79,12 @@ def preflight(
     # best.pt, last.pt, and a new last.pt beside the old one
     disk = weights + 2 * (weights + moment_bytes(state.optimizer))
     machine.print(describe(run, state, timing, micro_batch.size, disk))
+    memory = peak_memory(machine)
+    if memory.peak and memory.total and memory.peak > memory.total:  # Windows' driver lends the computer's own memory
+        raise UserError(
+            f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but there are only "
+            f"{size(memory.total)}, so the run would be very slow; take a smaller --batch-size or --block-size"
+        )
     free = free_disk(run.out_dir)
     if free < disk:
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
@@ -204,7 +210,7 @@ def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
 def sanity_advice(run: Run, state: TrainState) -> list[str]:
     """Settings that make no sense, and better ones: a line each. Most runs have none."""
     cfg, model = run.cfg, run.cfg.model
-    advice = [words for words in (unused_card(cfg.device, run.machine.device), held_by_others(0.5)) if words]
+    advice = [words for words in (device_notice(cfg.device, run.machine.device), held_by_others(0.5)) if words]
     tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
     epoch = run.train_windows.per_epoch * model.block_size
     if tokens / epoch > MANY_EPOCHS:

@@ -89,6 +89,12 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (it stays open)
 
 
+def reconfigure(stream: TextIO, **settings: str | None) -> None:
+    """Change the encoding of a stream, or how it treats characters outside it and line ends. A notebook's has neither."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(**settings)
+
+
 class Forgiving:
     """A stream that loses only its text when it fails: the terminal is gone, the reader has left, the disk is full.
 

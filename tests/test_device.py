@@ -5,13 +5,16 @@ import os
 import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
 from test_train import tiny
+from torch.overrides import TorchFunctionMode
 
 import train
-from internals import cpu_kernels, device
+from config import TrainConfig
+from internals import cores, cpu_kernels, device, machine
 from internals.memory import is_out_of_memory
 from internals.start import UserError
 
@@ -99,12 +102,12 @@ def test_a_card_that_pytorch_cannot_use_is_one_line(monkeypatch, complaint, driv
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cpu = device.resolve_device("auto")
     assert cpu == torch.device("cpu")
-    line = device.unused_card("auto", cpu)
+    line = device.device_notice("auto", cpu)
     assert line.startswith("GPU not used: PyTorch ") and "\n" not in line
     for word in words:
         assert word in line
     assert ("pip install" in line) == any("whl" in word for word in words)
-    assert device.unused_card("cpu", cpu) == ""  # the user asked for the CPU
+    assert device.device_notice("cpu", cpu) == ""  # the user asked for the CPU
     with pytest.raises(UserError) as error:
         device.resolve_device("cuda")
     assert str(error.value) == line.replace("GPU not used", "--device cuda")
@@ -113,7 +116,7 @@ def test_a_card_that_pytorch_cannot_use_is_one_line(monkeypatch, complaint, driv
 @pytest.mark.parametrize("complaint", [CPU_BUILD, NO_DRIVER])
 def test_a_machine_without_a_card_is_told_only_when_it_asks(monkeypatch, complaint):
     hide_cards(monkeypatch, complaint)
-    assert device.unused_card("auto", device.resolve_device("auto")) == ""
+    assert device.device_notice("auto", device.resolve_device("auto")) == ""
     with pytest.raises(UserError, match=r"--device cuda: PyTorch .*for an NVIDIA card, install its driver"):
         device.resolve_device("cuda")
     with pytest.raises(UserError, match=r"--device mps: PyTorch .* finds no such device"):
@@ -290,3 +293,81 @@ def test_the_commands_say_in_a_line_that_a_card_is_not_used(data_dir, tmp_path, 
         assert capsys.readouterr().out.count(line) == 1
     generated = run_script("generate.py", "--checkpoint", tmp_path / "run", "--max-new-tokens", 1)
     assert generated.returncode == 0 and generated.stderr.count(line) == 1, generated.stderr
+
+
+@pytest.mark.parametrize(("version", "told"), [("2.12.1", True), ("2.13.0", False)])
+def test_a_pytorch_that_computes_wrongly_on_apples_gpus_is_one_line(monkeypatch, version, told):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    line = device.device_notice("auto", torch.device("mps"))
+    assert ("PyTorch 2.12.1 may" in line and "torch>=2.13" in line) if told else line == ""
+
+
+class Copies(TorchFunctionMode):
+    """Inside, tensors stay where they are; `asynchronous` says of each copy whether it would have been."""
+
+    def __init__(self):
+        super().__init__()
+        self.asynchronous = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.to:
+            return function(*args, **(kwargs or {}))
+        self.asynchronous.append((kwargs or {}).get("non_blocking", False))
+        return args[0]
+
+
+def test_a_batch_is_on_apples_gpu_before_its_memory_is_freed():
+    """An asynchronous copy might read the next batch, which gets the same memory."""
+    mps = machine.Machine(torch.device("mps"), torch.float32, "", rank=0, processes=1)
+    with Copies() as copies:
+        mps.to_device(np.zeros((2, 5), dtype=np.int64))
+    assert copies.asynchronous == [False]
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "limits"),
+    [
+        ("Windows", "11", [0.75]),
+        ("Linux", "5.15.167.4-microsoft-standard-WSL2", [0.75]),
+        ("Linux", "6.8.0-45-generic", []),
+    ],
+)
+def test_on_windows_pytorch_gets_no_more_than_the_card_has(monkeypatch, system, release, limits):
+    seen = []
+    monkeypatch.setattr(machine, "platform", SimpleNamespace(system=lambda: system, release=lambda: release))
+    monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(machine, "resolve_dtype", lambda name, device: (torch.bfloat16, ""))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: seen.append(share))
+    machine.make_machine(TrainConfig())
+    assert seen == limits
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "9000000 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+@pytest.mark.parametrize("users", [None, "64"], ids=["ours", "the user's"])
+def test_threads_are_as_many_as_a_container_may_use_cores(monkeypatch, tmp_path, files, expected, users):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    threads = [64]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    made = machine.make_machine(TrainConfig(device="cpu"))
+    assert cores.count_cores() == expected
+    assert made.name == f"cpu ({64 if users else expected} thread{'' if expected == 1 and not users else 's'})"

@@ -471,11 +471,26 @@ def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(monkeypat
     if users:
         monkeypatch.setenv("OMP_NUM_THREADS", users)
     seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setattr(generate, "open_model", lambda source: (Forced(forced_bytes("one")), BYTES, "forced"))
     monkeypatch.setattr(generate, "pack_weights", lambda model: model)
     generate.main(GenerateConfig(temperature=0.0, device="cpu"))
     assert seen == threads
+
+
+def test_a_larger_model_takes_as_many_threads_as_there_are_cores_for_it(monkeypatch):
+    """Fewer than the machine has, in a container with a limit."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(generate, "ONE_THREAD", 0)
+    monkeypatch.setattr("internals.device.count_cores", lambda: 2)
+    monkeypatch.setattr(generate, "open_model", lambda source: (Forced(forced_bytes("one")), BYTES, "forced"))
+    monkeypatch.setattr(generate, "pack_weights", lambda model: model)
+    generate.main(GenerateConfig(temperature=0.0, device="cpu"))
+    assert seen == [2]
 
 
 def test_text_is_generated_for_programs():

@@ -23,7 +23,7 @@ GPU = dataclasses.replace(CPU, device=torch.device("cuda"))
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
     """Ignore the test machine's own card: the advice is about the run alone."""
-    monkeypatch.setattr(preflight, "unused_card", lambda name, device: "")
+    monkeypatch.setattr(preflight, "device_notice", lambda name, device: "")
 
 
 def advice(machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikipedia", **changes) -> list[str]:
@@ -113,6 +113,6 @@ def test_these_runs_are_not_refused(run):
 
 
 def test_a_card_that_cannot_be_used_and_one_that_is_full_are_advice(monkeypatch):
-    monkeypatch.setattr(preflight, "unused_card", lambda name, device: "GPU not used: PyTorch is old")
+    monkeypatch.setattr(preflight, "device_notice", lambda name, device: "GPU not used: PyTorch is old")
     monkeypatch.setattr(preflight, "held_by_others", lambda share: "other processes hold 13 of 24 GiB")
     assert advice() == ["GPU not used: PyTorch is old", "other processes hold 13 of 24 GiB"]

@@ -122,6 +122,32 @@ def test_pytorch_missing_is_one_line(script):
     assert_user_error(run_script("-c", code), "no package torch", "pip install -r requirements.txt")
 
 
+NOTEBOOK = """
+import io, runpy, sys
+class Stream(io.TextIOBase):  # as in a notebook: no `reconfigure`
+    def __init__(self, stream): self.stream = stream
+    def write(self, text): return self.stream.write(text)
+    def flush(self): self.stream.flush()
+sys.stdout, sys.stderr, sys.argv = Stream(sys.stdout), Stream(sys.stderr), {argv}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("prepare_data.py", "--source", "nowhere"),
+        ("train.py", "--data-dir", "nowhere", "--device", "cpu"),
+        ("generate.py", "--checkpoint", "nowhere"),
+        ("export.py", "--checkpoint", "nowhere", "--out-dir", "nowhere"),
+    ],
+    ids=COMMANDS,
+)
+def test_a_command_works_in_a_notebook(argv):
+    """`%run train.py`: its errors are the command's own."""
+    assert_user_error(run_script("-c", NOTEBOOK.format(argv=list(argv))), "nowhere")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
 @pytest.mark.parametrize("script", ["train.py", "generate.py", "export.py"])
 def test_ctrl_c_during_the_imports_is_one_line(script):

@@ -31,6 +31,7 @@ from config import ModelConfig, TrainConfig
 from internals import checkpoint, preflight, reference, report, samples, stopping
 from internals.cli import parse
 from internals.machine import Outcome, make_machine
+from internals.memory import Memory
 from internals.resume import resume_settings
 from internals.run import Run, TrainState
 from internals.settings import read_settings
@@ -1050,6 +1051,13 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"train_000001.bin: is damaged"):
         train.train(tiny(damaged, tmp_path, check=True))
+
+
+def test_check_refuses_a_run_that_needs_more_than_the_cards_memory(data_dir, tmp_path, monkeypatch):
+    """As on Windows, whose driver lends the computer's own memory, so that nothing fails."""
+    monkeypatch.setattr(preflight, "peak_memory", lambda machine: Memory(30 * 2**30, 24 * 2**30))
+    with pytest.raises(UserError, match=r"--batch-size 4: needs 30.0 GiB of memory, but there are only 24.0 GiB"):
+        train.train(tiny(data_dir, tmp_path, check=True))
 
 
 def test_check_counts_the_checkpoints_that_the_run_replaces(data_dir, tmp_path, monkeypatch, capsys):
