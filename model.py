@@ -73,17 +73,13 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, qkv[1:])  # (B, H, S, D) each: S - T earlier tokens, then these T
             q = q.to(k.dtype)
-        if x.device.type == "mps":  # PyTorch 2.9 to 2.11 misreads a batch of permuted tensors on Apple's GPUs
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         S = k.size(2)
         # is_causal aligns the first query with the first key, which is right only without earlier tokens. A single
         # query, the newest, sees every key and needs no mask. Several queries after earlier tokens need an explicit one.
-        # So do 16 bits on Apple's GPUs: with is_causal, some versions of PyTorch let a token see those after it.
-        is_causal = T == S and (x.device.type != "mps" or q.dtype == torch.float32)
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if T > 1 and not is_causal else None
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
         # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
         y = self.c_proj(y)
         return F.dropout(y, self.dropout) if self.training else y

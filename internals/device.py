@@ -276,7 +276,9 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
     if name != "auto":
         if name == "float16" and device.type == "cpu":
             raise UserError("--dtype float16: CPUs are a hundred times slower in it; use bfloat16 or float32")
-        return getattr(torch, name), "as requested"
+        wrong = "; in it some versions of PyTorch let tokens attend to later ones on Apple's GPUs (pytorch#195910)"
+        doubtful = device.type == "mps" and name != "float32"
+        return getattr(torch, name), "as requested" + (wrong if doubtful else "")
     if device.type == "cuda":
         # is_bf16_supported() also says yes to GPUs that only emulate it: ask for the hardware's generation.
         major, minor = torch.cuda.get_device_capability(device)

@@ -371,3 +371,10 @@ def test_threads_are_as_many_as_a_container_may_use_cores(monkeypatch, tmp_path,
     made = machine.make_machine(TrainConfig(device="cpu"))
     assert cores.count_cores() == expected
     assert made.name == f"cpu ({64 if users else expected} thread{'' if expected == 1 and not users else 's'})"
+
+
+@pytest.mark.parametrize("name, warned", [("float16", True), ("bfloat16", True), ("float32", False)])
+def test_sixteen_bits_on_apples_gpus_come_with_a_warning(name, warned):
+    dtype, reason = device.resolve_dtype(name, torch.device("mps"))
+    assert dtype == getattr(torch, name) and ("pytorch#195910" in reason) == warned
+    assert device.resolve_dtype("bfloat16", torch.device("cpu"))[1] == "as requested"

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
-from model import GPT, KeyValueCache
+from model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=4, n_embd=32, n_inner=96, block_size=24, vocab_size=101)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -207,39 +206,3 @@ def test_dropout_acts_in_training_alone():
         assert not torch.equal(model(idx), model(idx))
         model.eval()
         assert torch.equal(model(idx), model(idx))
-
-
-class OnApplesGPU(TorchFunctionMode):
-    """Inside, the CPU's tensors say that they are on Apple's GPU. `attentions` says of each whether queries, keys and
-    values were contiguous, whether there was a mask, and `is_causal`."""
-
-    def __init__(self):
-        super().__init__()
-        self.attentions = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function == torch.Tensor.device.__get__:
-            return torch.device("mps")
-        if function is F.scaled_dot_product_attention:
-            contiguous = all(tensor.is_contiguous() for tensor in args)
-            self.attentions.append((contiguous, kwargs["attn_mask"] is not None, kwargs["is_causal"]))
-        if "device" in kwargs:
-            kwargs["device"] = "cpu"
-        return function(*args, **kwargs)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "explicit"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_apples_gpus_get_contiguous_tensors_and_in_16_bits_an_explicit_mask(dtype, explicit):
-    """Some versions of PyTorch compute wrongly there otherwise."""
-    model = random_model(dataclasses.replace(TINY, n_layer=1)).to(dtype)
-    idx = torch.randint(TINY.vocab_size, (3, 8))
-    with OnApplesGPU() as gpu:
-        cache = KeyValueCache(model.config)
-        for part in idx.split([5, 1, 2], dim=1):  # a prompt, the next token, two more
-            logits = model(part, cache=cache)
-    assert gpu.attentions == [(True, explicit, not explicit), (True, False, False), (True, True, False)]
-    torch.testing.assert_close(
-        logits, model(idx)[:, -1:], atol=0.1 if explicit else 1e-4, rtol=0.1 if explicit else 1e-4
-    )
