@@ -7,8 +7,8 @@
     GPT                          embeddings, blocks, final norm, output head
 
 Architecture and parameter names are GPT-2's own: tanh GELU, biases, LayerNorm eps 1e-5, the output head tied to the
-token embedding. So a model trained here is a GPT-2 to every other tool. One thing differs, in memory only: GPT-2's own
-files hold the four projections of a block transposed.
+token embedding. So a model trained here is a GPT-2 to every other tool. One thing differs: the four projections of a
+block are (out, in) here, as in nn.Linear, and (in, out) in GPT-2's own files.
 
 Shapes in the comments: B sequences, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-import common  # noqa: F401  (puts the root on the path)
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 
 MODELS = ("demo", "wikipedia")
 WORK = ("training", "generating")

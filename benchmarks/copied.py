@@ -3,14 +3,14 @@
     python train.py --preset demo
     python benchmarks/copied.py checkpoints/demo
 
-Twenty new articles of 200 tokens at the defaults of generate.py, seed 0. A character is copied if it lies in a run of 50 or more
-characters that the training text has, too.
+Twenty new articles of 200 tokens at the defaults of generate.py, seed 0. A character is copied if it lies in a run of
+50 or more characters that the training text has, too.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # noqa: F401  must come first: it decides which generate.py is imported below
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
 import tyro
 

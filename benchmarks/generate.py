@@ -8,15 +8,15 @@ with the number of threads that PyTorch takes (OMP_NUM_THREADS sets it). The env
 spin; the benchmark does not set it. The commands set GOMP_SPINCOUNT=1500 (benchmarks/busy.py).
 
 The first table shows the median speed, and of the ratio within a round the median and both ends. A machine that slows
-down for a while hardly changes these ratios. "Not packed" is the same code without `pack_weights`. The limit is the speed
-of reading all weights once per token at the bandwidth measured in the same round.
+down for a while hardly changes these ratios. "Not packed" is the same code without `pack_weights`. The limit is the
+speed of reading all weights once per token at the bandwidth measured in the same round.
 
 The second table shows llama.cpp beside ours, in three formats, both at temperature 1 among all tokens. It reads what
 `export.py --format gguf --dtype ...` writes of the same model. It is there if llama_cpp (llama-cpp-python) and gguf can
 be imported, on a CPU. A CPU has no fast float16 in PyTorch, so llama.cpp's float16 stands beside our bfloat16.
 
-The third table shows the time per token of longer texts, past the end of the context. The fourth shows the time from the
-command to its first character. Needs transformers and the GPT-2 vocabulary.
+The third table shows the time per token of longer texts, past the end of the context. The fourth shows the time from
+the command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import common  # must come first: it decides which generate.py is imported below
+import common  # puts the root on the path, so it comes first
 import torch
 import transformers
 

@@ -5,10 +5,10 @@
 
 DIR are a folder of Wikipedia's parquet files and a checkout of nanoGPT. The results of a part are kept in
 `--out`/CARD/NAME.json, and a part that is there is not measured again, unless it lacks a competitor or is a race with
-other `--tokens`; delete the file to measure it anew. Training runs stop after `--piece-minutes`, and the next start continues them. A run of nanoGPT stops only at its next evaluation, up to
-an eighth of its race later: on a card that trains at less than 160,000 tokens/s, more than two minutes.
-`--out`/CARD/summary.md shows all figures there are. One program at a time is on the card, so the default shape needs no
-more than its hungriest competitor.
+other `--tokens`; delete the file to measure it anew. Training runs stop after `--piece-minutes`, and the next start
+continues them. A run of nanoGPT stops only at its next evaluation, up to an eighth of its race later: on a card that
+trains at less than 160,000 tokens/s, more than two minutes. `--out`/CARD/summary.md shows all figures there are. One
+program at a time is on the card, so the default shape needs no more than its hungriest competitor.
 
 It needs requirements.txt, but not `datasets` and `huggingface_hub`; transformers for the comparisons; and GPT-2's
 vocabulary, from the network or from TIKTOKEN_CACHE_DIR. For an image that has PyTorch but lacks tyro,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import common  # noqa: F401  (puts the root on the path)
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -3,8 +3,8 @@
     python benchmarks/loss.py                              the default model's head on 4,096 tokens
     python benchmarks/loss.py --vocab-size 257 --n-embd 128 --repeats 50
 
-All ways take turns; figures are medians. Memory is the rise of the peak (of the GPU, or of the process) above what was in
-use before.
+All ways take turns; figures are medians. Memory is the rise of the peak (of the GPU, or of the process) above what was
+in use before.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # noqa: F401  (puts the root on the path)
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
 import tyro
 from torch import Tensor

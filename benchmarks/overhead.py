@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import common  # noqa: F401  (must come first: it decides which train.py is imported below)
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import numpy as np
 import torch
 

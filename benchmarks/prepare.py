@@ -9,9 +9,9 @@
     limit     the same with the pattern of internals/tokenizer_json.py, which gives the same pieces faster
     usual     load_dataset, Dataset.map(num_proc), np.memmap, like nanoGPT's prepare.py and its descendants
 
-`ours`, `without` and `usual` include the start of Python, the others do not. `--times 4` makes that a small part. All are
-timed in turns. The tables show medians and bests of the repetitions, and their ratios. On a busy machine, compare the
-tokens per second of processor time (user and system, of all threads and processes).
+`ours`, `without` and `usual` include the start of Python, the others do not. `--times 4` makes that a small part. All
+are timed in turns. The tables show medians and bests of the repetitions, and their ratios. On a busy machine, compare
+the tokens per second of processor time (user and system, of all threads and processes).
 """
 
 import argparse

@@ -4,14 +4,14 @@
         --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
         --run="" --run="--max-iters 200" --run="--optimizer adamw" --nanogpt-run="--learning-rate 6e-4"
 
-Each `--run` and `--nanogpt-run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a checkout, not
-part of this project) trains with its own model, optimizer and sampling of batches. The output is validation loss against
-tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent tokens and merges all others into
-one, so that a CPU can race in minutes. A long race can be run in pieces: `--state FILE` keeps it after each evaluation, and the
-same command continues it; `--minutes` ends a piece.
+Each `--run` and `--nanogpt-run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a
+checkout, not part of this project) trains with its own model, optimizer and sampling of batches. The output is
+validation loss against tokens and against seconds, evaluation excluded. `--vocab-size` keeps the text's most frequent
+tokens and merges all others into one, so that a CPU can race in minutes. A long race can be run in pieces: `--state
+FILE` keeps it after each evaluation, and the same command continues it; `--minutes` ends a piece.
 
-A run may have a `--data-dir` of its own, prepared from the same text with another tokenizer. Bits per byte compare them, and
-`--minutes-each` gives each run as many iterations as it does in that time:
+A run may have a `--data-dir` of its own, prepared from the same text with another tokenizer. Bits per byte compare
+them, and `--minutes-each` gives each run as many iterations as it does in that time:
 
     python benchmarks/race.py --minutes-each 30 --run="--data-dir data/gpt2" --run="--data-dir data/own-8192" --picture race.png
 """
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import common  # the first: it decides which train.py is imported below
+import common  # puts the root on the path, so it comes first
 import numpy as np
 import torch
 import tyro
@@ -62,7 +62,7 @@ class Race:
     out: str | None = None  # file for the curves, as JSON
     picture: str | None = None  # file for a picture of them (.png): bits per byte against minutes
     state: str | None = None  # file that keeps the race after each evaluation; the same command continues from it
-    minutes: float | None = None  # end after the evaluation that follows so many minutes, with --state
+    minutes: float | None = None  # stop at the first evaluation after this many minutes, with --state
 
 
 class Text(NamedTuple):

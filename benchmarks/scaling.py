@@ -5,7 +5,7 @@
 docs/training.md has the table and the formulas.
 """
 
-import common  # noqa: F401 (puts the repository's root on the path)
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
 from torch import Tensor
 

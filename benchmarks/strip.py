@@ -3,8 +3,8 @@
     python train.py --preset demo
     python benchmarks/strip.py checkpoints/demo --at 0 100 300 600 --picture docs/strip.png
 
-Everything in the picture is in the run's metrics.jsonl and samples.jsonl. A sample is cut to the length that fits, nothing
-else is changed; control characters are shown as the replacement character.
+Everything in the picture is in the run's metrics.jsonl and samples.jsonl. A sample is cut to the length that fits,
+nothing else is changed; control characters are shown as the replacement character.
 """
 
 import sys
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import tyro
-from common import REPO  # noqa: F401  (puts the repository's root on the path)
 from matplotlib.figure import Figure
 
 from internals.files import atomic_write

@@ -4,17 +4,17 @@
     python benchmarks/tokenizer.py --text hi=hindi.txt --vocab-sizes 8192 --patterns      what other patterns give
     python benchmarks/tokenizer.py --text en=FOLDER --vocab-sizes 16384 --samples 4 8 16 32 64    how much text training needs
 
-A text is what `prepare_data.py --source` takes; of a .txt file, each paragraph (up to a blank line) is a document. One half
-of the documents, drawn at random, trains; the other half is measured. A language with less than 1 MB is not measured.
-`gpt2` is the gpt2 vocabulary on the same half. A text may have pairs for fewer tokens than asked for. Speeds are tiktoken's
-in one thread, by the time of the processor.
+A text is what `prepare_data.py --source` takes; of a .txt file, each paragraph (up to a blank line) is a document. One
+half of the documents, drawn at random, trains; the other half is measured. A language with less than 1 MB is not
+measured. `gpt2` is the gpt2 vocabulary on the same half. A text may have pairs for fewer tokens than asked for. Speeds
+are tiktoken's in one thread, by the time of the processor.
 """
 
 import random
 import time
 from dataclasses import dataclass
 
-import common  # noqa: F401  must come first: it decides which modules are imported below
+import common  # noqa: F401  (puts the root on the path, so it comes first)
 import tiktoken
 import tyro
 

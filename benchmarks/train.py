@@ -4,15 +4,15 @@
     python benchmarks/train.py --device cuda --batch-size 64     on a GPU: everyone bf16 and compiled
     python benchmarks/train.py --device cuda --batch-size 64 --kernels    and what the GPU does in an iteration
 
-Peers are transformers' GPT-2 and, if `--nanogpt` names a checkout, nanoGPT. Each competitor runs in its own process, so that
-its peak memory is its own. In every round it makes a micro-step (forward and backward on the same random tokens) and a step
-of its optimizer with clipping. The output is the medians over the rounds, and the tokens per second of an iteration of
-`--tokens-per-iter` tokens: several micro-steps and one optimizer step.
+Peers are transformers' GPT-2 and, if `--nanogpt` names a checkout, nanoGPT. Each competitor runs in its own process, so
+that its peak memory is its own. In every round it makes a micro-step (forward and backward on the same random tokens)
+and a step of its optimizer with clipping. The output is the medians over the rounds, and the tokens per second of an
+iteration of `--tokens-per-iter` tokens: several micro-steps and one optimizer step.
 
-On a CPU, whose speed varies with what else it does, the competitors take turns in every round, and the time of an iteration
-is calculated from that of a micro-step and a step. On a GPU they run one after another, so that its memory need not hold
-them all, and a round has a whole iteration as well, without waits inside. So its time includes adding up the gradients of
-the micro-steps, and the starting of kernels while others run.
+On a CPU, whose speed varies with what else it does, the competitors take turns in every round, and the time of an
+iteration is calculated from that of a micro-step and a step. On a GPU they run one after another, so that its memory
+need not hold them all, and a round has a whole iteration as well, without waits inside. So its time includes adding up
+the gradients of the micro-steps, and the starting of kernels while others run.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-import common  # must come first: it decides which train.py is imported below
+import common  # puts the root on the path, so it comes first
 import torch
 import tyro
 

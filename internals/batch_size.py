@@ -34,8 +34,8 @@ def resolve_batch_size(cfg: TrainConfig, machine: Machine) -> TrainConfig:
 def training_bytes(cfg: TrainConfig, dtype: torch.dtype) -> tuple[int, int]:
     """GPU memory of training, in bytes: for a batch of any size, and for each sequence in it.
 
-    Without torch.compile, which needs less. tests/test_batch_size.py checks it on a
-    simulated card; on an H200, 4,096 sequences took 6 % more.
+    Without torch.compile, which needs less. tests/test_batch_size.py checks it on a simulated card; on an H200, 4,096
+    sequences took 6 % more.
     """
     c = cfg.model
     with torch.device("meta"):

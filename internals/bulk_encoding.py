@@ -41,7 +41,7 @@ class Texts(Sequence):
     """Texts in UTF-8, side by side in one buffer, with an end-of-text after each."""
 
     def __init__(self, texts: Sequence[Sequence[bytes]]):
-        """Args: texts: each in one or several parts, such as a title and what follows it."""
+        """`texts`: each in one or several parts, such as a title and what follows it."""
         self.data = b"".join(part for parts in texts for part in (*parts, END))
         self.sizes = np.array([sum(map(len, parts)) for parts in texts], np.int64)  # (texts,) bytes
         self.ends = np.cumsum(self.sizes + len(END))
@@ -61,8 +61,8 @@ class Texts(Sequence):
 class TiktokenEncoder:
     """tiktoken, in any number of threads.
 
-    It releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other inside its
-    regular expression: two are slower than one (docs/experiments.md). So each thread has its own copy.
+    It releases Python's lock, so threads use all cores. But threads that share a tokenizer wait for each other inside
+    its regular expression: two are slower than one (docs/experiments.md). So each thread has its own copy.
     """
 
     def __init__(self, encoding: tiktoken.Encoding, remark: str = ""):
@@ -145,7 +145,7 @@ def rank_lines(encoding: tiktoken.Encoding) -> bytes:
 
 @functools.cache
 def bulk_encoder(tokenizer: str) -> TiktokenEncoder:
-    """gigatoken if it is installed, works, knows the tokenizer's pattern and gives tiktoken's tokens; otherwise tiktoken."""
+    """gigatoken if it is installed, works, knows the tokenizer's pattern and gives tiktoken's tokens; else tiktoken."""
     encoding = load_tokenizer(tokenizer)
     if encoding._pat_str not in GIGATOKEN_PATTERNS:
         return TiktokenEncoder(encoding)

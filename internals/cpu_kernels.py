@@ -1,8 +1,8 @@
 """Matrix products on a CPU, prepared once for generating text.
 
-Generating reads every weight matrix for every token, with one row of input per sample. `F.linear` takes the matrix as it
-was trained, and oneDNN, which computes the product, rearranges it each time. Here the matrix is rearranged once, after
-loading. benchmarks/generate.py measures the gain.
+Generating reads every weight matrix for every token, with one row of input per sample. `F.linear` takes the matrix as
+it was trained, and oneDNN, which computes the product, rearranges it each time. Here the matrix is rearranged once,
+after loading. benchmarks/generate.py measures the gain.
 """
 
 import functools
@@ -52,8 +52,9 @@ class PackedLinear(nn.Module):
 def gains_from_packing(dtype: torch.dtype) -> bool:
     """Whether products in `dtype` are faster with packed weights on this processor.
 
-    The answer follows from the processor, not from a timing, so that the same seed always gives the same text. In float32
-    on Intel, `F.linear` uses Intel's own MKL, which is fast on one row. docs/experiments.md has the measurements.
+    The answer follows from the processor, not from a timing, so that the same seed always gives the same text. In
+    float32 on Intel, `F.linear` uses Intel's own MKL, which is fast on one row. docs/experiments.md has the
+    measurements.
     """
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch for a Mac has no oneDNN
         return False

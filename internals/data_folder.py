@@ -24,9 +24,9 @@ TOKENIZER_BEGINNING = b'{\n  "version": "1.0",\n  "truncation": null'
 class DataFolder:
     """The files of a data folder, and which of them are ours.
 
-    Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them names,
-    and unfinished shards with our header. A missing file of ours, or a shard in `meta.json` that was cut short, does not
-    stop the command. A file that cannot be recognised as ours does.
+    Ours are a `meta.json` and a `progress.json` with our keys, the shards and the `tokenizer.json` that one of them
+    names, and unfinished shards with our header. A missing file of ours, or a shard in `meta.json` that was cut short,
+    does not stop the command. A file that cannot be recognised as ours does.
     """
 
     def __init__(self, path: Path):
@@ -35,8 +35,8 @@ class DataFolder:
 
     def refuse_foreign(self, own_tokenizer: bool) -> None:
         """Raise UserError if a foreign file has a name that the command needs."""
-        names = [path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name not in TOKENIZER_FILES]
-        if foreign := [path.name for path in names if self.is_in_the_way(path)]:
+        paths = [path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name not in TOKENIZER_FILES]
+        if foreign := [path.name for path in paths if self.is_in_the_way(path)]:
             more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
             raise UserError(
                 f"{self.path / foreign[0]}{more}: is damaged, or not made by this command; nothing is deleted or "

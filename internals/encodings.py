@@ -58,7 +58,7 @@ def encoding_of(head: bytes, given: str) -> str:
 
 
 def as_utf8(blocks: Iterable[Block], given: str) -> Iterator[Block]:
-    """The blocks in UTF-8 (its own byte-order mark stays). An invalid sequence of another encoding becomes byte 0xFF."""
+    """The blocks in UTF-8 (its byte-order mark stays). An invalid sequence of another encoding becomes byte 0xFF."""
     decoder = None
     for number, block in enumerate(blocks):
         if number == 0:
@@ -162,8 +162,8 @@ def refuse_other_encoding(name: str, blocks: Callable[[], Iterator[Block]], give
             f"invalid, the first {counts.first_invalid}); give its --encoding{suggestion(head)}, or convert it to UTF-8"
         )
     if not encoding.startswith(("utf", "ascii")):
-        as_it_is = count(blocks())
-        if as_it_is.invalid == 0 and as_it_is.beyond_ascii >= 10:
+        unconverted = count(blocks())
+        if unconverted.invalid == 0 and unconverted.beyond_ascii >= 10:
             raise UserError(
                 f"{name}: is UTF-8, but --encoding is {given}; if other files need that, convert them to UTF-8 and leave "
                 "--encoding out"

@@ -20,7 +20,7 @@ WIKI_EXTRACTOR = re.compile(r"wiki_\d+")  # AA/wiki_00
 
 
 def file_type(name: str) -> str:
-    """`.parquet`, `.jsonl`, `.json`, `.txt` or `wiki` (WikiExtractor's), compressed or not; empty for any other file."""
+    """`.parquet`, `.jsonl`, `.json`, `.txt` or `wiki` (WikiExtractor's), compressed or not; empty for other files."""
     name = os.path.basename(name).lower()
     stem = uncompressed(name)
     if WIKI_EXTRACTOR.fullmatch(stem):

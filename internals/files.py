@@ -114,8 +114,8 @@ def nearest_folder(path: str | Path) -> Path:
 def sync_folder(folder: str | Path) -> None:
     """Make a rename in this folder survive a power cut, where the file system can. Windows has no such call.
 
-    VirtualBox's shared folders and some network drives refuse to sync a folder. By then the file is in its place, whole,
-    so the write has not failed.
+    VirtualBox's shared folders and some network drives refuse to sync a folder. By then the file is in its place,
+    whole, so the write has not failed.
     """
     if os.name == "posix":
         with contextlib.suppress(OSError):

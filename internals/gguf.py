@@ -25,7 +25,8 @@ FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloa
 
 
 def round_matrices(model: GPT, dtype: torch.dtype) -> GPT:
-    """Round the tensors that llama.cpp takes in another dtype than float32: the embedding of tokens and the projections.
+    """Round the tensors that llama.cpp takes in another dtype than float32: the embedding of tokens and the
+    projections.
 
     Changes the model. Its norms, biases and embedding of positions stay in float32, as in llama.cpp's own conversion.
     """

@@ -32,7 +32,7 @@ SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gig
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # tokens of each
+TOKENIZERS = {"bytes": 257, "gpt2": 50257}  # their sizes: only a vocabulary of the right size is loaded
 
 # The names of each size in config.json, GPT-2's own first, and the value if none is there.
 SIZES = {

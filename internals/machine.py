@@ -113,7 +113,7 @@ class Machine:
             OutOfMemoryElsewhere: another process has called `deny_memory` instead.
         """
         if self.processes > 1 and any_process(False):
-            raise OutOfMemoryElsewhere("out of memory in another process")
+            raise OutOfMemoryElsewhere("out of memory in another process")  # is_out_of_memory knows it by these words
 
     def deny_memory(self) -> None:
         """Tell the others that this process ran out of memory. They learn it in `confirm_memory`."""

@@ -86,7 +86,7 @@ def fit_minutes(
 
 
 def measuring_seconds(minutes: float) -> float:
-    """How long iterations are measured for a command that takes so many minutes."""
+    """Seconds to spend measuring, in a command of this many minutes."""
     return min(MEASURING * 60 * minutes, MOST_MEASURING)
 
 

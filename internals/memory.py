@@ -44,7 +44,7 @@ class MicroBatch:
             try:
                 return compute(self.size, *args)
             except (RuntimeError, MemoryError) as error:
-                # An exchange that fails, even for lack of memory, has failed in this process alone
+                # A failed exchange is not repeated: the others may have completed theirs
                 if isinstance(error, dist.DistError) or not is_out_of_memory(error):
                     raise
                 if not isinstance(error, OutOfMemoryElsewhere):

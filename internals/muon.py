@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon in 146 launches a step instead of 588 (default model), with the same state and, in bfloat16, results.
+    """torch.optim.Muon in 146 launches a step instead of 588 (default model), with the same state and, in bfloat16,
+    results.
 
     torch.optim.Muon takes the matrices one by one, which keeps a GPU waiting for the next small product. Here those of
     one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. The
     results have the same bits if the batched product rounds as the single one does: on a CPU, with the default model's
     shapes, it did in every trial.
 
-    torch.optim.Muon always computes these products in bfloat16. Here they are in `dtype`, since without instructions for
-    bfloat16 a CPU takes 20 times as long as in float32 (docs/experiments.md).
+    torch.optim.Muon always computes these products in bfloat16. Here they are in `dtype`, since without instructions
+    for bfloat16 a CPU takes 20 times as long as in float32 (docs/experiments.md).
 
     Muon is Jordan et al., 2024; the size of its steps follows Liu et al., 2025, so that AdamW's learning rates fit.
     """
@@ -57,7 +58,7 @@ class StackedMuon(torch.optim.Muon):
 
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:
-    """Roughly the nearest (matrices, rows, columns) with orthogonal rows or columns, by Newton-Schulz in their dtype."""
+    """Roughly the nearest (matrices, rows, columns) with orthogonal rows or columns: Newton-Schulz in their dtype."""
     a, b, c = group["ns_coefficients"]
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # the products are smaller with few rows

@@ -24,7 +24,7 @@ from internals.tokenizer import load_tokenizer
 DOCUMENT_BYTES = 1 << 31  # the longest text that is parsed as one JSON document, in memory
 
 
-def make_reader(path: Path, name: str, options: ReadOptions) -> "Reader":
+def make_reader(path: Path, name: str, options: ReadOptions) -> Reader:
     """The reader of the file at `path`, which messages call `name`."""
     kind = file_type(name)
     if kind == ".txt" and options.separator:

@@ -40,7 +40,7 @@ from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer, tokenizer_name
 from internals.trackers import Tracker
 
-NEXT_PAGE = 3600.0  # a page of a running run is overdue after so many seconds, or later
+NEXT_PAGE = 3600.0  # seconds until the page of a running run is overdue, at the least
 
 
 def validation_row(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
@@ -276,7 +276,7 @@ class Rows:
         self.path, self.repair, self.rows = path, repair, []
         self.lines: list[bytes] = []  # of the file, without those that wait
         self.waiting: list[bytes] = []
-        self.torn = True  # the file may not be as it is in memory: not cut back yet, or the last write failed half-way
+        self.torn = True  # the file may differ from `lines`: not cut back yet, or the last write failed half-way
         *lines, last = self._read().split(b"\n")
         for line in [*lines, last] if parse_row(last) else lines:
             row = parse_row(line)
@@ -304,7 +304,7 @@ class Rows:
             return b""
 
     def cut(self) -> None:
-        """Write the file as it is in memory."""
+        """Rewrite the file from `lines`."""
         with atomic_write(self.path) as file:
             file.writelines(self.lines)
         self.torn = False

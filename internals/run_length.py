@@ -62,7 +62,7 @@ def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
 
 
 def tenth(iterations: int) -> int:
-    """A tenth of a run as a round number, at least 1: of 85 8, of 314 30, of 3,600 360, of 16,384 1,600."""
+    """A tenth of a run as a round number, at least 1: `tenth(85) -> 8`, `tenth(314) -> 30`, `tenth(3_600) -> 360`."""
     number = max(1, iterations // 10)
     return round(number, -(len(str(number)) // 2))
 

@@ -14,7 +14,7 @@ from internals.start import UserError, is_closed_pipe, silence
 
 
 class ReaderGone(SystemExit):
-    """The reader of stdout has gone (`| head`). Unless somebody catches this, the command ends silently with status 0."""
+    """The reader of stdout has gone (`| head`). Unless this is caught, the command ends silently with status 0."""
 
 
 class TextStream:

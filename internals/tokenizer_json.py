@@ -102,7 +102,7 @@ def canonical(text: str, path: str) -> str:
 
 
 def essence(value: dict[str, Any]) -> dict[str, Any]:
-    """The parts that decide the tokens. In the model, null, false and missing are the same; merges have two notations."""
+    """The parts that decide the tokens. In the model, null, false and missing are equal; merges have two notations."""
     model = {key: part for key, part in value["model"].items() if part not in (None, False, "")}
     model["merges"] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     model["vocab"] = {**model["vocab"], **{token["content"]: token["id"] for token in value["added_tokens"]}}

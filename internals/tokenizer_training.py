@@ -138,7 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """The tokenizer.json of a BPE of `vocab_size` tokens, end-of-text included.
 
     Raises:
-        UserError: the texts have too few different pairs for so many tokens.
+        UserError: the texts have too few different pairs for that many tokens.
     """
     tokens = learn_tokens(texts, vocab_size - 1)
     if len(tokens) < vocab_size - 1:

@@ -235,7 +235,8 @@ def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None) -> T
     from huggingface_hub import constants
 
     advice = "try again when the network is back"
-    with writing(str(folder or constants.HF_HOME), "finished work is kept"):  # a full disk; patiently knows the rest
+    # Only a full disk gets here: `patiently` explains every other failure
+    with writing(str(folder or constants.HF_HOME), "finished work is kept"):
         return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
 
 
