@@ -25,7 +25,7 @@ endif
 
 demo: .venv/installed
 	$(BIN)/python prepare_data.py --preset demo
-	$(BIN)/python train.py --preset demo --overwrite
+	$(BIN)/python train.py --preset demo --auto-resume
 	$(BIN)/python generate.py --preset demo --prompt "The history of" --temperature 0.6
 
 test: .venv/installed-dev
