@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import sys
 
 import pytest
 import tiktoken
@@ -60,6 +61,14 @@ def test_a_folder_that_cannot_be(tmp_path):
         checkpoint.save(tmp_path / "file" / "last.pt", content())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is always Unicode")
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_folder_whose_name_is_not_utf_8(tmp_path, mmap):
+    path = tmp_path / os.fsdecode(b"caf\xe9") / "last.pt"
+    checkpoint.save(path, content())
+    assert checkpoint.load_last(path, mmap)["iter"] == 3
+
+
 def test_a_drive_without_mmap_is_read_all_the_same(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "last.pt", content())
     load = torch.load
@@ -92,6 +101,21 @@ def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path):
         torch.save(value, path)
         with pytest.raises(UserError, match=message):
             checkpoint.load(path)
+
+
+def test_flipped_bits_are_damage(tmp_path):
+    """In a weight, which no other check would notice."""
+    path, saved = tmp_path / "best.pt", content()
+    checkpoint.save(path, saved)
+    whole = bytearray(path.read_bytes())
+    weight = saved["model"]["transformer.h.0.mlp.c_fc.weight"].numpy().tobytes()
+    for place in (0, len(weight) // 2, len(weight) - 1):
+        damaged = whole.copy()
+        damaged[whole.index(weight) + place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"best.pt: is damaged, or not a checkpoint written by this project$"):
+            checkpoint.load(path)
+        assert checkpoint.load(path, mmap=True)["iter"] == 3  # a look at the settings does not read the weights
 
 
 @pytest.mark.parametrize("protocol", ["zip", "legacy", "pickle"])
