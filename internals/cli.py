@@ -79,6 +79,11 @@ def flag_value(args: Sequence[str], flag: str, default: str) -> str:
     return value
 
 
+def is_given(flag: str) -> bool:
+    """Whether the command line of this process has the flag. `--n_layer` is `--n-layer` to tyro, too."""
+    return any(arg.partition("=")[0].replace("_", "-") == flag for arg in sys.argv[1:])
+
+
 def with_preset(cls: Callable[..., C], preset: str) -> C:
     """The configuration `cls` with the values of a preset, defaults for the rest. Required fields stay required."""
     given = {f.name: f.default for f in dataclasses.fields(cls)}

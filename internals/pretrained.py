@@ -18,6 +18,7 @@ from torch import Tensor
 
 from config import ModelConfig
 from internals import checkpoint
+from internals.cli import is_given
 from internals.huggingface_import import (
     INDEX,
     WEIGHTS,
@@ -70,16 +71,15 @@ def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> Mo
     return replace(config, block_size=model_config.block_size, dropout=model_config.dropout)
 
 
-def refuse_other_flags(asked: ModelConfig, usual: ModelConfig, config: ModelConfig) -> None:
+def refuse_other_flags(asked: ModelConfig, config: ModelConfig) -> None:
     """Raise UserError if a flag asks for another model than that of `--init-from`.
 
     Args:
-        asked: the command's; usual: without flags; config: the model's.
+        asked: the command's, in which a value may also be a default; config: the model's.
     """
     for name, value in vars(asked).items():
-        has = getattr(config, name)
-        if name not in ("block_size", "dropout", "vocab_size") and value not in (getattr(usual, name), has):
-            flag = f"--{name.replace('_', '-')}"
+        has, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        if name not in ("block_size", "dropout", "vocab_size") and value != has and is_given(flag):
             raise UserError(f"{flag} {value}: the model of --init-from has {has}; leave {flag} out")
 
 

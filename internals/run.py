@@ -21,7 +21,6 @@ import torch.distributed as dist
 from config import NOT_SETTINGS, TrainConfig
 from internals import checkpoint, pretrained
 from internals.batch_size import resolve_batch_size
-from internals.cli import with_preset
 from internals.files import locked, writing
 from internals.machine import Machine
 from internals.memory import random_state, set_random_state
@@ -29,7 +28,7 @@ from internals.optimizer import get_lr
 from internals.processes import WRITING
 from internals.run_folder import RUN_FILES, check_own, check_unused
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
-from internals.settings import as_typed, differences, read_settings, upgrade, with_settings
+from internals.settings import as_typed, differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
@@ -165,10 +164,7 @@ def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any
     elif cfg.init_from:
         model = pretrained.initial_config(cfg.init_from, read_tokenizer(cfg.data_dir, meta), model)
     if cfg.init_from:
-        usual = with_preset(TrainConfig, cfg.preset)
-        if cfg.config:
-            usual = with_settings(usual, read_settings(cfg.config))
-        pretrained.refuse_other_flags(cfg.model, usual.model, model)
+        pretrained.refuse_other_flags(cfg.model, model)
     return dataclasses.replace(cfg, model=model)
 
 

@@ -168,8 +168,9 @@ def train(data: Path, out_dir: Path, *args):
 
 def refusal(data: Path, out_dir: Path, *args) -> str:
     """The message with which training ends before it begins."""
-    with pytest.raises(UserError) as error:
-        training.train(parse(TrainConfig, "", arguments(data, out_dir, *args)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(sys, "argv", ["train.py", *arguments(data, out_dir, *args)])
+        training.train(parse(TrainConfig, ""))
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -218,6 +219,9 @@ def test_starting_from_what_does_not_fit(places, tmp_path):
     assert_has(longer, "--block-size 256", "has 128 positions", "--block-size 128")
     wider = refusal(places / "data", tmp_path / "new", "--init-from", places / "run", "--n-layer", "5")
     assert_has(wider, "--n-layer 5", "the model of --init-from has 3", "leave --n-layer out")
+    for flag in (["--n-layer", "6"], ["--n_layer=6"]):  # the default of config.py
+        usual = refusal(places / "data", tmp_path / "new", "--init-from", places / "run", *flag)
+        assert_has(usual, "--n-layer 6", "the model of --init-from has 3", "leave --n-layer out")
     settings = {**TrainConfig().settings(), "model": {**vars(ModelConfig(n_layer=7))}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     cfg = dataclasses.replace(
