@@ -297,7 +297,8 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     tokens = len(windows) * model.config.block_size
     cfg = dataclasses.replace(cfg, model=model.config)
-    cfg = resolve_batch_size(dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, tokens)), machine)
+    tokens_per_iter = iteration_tokens(cfg, tokens, machine.processes)
+    cfg = resolve_batch_size(dataclasses.replace(cfg, tokens_per_iter=tokens_per_iter), machine)
     micro_batch = MicroBatch(cfg.batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")

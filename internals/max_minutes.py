@@ -57,6 +57,7 @@ def fit_minutes(
         UserError: the time is too short.
     """
     machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
+    command, cfg = cfg, dataclasses.replace(cfg, tokens_per_iter=run.cfg.tokens_per_iter)  # the same at any length
 
     def dropout(iterations: int) -> float:
         return resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
@@ -82,7 +83,7 @@ def fit_minutes(
         f"leaves time for {iterations:,} iterations"
     )
     machine.print(wrap(words))
-    return dataclasses.replace(cfg, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
+    return dataclasses.replace(command, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
 
 
 def measuring_seconds(minutes: float) -> float:

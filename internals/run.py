@@ -107,7 +107,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     check_same_everywhere(cfg, meta, machine)
     epoch_tokens = train_windows.per_epoch * cfg.model.block_size
     if saved is None:
-        cfg, chosen = resolve_auto(cfg, epoch_tokens)
+        cfg, chosen = resolve_auto(cfg, epoch_tokens, machine.processes)
         check_together(cfg, machine)
         return Run(resolve_batch_size(cfg, machine), meta, machine, train_windows, val_windows, chosen=chosen)
     cfg = resolve_as_before(cfg, saved["config"])

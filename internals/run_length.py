@@ -20,7 +20,7 @@ class Resolved(NamedTuple):
     chosen: tuple[str, ...]  # what was chosen and why, in words
 
 
-def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
+def resolve_auto(cfg: TrainConfig, epoch_tokens: int, processes: int = 1) -> Resolved:
     """`cfg` with a number for each `auto` that depends on the text or the run, and with `max_iters` at most `max_epochs`.
 
     Args:
@@ -28,7 +28,7 @@ def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
     """
     chosen = []
     if cfg.tokens_per_iter == "auto":
-        cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, epoch_tokens))
+        cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, epoch_tokens, processes))
         chosen.append(f"{cfg.tokens_per_iter:,} tokens an iteration")
     most = most_iterations(cfg, epoch_tokens)
     if most < cfg.max_iters:
@@ -46,19 +46,20 @@ def resolve_auto(cfg: TrainConfig, epoch_tokens: int) -> Resolved:
     return Resolved(dataclasses.replace(cfg, model=model), tuple(chosen))
 
 
-def iteration_tokens(cfg: TrainConfig, epoch_tokens: int) -> int:
-    """`tokens_per_iter`, or the number that its `auto` stands for: whole sequences."""
+def iteration_tokens(cfg: TrainConfig, epoch_tokens: int, processes: int) -> int:
+    """`tokens_per_iter`, or the number that its `auto` stands for: whole sequences for every process, at least one."""
     if cfg.tokens_per_iter != "auto":
         return cfg.tokens_per_iter
-    sequence = cfg.model.block_size
-    return max(1, max(n for least, n in ITERATION.items() if epoch_tokens >= least) // sequence) * sequence
+    unit = cfg.model.block_size * processes
+    return max(1, max(n for least, n in ITERATION.items() if epoch_tokens >= least) // unit) * unit
 
 
 def most_iterations(cfg: TrainConfig, epoch_tokens: int) -> int:
-    """`max_iters`, or the iterations that `max_epochs` allows where these are fewer; at least 1."""
+    """`max_iters`, or the iterations that `max_epochs` allows where these are fewer; at least 1. `tokens_per_iter` is a
+    number."""
     if cfg.max_epochs is None:
         return cfg.max_iters
-    return max(1, math.floor(min(cfg.max_iters, cfg.max_epochs * epoch_tokens / iteration_tokens(cfg, epoch_tokens))))
+    return max(1, math.floor(min(cfg.max_iters, cfg.max_epochs * epoch_tokens / cfg.tokens_per_iter)))
 
 
 def tenth(iterations: int) -> int:

@@ -152,8 +152,9 @@ def test_an_impossible_value_in_the_file_is_one_message(monkeypatch, name, value
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_can_be_shared_out(preset, processes):
-    cfg = resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg
+@pytest.mark.parametrize("epoch_tokens", [80_000, 10**9])
+def test_every_preset_can_be_shared_out(preset, processes, epoch_tokens):
+    cfg = resolve_auto(with_preset(TrainConfig, preset), epoch_tokens, processes).cfg
     size, steps = cfg.micro_batch_size(processes), cfg.accumulation_steps(processes)
     assert size * steps * processes * cfg.model.block_size == cfg.tokens_per_iter
     fits = lambda n: cfg.tokens_per_iter % (n * processes * cfg.model.block_size) == 0  # noqa: E731

@@ -1,5 +1,6 @@
 """Training on several processes under torchrun (gloo, on the CPU): the run of one process, and all end together."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -17,10 +18,11 @@ from conftest import REPO
 from test_train import assert_same_end, metrics, tiny
 
 import train
-from config import PRESETS, TrainConfig
-from internals import checkpoint
+from config import PRESETS, ModelConfig, TrainConfig
+from internals import checkpoint, max_minutes
 from internals.cli import with_preset
 from internals.machine import Machine
+from internals.preflight import Timing
 from internals.processes import (
     LOST_PROCESS,
     WRITING,
@@ -30,7 +32,7 @@ from internals.processes import (
     join_processes,
     why_exchange_failed,
 )
-from internals.run import Run
+from internals.run import Run, open_run
 from internals.run_length import resolve_auto
 from internals.start import UserError
 
@@ -210,10 +212,11 @@ atexit.register(threads)"""
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_processes_share_out_the_windows_of_one(preset):
-    cfg = resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg
-    windows = cfg.tokens_per_iter // cfg.model.block_size
+@pytest.mark.parametrize("epoch_tokens", [80_000, 10**9])
+def test_the_processes_share_out_the_windows_of_one(preset, epoch_tokens):
     for processes in (1, 2, 4, 8, 16):
+        cfg = resolve_auto(with_preset(TrainConfig, preset), epoch_tokens, processes).cfg
+        windows = cfg.tokens_per_iter // cfg.model.block_size
         machines = [Machine(torch.device("cpu"), torch.float32, "", rank, processes) for rank in range(processes)]
         runs = [Run(cfg, {}, machine, None, None) for machine in machines]
         for batch_size in (runs[0].batch_size, 1):
@@ -221,6 +224,34 @@ def test_the_processes_share_out_the_windows_of_one(preset):
             assert {len(share) for share in shares} == {windows // processes // batch_size}
             seen = [n for share in shares for window_ids in share for n in window_ids]
             assert sorted(seen) == list(range(3 * windows, 4 * windows))  # none twice, none left out
+
+
+@pytest.mark.parametrize(
+    "processes, block_size, tokens", [(1, 16, 2_048), (16, 16, 2_048), (16, 256, 4_096), (3, 256, 1_536)]
+)
+def test_auto_gives_whole_sequences_for_every_process(data_dir, tmp_path, monkeypatch, processes, block_size, tokens):
+    """For a small text `auto` is 2,048 tokens. --max-minutes chooses them, too, and the run after it the same."""
+    monkeypatch.setattr("internals.run.check_same_everywhere", lambda *of_all_processes: None)
+    monkeypatch.setattr(Machine, "gather", lambda self, value: value)
+    seen = []
+
+    def try_out(run, *args) -> Timing:
+        seen.append(run.cfg.tokens_per_iter)
+        return Timing(iteration=1.0, evaluation=1.0)
+
+    monkeypatch.setattr(max_minutes, "try_out", try_out)
+    machine = Machine(torch.device("cpu"), torch.float32, "", 0, processes)
+    model = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, block_size=block_size)
+    cfg = TrainConfig(
+        data_dir=str(data_dir), out_dir=str(tmp_path), tokens_per_iter="auto", max_epochs=40.0, model=model
+    )
+    run = open_run(cfg, machine, None)
+    assert run.cfg.tokens_per_iter == tokens
+    most = 40 * run.train_windows.per_epoch * block_size // tokens
+    assert run.cfg.max_iters == most
+    chosen = max_minutes.fit_minutes(dataclasses.replace(cfg, max_minutes=60.0), run, None, None, None)
+    assert (seen, chosen.tokens_per_iter, chosen.max_iters) == ([tokens], "auto", most)
+    assert open_run(chosen, machine, None).cfg == run.cfg
 
 
 def test_out_of_memory_in_one_process_halves_the_batch_of_all(data_dir, tmp_path, two):
