@@ -115,10 +115,12 @@ def ending(run: Run, state: TrainState) -> str:
     if state.iter < cfg.max_iters:
         return f"Stopped at iteration {state.iter:,}, all saved.\n{continuing(cfg, 'Continue')}"
     best = state.best_val_loss
+    drawn = {"Curves": run.out_dir / "loss.png", "Page": run.out_dir / "run.html"}  # a run continues without them
+    shown = "".join(f"{name}: {path}\n" for name, path in drawn.items() if path.exists())
     bits = f"{best * bits_per_nat(run.meta):.2f} bits/byte"
     return (
         f"Done in {duration(state.seconds)} of training. Best validation loss {best:.3f} ({bits}).\n"
-        f"Model: {run.out_dir / 'best.pt'}\nCurves: {run.out_dir / 'loss.png'}\nPage: {run.out_dir / 'run.html'}\n"
+        f"Model: {run.out_dir / 'best.pt'}\n{shown}"
         f"Try: {command_to_generate(run.out_dir / 'best.pt', cfg)}"
     )
 

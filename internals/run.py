@@ -100,6 +100,11 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     Raises:
         UserError: the data is not ready, or `saved` belongs to another model, tokenizer or text.
     """
+    if saved and not Path(cfg.data_dir).is_dir():  # not a reason to prepare the data again
+        raise UserError(
+            f"--data-dir {cfg.data_dir}: there is no such folder here. The run was started with --data-dir "
+            f"{saved['config'].get('data_dir', cfg.data_dir)}; give the path to that folder, or prepare it again if it is gone"
+        )
     meta = read_meta(cfg.data_dir)
     cfg = complete_config(cfg, meta, saved)
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)

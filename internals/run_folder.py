@@ -63,22 +63,32 @@ def check_unused(out_dir: Path) -> None:
         raise UserError(
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
-    if last_iteration(out_dir / "metrics.jsonl") > 0:
+    if kept := kept_records(out_dir):
+        check_own(out_dir)  # refuses, with its own message, what is not a run's at all
         raise UserError(
-            f"--out-dir {out_dir} holds the curves of a run whose checkpoints are gone (metrics.jsonl, run.html); delete "
+            f"--out-dir {out_dir} holds files of a run whose checkpoints are gone ({', '.join(kept)}); move them, delete "
             "them with --overwrite, or give another --out-dir"
         )
 
 
-def last_iteration(metrics: Path) -> int:
-    """The iteration of the last row; 0 if there is none."""
+def kept_records(out_dir: Path) -> list[str]:
+    """The curves and samples in a folder without checkpoints, but not those of a run that was killed at iteration 0."""
+    rows = {name: read_rows(out_dir / name) for name in ("metrics.jsonl", "samples.jsonl")}
+    kept = [name for name, found in rows.items() if any(row is None or row["iter"] > 0 for row in found)]
+    if kept or not rows["metrics.jsonl"]:  # the killed run drew its curves from a row of iteration 0
+        kept += [name for name in ("loss.png", "run.html") if os.path.lexists(out_dir / name)]
+    return kept
+
+
+def read_rows(path: Path) -> list[dict[str, Any] | None]:
+    """The rows of metrics.jsonl or samples.jsonl, None for any other line; a half-written last line is left out."""
     try:
-        rows = [parse_row(line) for line in metrics.read_bytes().splitlines()]
+        *lines, last = path.read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
-        return 0
+        return []
     except OSError as error:
-        raise UserError(f"{metrics}: cannot be read ({error.strerror})") from error
-    return max((row["iter"] for row in rows if row), default=0)
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return [parse_row(line) for line in ([*lines, last] if parse_row(last) else lines)]
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -91,7 +91,11 @@ class TrainingWindows:
 
 
 class ValidationWindows:
-    """The windows of every evaluation: all of the split's, or evenly spaced ones if it has more than `eval_tokens`."""
+    """The windows of every evaluation: all of the split's, or evenly spaced ones if it has more than `eval_tokens`.
+
+    Raises:
+        UserError: the split or `eval_tokens` is shorter than a window.
+    """
 
     def __init__(self, stream: TokenStream, block_size: int, eval_tokens: int):
         self.stream, self.block_size = stream, block_size
@@ -101,7 +105,9 @@ class ValidationWindows:
                 f"the validation split has {len(stream):,} tokens, too few for --block-size {block_size}; prepare with "
                 "a larger --val-fraction, or train with a smaller --block-size"
             )
-        self.count = min(self.available, max(1, eval_tokens // block_size))
+        if eval_tokens < block_size:  # --eval-only gets here unchecked: its block_size is the checkpoint's
+            raise UserError(f"--eval-tokens {eval_tokens}: must hold at least one window of --block-size {block_size}")
+        self.count = min(self.available, eval_tokens // block_size)
 
     def __len__(self) -> int:
         return self.count

@@ -277,7 +277,13 @@ def ending(iter: int, **changes) -> list[str]:
     return report.ending(Run(cfg, META, MACHINE, None, None), end).splitlines()
 
 
-def test_every_end_says_what_comes_next(here):
+def test_every_end_says_what_comes_next(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(screen, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out_dir = tmp_path / "checkpoints" / "demo"
+    out_dir.mkdir(parents=True)
+    (out_dir / "loss.png").touch()
+    (out_dir / "run.html").touch()
     assert ending(95) == [
         "Stopped at iteration 95, all saved.",
         "Continue: python train.py --preset demo --resume",

@@ -416,6 +416,18 @@ def test_a_last_pt_of_an_earlier_version_resumes(data_dir, tmp_path, monkeypatch
     assert "kept from last.pt: optimizer adamw (config.py: muon)" in out
 
 
+def test_resuming_from_another_folder_asks_for_the_path_of_the_data(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(data_dir.parent)
+    stop_at(monkeypatch, data_dir.name, tmp_path / "run", 7)
+    monkeypatch.chdir(tmp_path)
+    for mode in ({"resume": True}, {"auto_resume": True}):
+        with pytest.raises(UserError, match=f"--data-dir {data_dir.name}: there is no such folder here.*give the path"):
+            train.train(tiny(data_dir.name, "run", **mode))
+    with pytest.raises(UserError, match=f"--data-dir elsewhere: .* was started with --data-dir {data_dir.name};"):
+        train.train(tiny("elsewhere", "run", resume=True))
+    train.train(tiny(data_dir, "run", resume=True))
+
+
 def test_flags_of_a_resumed_run_are_checked_against_its_own_settings(data_dir, tmp_path):
     """Preset wikipedia has a lower learning rate and a larger context than this run."""
     train.train(tiny(data_dir, tmp_path, max_iters=2))
@@ -536,9 +548,33 @@ def test_the_curves_of_a_run_are_never_deleted_unasked(data_dir, tmp_path, strai
     for name in ("best.pt", "last.pt"):  # moved away, to save room
         (tmp_path / name).unlink()
     for mode in ({}, {"auto_resume": True}):
-        with pytest.raises(UserError, match="holds the curves of a run whose checkpoints are gone"):
+        with pytest.raises(UserError, match="holds files of a run whose checkpoints are gone"):
             train.train(tiny(data_dir, tmp_path, **mode))
     assert metrics(tmp_path) == metrics(straight)
+    train.train(tiny(data_dir, tmp_path, overwrite=True))
+    assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples.jsonl", None),
+        ("samples.jsonl", b'{"colour": "blue"}\n'),
+        ("metrics.jsonl", b"my notes\n"),
+        ("run.html", None),
+        ("run.html", b"my page"),
+        ("loss.png", b"a picture"),
+    ],
+)
+def test_what_was_kept_of_a_run_stays(data_dir, tmp_path, straight, name, content):
+    """Beside the config.json of a run."""
+    shutil.copy(straight / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(content or (straight / name).read_bytes())
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for mode in ({}, {"auto_resume": True}):
+        with pytest.raises(UserError, match=rf"are gone \({name}\); move them, delete them with --overwrite"):
+            train.train(tiny(data_dir, tmp_path, **mode))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     train.train(tiny(data_dir, tmp_path, overwrite=True))
     assert_same_end(tmp_path, straight)
 
@@ -597,6 +633,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(data_dir, tmp_path
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train, name, stop)
             train.train(tiny(data_dir, tmp_path))
+    assert {"samples.jsonl", "run.html"} <= set(os.listdir(tmp_path))  # of iteration 0: written, but not to be kept
     with monkeypatch.context() as patch, pytest.raises(Killed):  # between best.pt and last.pt of iteration 0
         save = checkpoint.save
         patch.setattr(checkpoint, "save", lambda path, saved: stop() if path.name == "last.pt" else save(path, saved))
@@ -990,9 +1027,11 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     assert out.startswith("model ") and f"best.pt, iteration {best['iter']} data " in out
     assert "256 tokens of the validation split" in out and "float32 loss " in out
     assert out.endswith(f" {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte")
-    longer = tiny(data_dir, straight, eval_only=True, block_size=8, eval_tokens=8)  # the checkpoint's context is 16
+    longer = tiny(data_dir, straight, eval_only=True, block_size=8, eval_tokens=16)  # the checkpoint's context is 16
     train.train(longer)
     assert "16 tokens of the validation split" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="--eval-tokens 8: must hold at least one window of --block-size 16"):
+        train.train(dataclasses.replace(longer, eval_tokens=8))
     assert {path: path.read_bytes() for path in straight.iterdir()} == files
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
@@ -1313,10 +1352,9 @@ def test_curves_that_cannot_be_drawn_cost_one_line(data_dir, tmp_path, monkeypat
 
     monkeypatch.setattr(report, "plot", broken)
     train.train(tiny(data_dir, tmp_path))
-    assert (
-        capsys.readouterr().out.count("loss.png could not be written (Key backend: 'nonsense' is not a valid value)")
-        == 1
-    )
+    out = capsys.readouterr().out
+    assert out.count("loss.png could not be written (Key backend: 'nonsense' is not a valid value)") == 1
+    assert "Curves: " not in out and f"Page: {tmp_path / 'run.html'}" in out
     assert_same_end(tmp_path, straight)
 
 

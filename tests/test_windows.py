@@ -80,6 +80,13 @@ def test_a_split_shorter_than_a_window_is_refused():
         ValidationWindows(TokenStream([random_tokens(16)]), 16, eval_tokens=100)
 
 
+def test_eval_tokens_are_an_upper_bound():
+    stream = TokenStream([random_tokens(100)])
+    assert len(ValidationWindows(stream, 16, eval_tokens=31)) == 1
+    with pytest.raises(UserError, match="--eval-tokens 15: must hold at least one window of --block-size 16"):
+        ValidationWindows(stream, 16, eval_tokens=15)
+
+
 def test_a_token_that_the_vocabulary_lacks_is_a_damaged_shard():
     tokens = np.arange(100, dtype=np.uint16)
     tokens[70] = 300
