@@ -236,7 +236,7 @@ class TrainConfig(Compute, DataDir):
     out_dir: Folder = "checkpoints/wikipedia"  # folder for best.pt, last.pt, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html
     resume: bool = False  # continue out_dir/last.pt with its settings; flags change them, except model and optimizer
     auto_resume: bool = False  # continue if there is a run in out_dir, else start one: one command for a scheduler
-    overwrite: bool = False  # delete the run in out_dir and start again
+    overwrite: bool = False  # delete the run in out_dir and start again; it is kept if the first evaluation fails
     check: bool = False  # test the setup, report whether the run fits and how long it takes, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
     config: FilePath = ""  # start with the settings in this config.json of another run (except its folders)

@@ -108,11 +108,7 @@ def train(cfg: TrainConfig) -> None:
     tokenizer = load_sample_tokenizer(run)
     micro_batch = MicroBatch(run.batch_size, model, machine)
     reevaluate_best(run, state, micro_batch)
-    with (
-        catch_signals(machine) as stop,
-        lock_run_folder(run),
-        contextlib.closing(RunLog(run, state)) as log,
-    ):
+    with catch_signals(machine) as stop, lock_run_folder(run), contextlib.closing(RunLog(run, state)) as log:
         stopping = False
         while True:
             # Evaluate, log, save, print
@@ -122,6 +118,8 @@ def train(cfg: TrainConfig) -> None:
                 if evaluating:
                     val_loss = micro_batch.retry_smaller(evaluate, model, run.val_windows, machine)
                     best = record_validation(val_loss, run, state)
+                if state.iter == 0:
+                    log.begin()  # deletes an earlier run's files, now that this one has passed an evaluation
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
                     log.write_row(state, evaluating)
                 if evaluating and tokenizer:

@@ -73,6 +73,7 @@ def main(args: Page) -> None:
         run = Run(cfg, meta, machine, TrainingWindows(stream, cfg.model.block_size, cfg.seed), windows)
         state = TrainState(model.to(machine.device), None, None)
         log = report.RunLog(run, state)
+        log.begin()
         passages, pages = [], []
         for _ in range(args.evaluations):
             log.last = {"train_loss": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0}

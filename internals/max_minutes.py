@@ -166,6 +166,7 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
         run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, out_dir=folder, tracker="none"))
         tokenizer = load_sample_tokenizer(run)
         with contextlib.closing(RunLog(run, state)) as log:
+            log.begin()
 
             def tell() -> None:
                 log.write_row(state, True)

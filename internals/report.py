@@ -20,7 +20,7 @@ from internals.files import atomic_write, write_text, writing
 from internals.machine import Machine
 from internals.reference import Reference, bits_per_nat, find_reference
 from internals.run import Run, TrainState
-from internals.run_folder import parse_row
+from internals.run_folder import delete_run, parse_row
 from internals.run_page import run_page
 from internals.samples import sample_row
 from internals.screen import (
@@ -175,16 +175,26 @@ class RunLog:
         self.sample = ""  # the text of the last evaluation
         self.facts, self.page_time = page_facts(run, state), time.time()  # of the page, and when it was last written
         if self.machine.is_main:
-            write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
-            self.metrics = Rows(run.out_dir / "metrics.jsonl", state.iter, repair=True)
-            self.samples = Rows(run.out_dir / "samples.jsonl", state.iter, repair=True)
-            for file in (self.metrics, self.samples):
-                self._attempt(file.path.name, file.cut)
+            self.metrics = Rows(run.out_dir / "metrics.jsonl", run.resumed_at, repair=True)
+            self.samples = Rows(run.out_dir / "samples.jsonl", run.resumed_at, repair=True)
             self.tracker = Tracker(run.cfg.tracker)
-            self.tracker.open(run, self.metrics.rows)
-            if run.resumed_at is not None:  # the run may have been killed before it wrote the page
-                self._write_page(running=True)
+        if run.resumed_at is not None:
+            self.begin()
         self.bar = TrainingBar(run.cfg, state.iter, self.machine.is_main)
+
+    def begin(self) -> None:
+        """Begin to write. A new run deletes the files of an earlier one here, so it does this after its first evaluation."""
+        run = self.run
+        if not self.machine.is_main:
+            return
+        if run.resumed_at is None:
+            delete_run(run.out_dir)
+        write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
+        for file in (self.metrics, self.samples):
+            self._attempt(file.path.name, file.cut)
+        self.tracker.open(run, self.metrics.rows)
+        if run.resumed_at is not None:  # the run may have been killed before it wrote the page
+            self._write_page(running=True)
 
     def iteration(self, train_loss: float, learning_rate: float, grad_norm: float, seconds: float) -> None:
         """Record an iteration, and move the progress bar."""
@@ -270,16 +280,17 @@ class RunLog:
 class Rows:
     """metrics.jsonl or samples.jsonl: all rows in memory, and which of them are not yet in the file.
 
-    A run that begins keeps the rows up to its first iteration. Lines that are not rows of this project (a blank line, a
-    note, a damaged line) stay where they are; only a half-written last line is dropped.
+    A resumed run keeps the rows up to its first iteration, `until`; a new run (None) keeps nothing. Lines that are not
+    rows of this project (a blank line, a note, a damaged line) stay where they are; only a half-written last line is
+    dropped.
     """
 
-    def __init__(self, path: Path, until: int, repair: bool = False):
+    def __init__(self, path: Path, until: int | None, repair: bool = False):
         self.path, self.repair, self.rows = path, repair, []
         self.lines: list[bytes] = []  # of the file, without those that wait
         self.waiting: list[bytes] = []
         self.torn = True  # the file may differ from `lines`: not cut back yet, or the last write failed half-way
-        *lines, last = self._read().split(b"\n")
+        *lines, last = (b"" if until is None else self._read()).split(b"\n")
         for line in [*lines, last] if parse_row(last) else lines:
             row = parse_row(line)
             if row is None or row["iter"] <= until:

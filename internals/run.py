@@ -26,7 +26,7 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING
-from internals.run_folder import RUN_FILES, check_own, check_unused
+from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
 from internals.settings import as_typed, differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
@@ -184,7 +184,7 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
     """The content of last.pt if the command resumes a run, None if it starts one.
 
     Raises:
-        UserError: there is nothing to resume, or a new run would overwrite an old one.
+        UserError: there is nothing to resume, or a new run would overwrite an old one or its own source.
     """
     last, saved = Path(cfg.out_dir, "last.pt"), None
     if cfg.resume and not last.exists():
@@ -197,6 +197,8 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         check_unused(Path(cfg.out_dir))
     if not cfg.check:
         check_own(Path(cfg.out_dir))
+    if cfg.overwrite:
+        check_source_stays(cfg.init_from, Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1])
     if len(machine.gather(seen).unique()) > 1:
         raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
@@ -327,7 +329,7 @@ def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_run_folder(run: Run) -> Iterator[None]:
-    """Lock `out_dir` for this run. Deletes half-written files there and, for a new run, the files of an earlier one.
+    """Lock `out_dir` for this run. Deletes half-written files there.
 
     Raises:
         UserError: another command uses the folder, or has trained there since this one looked.
@@ -336,14 +338,12 @@ def lock_run_folder(run: Run) -> Iterator[None]:
         yield
         return
     with locked(run.out_dir, "--out-dir", "another training run is using it; give another --out-dir"):
-        names = [f"{name}.tmp" for name in RUN_FILES]
         if run.resumed_at is None:
             if not run.cfg.overwrite:
                 check_unused(run.out_dir)
-            names += RUN_FILES
         elif checkpoint.load(run.out_dir / "last.pt", mmap=True)["iter"] != run.resumed_at:
             raise UserError(f"--out-dir {run.out_dir}: another command has trained there meanwhile; repeat this one")
         with writing(run.out_dir):
-            for name in names:
-                (run.out_dir / name).unlink(missing_ok=True)
+            for name in RUN_FILES:
+                (run.out_dir / f"{name}.tmp").unlink(missing_ok=True)
         yield

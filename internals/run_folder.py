@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internals import checkpoint
+from internals.files import writing
 from internals.start import UserError
 
 # What a new run deletes of an earlier one. It rewrites config.json, and trackers have files of their own
@@ -69,6 +70,22 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds files of a run whose checkpoints are gone ({', '.join(kept)}); move them, delete "
             "them with --overwrite, or give another --out-dir"
         )
+
+
+def check_source_stays(init_from: str, out_dir: Path) -> None:
+    """Raise UserError if `--overwrite` would delete the model of `--init-from`."""
+    deleted = [out_dir, out_dir / "best.pt", out_dir / "last.pt"]
+    if init_from and os.path.realpath(os.path.expanduser(init_from)) in map(os.path.realpath, deleted):
+        raise UserError(
+            f"--init-from {init_from}: --overwrite deletes this model; copy it to another folder first, or give another "
+            "--out-dir"
+        )
+
+
+def delete_run(out_dir: Path) -> None:
+    with writing(out_dir):
+        for name in RUN_FILES:
+            (out_dir / name).unlink(missing_ok=True)
 
 
 def kept_records(out_dir: Path) -> list[str]:

@@ -27,7 +27,11 @@ def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, **changes) -> re
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=257))
     cfg = dataclasses.replace(TrainConfig(), out_dir=str(out_dir), model=model.config, **changes)
     windows = SimpleNamespace(per_epoch=10)
-    return report.RunLog(Run(cfg, META, machine, windows, range(4)), TrainState(model, None, None, iter=iter))
+    run = Run(cfg, META, machine, windows, range(4), resumed_at=iter or None)
+    log = report.RunLog(run, TrainState(model, None, None, iter=iter))
+    if iter == 0:
+        log.begin()
+    return log
 
 
 def rows(out_dir) -> list[dict]:

@@ -55,6 +55,10 @@ def tiny(data_dir, out_dir, **changes) -> TrainConfig:
     return TrainConfig(**{**settings, **changes}, model=ModelConfig(**{**defaults, **model}))
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
 def metrics(out_dir) -> list[dict]:
     """The rows of metrics.jsonl, without the measured times."""
     rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -541,6 +545,41 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
         train.train(tiny(data_dir, tmp_path))
     train.train(tiny(data_dir, tmp_path, overwrite=True))
     assert_same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("fault", ["damaged shard", "nan", "out of memory"])
+def test_a_run_is_overwritten_only_when_the_new_one_has_passed_an_evaluation(
+    data_dir, tmp_path, monkeypatch, straight, fault
+):
+    def out_of_memory(*args):
+        raise MemoryError
+
+    shutil.copytree(straight, tmp_path / "run")
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    before = files(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises((UserError, MemoryError)):
+        if fault == "damaged shard":
+            with open(data / "val_000000.bin", "r+b") as shard:
+                shard.seek(1044)
+                shard.write(b"\xff\xff")  # not a token
+        else:
+            patch.setattr(train, "evaluate", out_of_memory if fault == "out of memory" else lambda *args: math.nan)
+        train.train(tiny(data, tmp_path / "run", overwrite=True))
+    assert files(tmp_path / "run") == before
+    train.train(tiny(data_dir, tmp_path / "run", overwrite=True))
+    assert_same_end(tmp_path / "run", straight)
+    assert metrics(tmp_path / "run") == metrics(straight)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "."])
+def test_overwriting_does_not_delete_the_model_of_init_from(data_dir, tmp_path, straight, name):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"--init-from .*: --overwrite deletes this model; copy it to another folder"):
+        train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / name), overwrite=True))
+    assert files(tmp_path) == before
+    shutil.copy(tmp_path / "best.pt", tmp_path / "base.pt")  # this one stays
+    train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / "base.pt"), overwrite=True, max_iters=1))
 
 
 def test_the_curves_of_a_run_are_never_deleted_unasked(data_dir, tmp_path, straight):
