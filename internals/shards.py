@@ -21,6 +21,10 @@ UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0"
 PIECE_TOKENS = 1 << 20  # read at once
 TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
 AGAIN = "prepare the data again (prepare_data.py --overwrite)"
+# The fields of meta.json, of each split and each shard in it, and their types. `source` may have more
+META_FIELDS = {"source": dict, "tokenizer": str, "vocab_size": int, "splits": dict}
+SPLIT_FIELDS = {"tokens": int, "bytes": int, "articles": int, "shards": list}
+SHARD_FIELDS = {"file": str, "tokens": int, "sha256": str}
 SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
 
 
@@ -176,16 +180,37 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != META_FORMAT:
             raise UserError(
-                f"{path}: format {meta['format']}, but this version reads {META_FORMAT}; prepare the data again "
+                f"{path}: format {meta['format']!r}, but this version reads {META_FORMAT}; prepare the data again "
                 "(prepare_data.py --overwrite)"
             )
-        if missing := {"source", "tokenizer", "vocab_size", "splits"} - meta.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_meta(meta)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"
         ) from error
     return meta
+
+
+def check_meta(meta: dict[str, Any]) -> None:
+    """Raise ValueError if a field of meta.json is missing, or of another type than prepare_data.py writes."""
+    check_fields("", meta, META_FIELDS)
+    check_fields("source: ", meta["source"], {"kind": str})
+    if not 257 <= meta["vocab_size"] <= 65_536:  # bytes and end-of-text are the smallest vocabulary; tokens are uint16
+        raise ValueError(f"vocab_size is {meta['vocab_size']}")
+    for name in ("train", "val"):
+        check_fields("splits: ", meta["splits"], {name: dict})
+        split = meta["splits"][name]
+        check_fields(f"{name}: ", split, SPLIT_FIELDS)
+        if split["bytes"] < 1:  # bits per byte divide by it
+            raise ValueError(f"{name}: bytes is {split['bytes']}")
+        for shard in split["shards"]:
+            check_fields(f"{name}, a shard: ", shard, SHARD_FIELDS)
+
+
+def check_fields(where: str, value: Any, fields: dict[str, type]) -> None:
+    for name, kind in fields.items():
+        if not isinstance(value, dict) or type(value.get(name)) is not kind:
+            raise ValueError(f"{where}{name} is missing or of a wrong type")
 
 
 def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:

@@ -109,7 +109,7 @@ def write_splits(
 ) -> Path:
     """A finished data folder with these tokens, made without prepare_data.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": META_FORMAT, "tokenizer": tokenizer, "vocab_size": 257, "source": {"name": "test"}, "splits": {}}
+    meta = {"format": META_FORMAT, "tokenizer": tokenizer, "vocab_size": 257, "source": {"kind": "files"}, "splits": {}}
     for split, tokens in splits.items():
         writer = ShardWriter(folder, split, shard_tokens)
         writer.write(tokens)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -111,6 +112,45 @@ def test_folders_that_are_not_finished(tmp_path):
         (tmp_path / "meta.json").write_text(content)
         with pytest.raises(UserError, match=r"meta\.json"):
             read_meta(tmp_path)
+    (tmp_path / "meta.json").write_text('{"format": "1"}')
+    with pytest.raises(UserError, match="format '1', but this version reads 1"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "values"),
+    [
+        ([], "source", [None, {}, "files"]),
+        ([], "tokenizer", [None, 5]),
+        ([], "vocab_size", ["abc", -1, None, 1024.0, 10, 65_537]),
+        ([], "splits", [[], {}, None]),
+        (["splits"], "val", [None, {}, []]),
+        (["splits", "train"], "shards", [None, {}, "x", [None], [{}]]),
+        (["splits", "train"], "tokens", [None, "x", 1.5]),
+        (["splits", "val"], "articles", [None]),
+        (["splits", "val"], "bytes", [None, 0]),
+        (["splits", "val", "shards", 0], "tokens", [None, "1"]),
+        (["splits", "val", "shards", 0], "file", [None, 1]),
+        (["splits", "val", "shards", 0], "sha256", [None]),
+    ],
+)
+def test_a_damaged_meta_is_refused(tmp_path, place, name, values):
+    write_splits(tmp_path, {"train": random_tokens(250), "val": random_tokens(30)})
+    whole = (tmp_path / "meta.json").read_text()
+    for value in values:
+        meta = json.loads(whole)
+        part = meta
+        for key in place:
+            part = part[key]
+        part[name] = value
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(UserError, match=rf"meta\.json: .*{name}"):
+            read_meta(tmp_path)
+        if value is None:
+            del part[name]
+            (tmp_path / "meta.json").write_text(json.dumps(meta))
+            with pytest.raises(UserError, match=rf"meta\.json: .*{name}"):
+                read_meta(tmp_path)
 
 
 def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):
