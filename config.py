@@ -48,7 +48,7 @@ FilePath = Annotated[str, PATH]
 Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
 Strings = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --flag a b --flag c -> (("a", "b"), ("c",))
 Numbers = tyro.conf.UseAppendAction[tuple[tuple[int, ...], ...]]
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
 
 
 def require(condition: bool, message: str) -> None:
@@ -82,7 +82,7 @@ def rules(cls: type) -> dict[str, list[Any]]:
 
 
 class Checked:
-    """A dataclass whose numbers and choices are of their types, and its values in their ranges. Raises ValueError
+    """A dataclass whose numbers, texts and choices have their types, and its values their ranges. Raises ValueError
     otherwise. The command line makes sure of the types, but somebody may edit a default here, or a config.json."""
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class Checked:
             limits = [part for part in found if isinstance(part, Range)]
             allowed = [part for part in found if part not in limits]
             words = [kind for kind in allowed if isinstance(kind, str)]
-            if set(allowed) <= {*words, *KINDS}:
+            if set(allowed) <= {*words, *KINDS} and value is not tyro.MISSING:
                 fits = value in words or type(value) in allowed or (type(value) is int and float in allowed)
                 require(fits, f"{flag} {value!r}: must be {' or '.join(KINDS.get(kind, kind) for kind in allowed)}")
             for limit in limits if value is not None else ():

@@ -63,6 +63,6 @@ def read_settings(file: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
         with_settings(TrainConfig(), settings)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error
     return settings

@@ -474,11 +474,21 @@ def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
         ("max_iters", 1e4, "--max-iters 10000.0: must be a whole number"),
         ("batch_size", "all", "--batch-size 'all': must be a whole number or auto"),
         ("learning_rate", "high", "--learning-rate 'high': must be a number"),
+        ("sample_prompt", 5, "--sample-prompt 5: must be a text"),
+        ("init_from", None, "--init-from None: must be a text"),
+        ("init_from", ["x"], "--init-from ['x']: must be a text"),
+        ("learning_rate", 10**400, ""),  # more than a float holds
     ],
 )
 def test_an_edited_config_file_is_checked(tmp_path, name, value, words):
     (tmp_path / "config.json").write_text(json.dumps({**TrainConfig().settings(), name: value}))
     with pytest.raises(UserError, match=f"not the config.json of a run .{re.escape(words)}"):
+        read_settings(str(tmp_path / "config.json"))
+
+
+def test_a_config_file_of_brackets_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"not the config.json of a run"):
         read_settings(str(tmp_path / "config.json"))
 
 
