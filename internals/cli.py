@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from config import PATH, PRESETS, ModelConfig, TrainConfig
+from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
 from internals.settings import read_settings, with_settings
 from internals.start import UserError
 
@@ -96,8 +96,17 @@ def with_preset(cls: Callable[..., C], preset: str) -> C:
 
 
 def preset_values(preset: str) -> dict[str, Any]:
-    """The values that a preset sets: its entry in PRESETS, its name, and the folders that follow from its name."""
-    if preset == "wikipedia":  # the defaults of config.py, folders included
-        return {"preset": preset}
+    """The values that a preset sets: its entry in PRESETS, its name, and the folders that follow from its name.
+
+    Raises:
+        ValueError: a key of the entry is not a field of any command.
+    """
+    commands = (ModelConfig, PrepareConfig, TrainConfig, GenerateConfig, ExportConfig)
+    fields = {f.name for cls in commands for f in dataclasses.fields(cls)}
+    if unknown := PRESETS[preset].keys() - fields:
+        raise ValueError(f"PRESETS[{preset!r}]: there is no field {', '.join(sorted(unknown))}")
     out_dir = f"checkpoints/{preset}"
-    return {"preset": preset, "out_dir": out_dir, "checkpoint": f"{out_dir}/best.pt", **PRESETS[preset]}
+    folders = {"out_dir": out_dir, "checkpoint": f"{out_dir}/best.pt"}
+    if preset == "wikipedia":  # config.py's defaults hold its folders
+        folders = {}
+    return {"preset": preset, **folders, **PRESETS[preset]}

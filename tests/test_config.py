@@ -150,6 +150,16 @@ def test_an_impossible_value_in_the_file_is_one_message(monkeypatch, name, value
         parse(TrainConfig, "", ["--preset", "demo"])
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_misspelt_key_of_a_preset_is_named_and_a_right_one_counts(monkeypatch, preset):
+    monkeypatch.setitem(PRESETS[preset], "n_layer", 2)
+    assert parse(TrainConfig, "", ["--preset", preset]).model.n_layer == 2
+    monkeypatch.setitem(PRESETS[preset], "n_layers", 2)
+    for cls in COMMANDS.values():
+        with pytest.raises(UserError, match=rf"config.py: PRESETS\['{preset}'\]: there is no field n_layers"):
+            parse(cls, "", ["--preset", preset])
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("epoch_tokens", [80_000, 10**9])
