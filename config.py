@@ -28,15 +28,15 @@ class Range(NamedTuple):
     contains: Callable[[Any], bool]
 
 
-Count = Annotated[int, Range("at least 1", lambda value: value >= 1)]
-Natural = Annotated[int, Range("0 or more", lambda value: value >= 0)]
-Rate = Annotated[float, Range("0 or more, and finite", lambda value: 0 <= value < math.inf)]
+Count = Annotated[int, Range("at least 1, and below 2^63", lambda value: 1 <= value < 2**63)]
+Natural = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
+Rate = Annotated[float, Range("from 0 to 1e12", lambda value: 0 <= value <= 1e12)]  # float32 holds a product of three
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 Positive = Annotated[float, Range("above 0, and finite", lambda value: 0 < value < math.inf)]
 Auto = Literal["auto"]
-CountOrAuto = Annotated[int | Auto, Range("at least 1, or auto", lambda n: n == "auto" or n >= 1)]
+CountOrAuto = Annotated[int | Auto, Range("at least 1, below 2^63, or auto", lambda n: n == "auto" or 1 <= n < 2**63)]
 FractionOrAuto = Annotated[float | Auto, Range("at least 0 and below 1, or auto", lambda n: n == "auto" or 0 <= n < 1)]
 Workers = Annotated[int, Range("from 1 to 256", lambda value: 1 <= value <= 256)]
 ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header

@@ -99,7 +99,7 @@ def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timin
 
     # One iteration more takes longer, except where the evaluation interval follows the length and jumps: then there are
     # fewer evaluations. So each stretch of lengths with the same interval is searched by itself, the longest first.
-    longest = max(0, int(seconds / timing.iteration))
+    longest = max(0, int(min(seconds / timing.iteration, 2**62)))  # bisect takes no longer range
     allowed = most_iterations(dataclasses.replace(cfg, max_iters=max(1, longest)), epoch_tokens)
     lengths = range(1, 1 + min(longest, allowed))
     while lengths:

@@ -120,6 +120,9 @@ def test_a_very_long_time_is_no_long_search():
     assert max_minutes.iterations_within(1e15, cfg, 65_536 * 50, timing) == 100
     unlimited = dataclasses.replace(cfg, max_epochs=None)
     assert max_minutes.iterations_within(1e5, unlimited, 10**9, timing) == pytest.approx(1e8, rel=0.001)
+    for seconds in (6e21, float("inf")):
+        count = max_minutes.iterations_within(seconds, unlimited, 10**9, timing)
+        assert TrainConfig(max_iters=count).max_iters >= 2**61
 
 
 def test_rarer_evaluations_leave_time_for_more_iterations():
