@@ -112,6 +112,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     """A row of metrics.jsonl or samples.jsonl. None for any other line."""
     try:
         row = json.loads(line)
+        json.dumps(row, allow_nan=False)  # raises for NaN and infinity, which run.html cannot hold
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("iter"), int) else None

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import types
 
 import numpy as np
@@ -270,6 +271,18 @@ def test_a_page_that_fails_costs_one_line(text_data, tmp_path, monkeypatch, run,
     assert capsys.readouterr().out.count("run.html could not be written (no page today); training continues") == 1
     assert_same_end(tmp_path, run)
     assert rows(tmp_path) == rows(run)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_a_row_that_is_not_finite_costs_no_page(text_data, tmp_path, run, value):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    strange = f'{{"iter": 5, "tokens": 5, "seconds": 1, "train_loss": {value}, "learning_rate": 0.1}}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(strange + path.read_text())
+    (tmp_path / "run.html").unlink()
+    train.train(tiny(text_data, tmp_path, resume=True, sample_prompt=PROMPT, max_iters=22))
+    assert "finished" in parsed(tmp_path / "run.html").text
+    assert path.read_text().startswith(strange)  # it stays where it is
 
 
 def test_surprises_that_fail_cost_one_line(text_data, tmp_path, monkeypatch, run, capsys):
