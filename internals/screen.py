@@ -224,7 +224,7 @@ def started_with(script: str, words: Iterable[str]) -> str:
 def launcher() -> str:
     """`python`, or the torchrun that started several processes. On several machines each has its own --node-rank."""
     env = os.environ
-    if int(env.get("WORLD_SIZE", "1")) == 1 or "LOCAL_WORLD_SIZE" not in env:
+    if env.get("WORLD_SIZE", "1") == "1" or "LOCAL_WORLD_SIZE" not in env:  # torchrun sets both
         return "python"
     processes, machines = env["LOCAL_WORLD_SIZE"], env.get("GROUP_WORLD_SIZE", "1")
     if machines == "1":

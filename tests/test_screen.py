@@ -256,8 +256,9 @@ def test_elsewhere_the_script_is_named_in_full(here, tmp_path, monkeypatch):
 
 
 def test_under_torchrun_so_does_the_next_run(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert screen.command("train.py", "demo").startswith("python ")  # not started by torchrun
+    for not_torchruns in ("", "x", "8"):
+        monkeypatch.setenv("WORLD_SIZE", not_torchruns)
+        assert screen.command("train.py", "demo").startswith("python ")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert screen.command("train.py", "demo") == "torchrun --standalone --nproc-per-node 8 train.py --preset demo"
     assert screen.command("generate.py", "demo") == "python generate.py --preset demo"
