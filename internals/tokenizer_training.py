@@ -26,6 +26,7 @@ from internals.tokenizer import NAMES, given_tokenizer, is_json, tokenizer_name
 from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
 
 SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
+LONGEST_PIECE = 1000  # characters: a merge reads the whole piece, and a text without blanks may be one piece
 LEAST_COUNT = 2  # a pair of tokens that occurs only once in the sample does not become a token
 
 
@@ -158,8 +159,8 @@ def learn_tokens(texts: Iterable[str], count: int, pattern: str = OWN_PATTERN) -
 
     alphabet = byte_alphabet()
     bpe = Tokenizer(models.BPE())
-    cut, as_bytes = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
+    cuts = [pre_tokenizers.Split(Regex(one), "isolated") for one in (pattern, rf"[\s\S]{{{LONGEST_PIECE}}}")]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=count,
         min_frequency=LEAST_COUNT,

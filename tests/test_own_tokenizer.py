@@ -34,7 +34,7 @@ from internals.text_files import LocalFiles
 from internals.text_stream import TextStream
 from internals.tokenizer import given_tokenizer, load_tokenizer, tokenizer_name
 from internals.tokenizer_json import END_OF_TEXT, OWN_PATTERN, canonical, merges, own_tokenizer, to_json, vocabulary
-from internals.tokenizer_training import sample_texts, train_tokenizer
+from internals.tokenizer_training import learn_tokens, sample_texts, train_tokenizer
 from model import GPT
 from prepare_data import prepare
 
@@ -379,6 +379,11 @@ def test_a_text_too_short_for_the_vocabulary(tmp_path):
     size = int(str(error.value).split("give --vocab-size ")[1].split(",")[0])
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", tokenizer="train", vocab_size=size))
     assert read_meta(tmp_path / "out")["vocab_size"] == size
+
+
+def test_a_word_without_an_end_is_cut_for_training():
+    """DNA without a blank is one word, and each merge would read all of it."""
+    assert 100 < max(map(len, learn_tokens(["a" * 5000], 300))) <= tokenizer_training.LONGEST_PIECE
 
 
 def test_ids_that_all_fall_into_the_validation_share_are_named(tmp_path):
