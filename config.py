@@ -159,6 +159,7 @@ class PrepareConfig(DataDir):
     source: Strings = ()  # wikipedia (the hub's), sample (embedded), or files, folders, globs of .parquet, .jsonl, .ndjson, .json, .txt, wiki_00 (WikiExtractor's); all but .parquet also .gz, .zst, .bz2; several are one text; none: wikipedia, for demo the sample
     preset_source: tyro.conf.Fixed[str] = "wikipedia"  # the source where no --source is given
     by_size: tyro.conf.Fixed[bool] = False  # vocab_size and val_fraction: None means by the source's size
+    usual_vocab_size: tyro.conf.Fixed[VocabSize] = 16_384  # without --vocab-size; a text may yield fewer tokens
     language: str = "en"  # of --source wikipedia: en, simple, de, ...
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
@@ -202,7 +203,7 @@ class PrepareConfig(DataDir):
     @property
     def trained_size(self) -> int | None:
         """The vocabulary size of the tokenizer to train; None: none is trained."""
-        return (self.vocab_size or 16_384) if self.tokenizer == "train" else None
+        return (self.vocab_size or self.usual_vocab_size) if self.tokenizer == "train" else None
 
     @property
     def held_out(self) -> float:

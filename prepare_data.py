@@ -51,7 +51,7 @@ from internals.readers import read_chunks
 from internals.screen import command_to_train, given_command
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
-from internals.source_size import choose_by_size, refuse_short, refuse_short_source
+from internals.source_size import choose_by_size, refuse_hopeless_source, refuse_short, refuse_short_source
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes
@@ -80,11 +80,11 @@ def prepare(cfg: PrepareConfig) -> None:
 def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     """`prepare`, in a folder that this process has locked."""
     # 1. The source, and what the folder holds already
-    source = make_source(cfg, data_dir)
-    cfg = choose_by_size(cfg, source)
-    folder = DataFolder(data_dir)
+    source, folder = make_source(cfg, data_dir), DataFolder(data_dir)
     if folder.meta and not cfg.overwrite:
         meta = read_meta(data_dir)
+        source.recall(meta["source"])
+        cfg = choose_by_size(cfg, source)
         check_same(cfg, source, meta, "is finished, and was prepared")
         read_tokenizer(data_dir, meta)  # raises if it has been damaged
         for split in SPLITS:
@@ -100,9 +100,13 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 
     # 2. Where to begin
     resumes = folder.progress is not None and not cfg.overwrite
+    resolved = source.resolve(folder.progress.get("resolved", {}) if resumes else {})
+    cfg = choose_by_size(cfg, source)
     progress = resume(cfg, source) if resumes else Progress(tail=source.has_few_documents())
-    progress.resolved = source.resolve(progress.resolved)
+    progress.resolved = resolved
     print(source.summary())
+    if cfg.trained_size and not progress.tokens:
+        refuse_hopeless_source(cfg, source)
     tokenizer = find_tokenizer(cfg, source, progress)
     if not progress.tokens:
         refuse_short_source(cfg, source, tokenizer)
@@ -302,11 +306,13 @@ class Pipeline:
         if progress.tail and progress.splits["val"].tokens == 0:
             refuse_short(cfg, progress.tokens, progress.empty)
             self.hold_out_tail()
+        size = load_tokenizer(self.tokenizer).n_vocab
         meta = {
             "format": META_FORMAT,
             "source": self.source.provenance(),
             **shard_settings(cfg),
-            "vocab_size": load_tokenizer(self.tokenizer).n_vocab,
+            "vocab_size": size,
+            **({"chosen_vocab_size": cfg.trained_size} if cfg.trained_size not in (None, size) else {}),
             **({"tokenizer_sha256": sha256_of(self.tokenizer)} if is_json(self.tokenizer) else {}),
             "end": progress.end,
             "empty": progress.empty,

@@ -171,6 +171,8 @@ def check_same(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state:
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
     changes = differences(saved, others, defaults=shard_settings(PrepareConfig()))
+    if "chosen_vocab_size" in saved:  # the text yielded fewer tokens than were chosen
+        saved = saved | {"vocab_size": saved["chosen_vocab_size"]}
     same_tokenizer = tokenizer.items() <= saved.items()
     if cfg.by_size and "max_tokens" in changes:  # share and vocabulary follow from it: they were not flags
         changes.pop("val_fraction", None)

@@ -1,7 +1,8 @@
 """The size of the source: what a preset leaves to it, and whether the text is long enough.
 
-choose_by_size        the vocabulary of a trained tokenizer, and the validation share
-refuse_short_source   ends the command before it has written or deleted anything
+choose_by_size          the vocabulary of a trained tokenizer, and the validation share
+refuse_hopeless_source  ends the command before it trains a tokenizer
+refuse_short_source     ends the command before it has written or deleted anything
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ TEXT_PER_ENTRY = 200  # bytes of text per entry of the vocabulary, so that each 
 SMALLEST_VOCAB, LARGEST_VOCAB = 512, 8192
 VAL_BYTES = 400_000  # of validation text to aim for
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.1
+LONG = 10**12  # tokens: more than any text has
 BYTES_PER_TOKEN = 3.5  # of English text, with the largest vocabulary: the text that --max-tokens takes
 
 
@@ -36,36 +38,44 @@ def val_fraction_for(text_bytes: float) -> float:
 
 
 def choose_by_size(cfg: PrepareConfig, source: Source) -> PrepareConfig:
-    """Replace each None that the preset leaves open by a number that follows from the size of the source, and print it.
+    """Set what the preset leaves open to numbers that follow from the size of the source, and print them.
 
     Flags win. `--max-tokens` limits the size. The numbers follow from the source and the flags alone, so the same
     command gives the same ones.
     """
     text_bytes, chosen = min(source.text_bytes, BYTES_PER_TOKEN * (cfg.max_tokens or math.inf)), {}
     if cfg.by_size and cfg.tokenizer == "train" and cfg.vocab_size is None:
-        chosen["vocab_size"] = vocab_size_for(text_bytes)
+        chosen["usual_vocab_size"] = vocab_size_for(text_bytes)
     if cfg.by_size and cfg.val_fraction is None:
         chosen["val_fraction"] = val_fraction_for(text_bytes)
     if chosen:
-        flags = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in chosen.items())
+        flags = ", ".join(f"--{name.removeprefix('usual_').replace('_', '-')} {chosen[name]:g}" for name in chosen)
         basis = "--max-tokens" if text_bytes < source.text_bytes else "the size of the source"
-        if math.isinf(text_bytes):
-            basis += " (a large Wikipedia is assumed)"
         print(f"chosen by {basis}: {flags}")
     return dataclasses.replace(cfg, **chosen)
 
 
-def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> None:
-    """Raise UserError if the text is empty, or too short for the preset's model.
+def refuse_hopeless_source(cfg: PrepareConfig, source: Source) -> None:
+    """Raise UserError if the text is empty, or too short whatever the tokenizer and the share."""
+    tokens, empty = enough_tokens(cfg, source, "bytes")  # no tokenizer makes more tokens
+    if tokens < sum(cfg.least_tokens.values()):
+        refuse_short(cfg, tokens, empty)
 
-    It reads and tokenizes only as far as it must: about a megabyte, unless --val-fraction is extreme. A Wikipedia from
-    the hub counts as long, so only --max-tokens can make it too short.
+
+def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> None:
+    """Raise UserError if the text is empty, or too short for the preset's model."""
+    refuse_short(cfg, *enough_tokens(cfg, source, tokenizer))
+
+
+def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[int, int]:
+    """The tokens of the text, counted until they are enough, and the articles without text among them.
+
+    It reads about a megabyte, unless --val-fraction is extreme. A Wikipedia from the hub counts as long, so only
+    --max-tokens can make it too short.
     """
-    most = cfg.max_tokens or math.inf
-    if math.isinf(source.text_bytes):
-        if cfg.max_tokens:
-            refuse_short(cfg, cfg.max_tokens)
-        return
+    most = cfg.max_tokens or LONG
+    if source.counts_as_long:
+        return most, 0
     tokens = empty = 0
     options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
     files = ((source.fetch(number), file.name) for number, file in enumerate(source.files))
@@ -74,7 +84,7 @@ def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> N
         tokens, empty = tokens + len(new.tokens), empty + new.empty
         if tokens >= most or (tokens and not shortage(cfg, tokens)):
             break
-    refuse_short(cfg, min(tokens, most), empty)
+    return min(tokens, most), empty
 
 
 def refuse_short(cfg: PrepareConfig, tokens: int, empty: int = 0) -> None:
@@ -95,7 +105,8 @@ def shortage(cfg: PrepareConfig, tokens: int) -> str:
             better, more = share if split == "val" else 1 - share, "more text"
             if cfg.max_tokens and tokens >= cfg.max_tokens:
                 more = "a larger --max-tokens"
-            hint = f"give a {flag} one, such as {better:g}, or {more}" if share < 0.5 else f"give {more}"
+            fits = share < 0.5 and tokens >= sum(cfg.least_tokens.values())
+            hint = f"give a {flag} one, such as {better:g}, or {more}" if fits else f"give {more}"
             return (
                 f"--val-fraction {cfg.held_out:g}: leaves {have[split]:,} of {tokens:,} tokens to the {split} split, and "
                 f"train.py --preset {cfg.preset} needs {need:,}; {hint}"

@@ -37,11 +37,15 @@ class Source:
     identity: dict[str, Any]  # what was asked for; a folder of shards resumes only with the same
     files: list[SourceFile]
     text_bytes: float  # size of the text in UTF-8, about; of JSON, of all that is in the file
+    counts_as_long = False  # not read only to see whether it is long enough
     missing_bytes = 0  # of files to download, at most
     peak_bytes = 0  # the most that they take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
     download_folder: Path  # whose disk they take; it may not exist yet
+
+    def recall(self, provenance: dict[str, Any]) -> None:
+        """Take the size from the entry in the meta.json of a finished folder, where it is not known yet."""
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         """Find out what must stay the same in later runs, unless an earlier run has. Takes and returns plain data."""

@@ -22,7 +22,7 @@ from internals.readers import read_chunks
 from internals.shards import TOKENIZER_FILE
 from internals.start import UserError
 from internals.text_files import Source
-from internals.tokenizer import NAMES, given_tokenizer, is_json, tokenizer_name
+from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, tokenizer_name
 from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
 
 SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
@@ -52,8 +52,10 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> st
     texts = filter(None, sample_texts(cfg, source, progress.tail))
     if (first := next(texts, None)) is None:
         raise UserError(without_training_text(cfg, progress.tail))
-    text = train_tokenizer(itertools.chain([first], texts), cfg.trained_size)
-    print(f"trained {tokenizer_name(text)} in {time.monotonic() - began:.0f} s")
+    text = train_tokenizer(itertools.chain([first], texts), cfg.trained_size, or_fewer=cfg.vocab_size is None)
+    size = load_tokenizer(text).n_vocab
+    fewer = f" of {size:,} tokens, all that the text yields," if size < cfg.trained_size else ""
+    print(f"trained {tokenizer_name(text)}{fewer} in {time.monotonic() - began:.0f} s")
     return text
 
 
@@ -135,14 +137,14 @@ def training_texts(chunk: Chunk, val_fraction: float) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, or_fewer: bool = False) -> str:
     """The tokenizer.json of a BPE of `vocab_size` tokens, end-of-text included.
 
     Raises:
-        UserError: the texts have too few different pairs for that many tokens.
+        UserError: the texts have too few different pairs for that many tokens, and not `or_fewer`.
     """
     tokens = learn_tokens(texts, vocab_size - 1)
-    if len(tokens) < vocab_size - 1:
+    if len(tokens) < vocab_size - 1 and not or_fewer:
         raise UserError(
             f"--vocab-size {vocab_size}: the training text has pairs for {len(tokens) + 1:,} tokens; give --vocab-size "
             f"{len(tokens) + 1}, or more text"

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import itertools
-import math
 import os
 import re
 import tempfile
@@ -25,6 +24,7 @@ T = TypeVar("T")
 
 REPOSITORY = "wikimedia/wikipedia"
 ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them, besides those of huggingface_hub
+TEXT_PER_BYTE = 1.7  # of the hub's files: English has 20.2 GB of text in 11.7 GB
 FILE_BYTES = 3  # of the hub's files per token, with a margin: English takes 2.5 with GPT-2's tokenizer
 OFFLINE = "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file, huggingface_hub waits 10 s at a time
@@ -42,7 +42,7 @@ class HubWikipedia(Source):
     later runs find them, even runs with another data folder.
     """
 
-    text_bytes = math.inf  # assumed: only the hub knows the true size, and most Wikipedias are large
+    counts_as_long = True  # reading a part means downloading a file
 
     def __init__(
         self, language: str, dump: str, revision: str, data_dir: Path, keep: bool = False, max_tokens: int | None = None
@@ -57,12 +57,22 @@ class HubWikipedia(Source):
         if endpoint := os.environ.get("HF_ENDPOINT"):
             os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")  # huggingface_hub would ask for //api
         self.commit, self.files, self.current = "", [], 0
+        self.bytes = 0  # of all files
         self._futures: dict[int, Future] = {}
+
+    @property
+    def text_bytes(self) -> float:
+        """An estimate, after `recall` or `resolve`."""
+        return TEXT_PER_BYTE * self.bytes
+
+    def recall(self, provenance: dict[str, Any]) -> None:
+        self.bytes = provenance.get("bytes", 0)
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         find = functools.partial(answer_within, ANSWER_SECONDS, self._find_files)
         resolved = known or ask_hub(f"{REPOSITORY} {self.config}", find)
         self.commit, self.files = resolved["commit"], [SourceFile(**file) for file in resolved["files"]]
+        self.bytes = sum(file.bytes for file in self.files)
         for path in self.downloads.folder.rglob("*.incomplete"):
             path.unlink()  # of a killed download; huggingface_hub would not resume it
         return resolved
@@ -107,13 +117,11 @@ class HubWikipedia(Source):
             raise UserError(f"--dump, --language: {REPOSITORY} has no {self.config}; give {hint}")
 
     def summary(self) -> str:
-        size = sum(file.bytes for file in self.files) / 1e9
         files = plural(len(self.files), "file")
-        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {size:,.2f} GB"
+        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {self.bytes / 1e9:,.2f} GB"
 
     def provenance(self) -> dict[str, Any]:
-        size = sum(file.bytes for file in self.files)
-        return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": size}
+        return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": self.bytes}
 
     def fetch(self, number: int) -> Path:
         """The path of a file, downloaded and checked. The next file's download begins now, if it is likely needed."""

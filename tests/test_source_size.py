@@ -1,6 +1,5 @@
 """internals/source_size.py: preset laptop takes a text of any size without further flags."""
 
-import dataclasses
 import gzip
 import json
 import re
@@ -97,18 +96,30 @@ def test_max_tokens_limits_the_size(flags, vocab_size, val_fraction):
     assert (cfg.trained_size, cfg.held_out) == (vocab_size, val_fraction)
 
 
-def test_the_hub_is_large_without_being_asked(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("size", "basis", "vocab_size", "val_fraction"),
+    [
+        (11_700_000_000, "--max-tokens", 8192, 0.005),
+        (1_600_000, "the size of the source", 8192, 0.1),
+        (270_000, "the size of the source", 2048, 0.1),
+    ],
+)
+def test_a_wikipedia_of_the_hub_is_as_large_as_its_files(
+    tmp_path, monkeypatch, capsys, size, basis, vocab_size, val_fraction
+):
+    """The text is an estimate. A finished folder knows the size without the hub."""
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
     cfg = parse(PrepareConfig, "", ["--preset", "laptop"])
     source = make_source(cfg, tmp_path)
     assert isinstance(source, HubWikipedia)
-    choose_by_size(dataclasses.replace(cfg, max_tokens=None), source)
-    assert "by the size of the source (a large Wikipedia is assumed): --vocab-size 8192" in capsys.readouterr().out
-    cfg = choose_by_size(cfg, source)
-    assert "chosen by --max-tokens: --vocab-size 8192" in capsys.readouterr().out
-    assert (cfg.sources, cfg.data_dir, cfg.trained_size, cfg.held_out) == (
-        ("wikipedia",), "data/laptop", 8192, 0.005,
-    )  # fmt: skip
+    source.resolve({"commit": "x", "files": [{"name": "a", "bytes": size // 2, "sha256": None}] * 2})
+    chosen = choose_by_size(cfg, source)
+    assert f"chosen by {basis}: --vocab-size {vocab_size}, --val-fraction" in capsys.readouterr().out
+    assert (chosen.sources, chosen.data_dir) == (("wikipedia",), "data/laptop")
+    assert (chosen.trained_size, chosen.held_out) == (vocab_size, val_fraction)
+    finished = make_source(cfg, tmp_path)
+    finished.recall(source.provenance())
+    assert choose_by_size(cfg, finished) == chosen
 
 
 @pytest.mark.parametrize(
@@ -230,5 +241,28 @@ def test_a_small_text_works_and_one_that_is_too_small_is_a_message_whose_advice_
     assert files(out) == before
     share = re.search(r"such as ([\d.]+),", result.stderr)[1]
     assert run_script(*laptop(out, path, "--overwrite", "--val-fraction", share)).returncode == 0
+    before = files(out)
     path.write_text("Only this.")
-    assert_user_error(run_script(*laptop(out, path, "--overwrite")), "--vocab-size 512", "more text")
+    result = run_script(*laptop(out, path, "--overwrite", "--vocab-size", "9000"))
+    assert_user_error(result, "--val-fraction 0.1: leaves 1 of 11 tokens to the val split", "257; give more text")
+    path.write_text(" \n" * 500)
+    assert_user_error(run_script(*laptop(out, path, "--overwrite")), "holds no text (1 empty article)")
+    assert files(out) == before
+
+
+def test_a_text_with_few_different_pairs_gets_a_smaller_vocabulary(tmp_path, capsys):
+    """Nobody asked for 1,024 tokens. A size that was given is another matter."""
+    path, out = tmp_path / "numbers.txt", tmp_path / "out"
+    path.write_text("".join(f"{n * n % 99_991};{n % 1000},0.{n * 7 % 9973:04}\n" for n in range(16_000)))
+    prepare(config(out, path))
+    told = capsys.readouterr().out
+    assert "--vocab-size 1024" in told and "of 257 tokens, all that the text yields, in" in told
+    assert chosen(out) == (257, 0.1) and read_meta(out)["chosen_vocab_size"] == 1024
+    before = files(out)
+    prepare(config(out, path))
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--vocab-size 1024, not --tokenizer train --vocab-size 700;"):
+        prepare(config(out, path, "--vocab-size", "700"))
+    with pytest.raises(UserError, match=r"--vocab-size 1024: .* give --vocab-size 257, or more text"):
+        prepare(config(out, path, "--vocab-size", "1024", "--overwrite"))
+    assert files(out) == before

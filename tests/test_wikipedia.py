@@ -28,9 +28,10 @@ from conftest import assert_user_error, needs_wikipedia, run_script, without_net
 
 from internals.progress import Display, Progress
 from internals.shards import read_meta
+from internals.source_size import vocab_size_for
 from internals.start import UserError
 from internals.text_files import SourceFile
-from internals.wikipedia import HubWikipedia, check_retryable, mixed
+from internals.wikipedia import TEXT_PER_BYTE, HubWikipedia, check_retryable, mixed
 
 
 @pytest.fixture
@@ -158,6 +159,31 @@ def test_no_file_is_downloaded_that_max_tokens_do_not_reach(tmp_path, serve, hub
         assert result.returncode == 0, result.stderr
         assert sorted(name for name, _ in handler.downloads) == sorted(order[:reached])
         assert read_meta(tmp_path / "out")["end"] == end
+
+
+STOP_BEFORE_THE_END = """
+def stop(self):
+    raise KeyboardInterrupt
+prepare_data.Pipeline.finish = stop
+"""
+
+
+def test_preset_laptop_takes_a_small_wikipedia_by_its_size(tmp_path, serve, hub_folder):
+    """It resumes, and is finished, with the same numbers and without asking the hub."""
+    for path in hub_folder.rglob("*.parquet"):
+        write_parquet(path, make_articles(60, seed=int(path.name[6:11])))
+    vocab_size = vocab_size_for(TEXT_PER_BYTE * sum(path.stat().st_size for path in hub_folder.rglob("*.parquet")))
+    _, env = serve()
+    arguments = ["prepare_data.py", "--preset", "laptop", "--language", "simple", "--data-dir", str(tmp_path / "out")]
+    stopped = run_script(*without_pauses(arguments, STOP_BEFORE_THE_END), env=env)
+    assert f"chosen by the size of the source: --vocab-size {vocab_size}, --val-fraction 0.1" in stopped.stdout
+    assert "Continue: " in stopped.stderr
+    offline = {**env, "HF_HUB_OFFLINE": "1"}
+    for word in ("resuming", "is finished: nothing to do"):
+        result = run_script(*arguments, env=offline)
+        assert result.returncode == 0 and word in result.stdout, result.stderr
+    meta = read_meta(tmp_path / "out")
+    assert meta.get("chosen_vocab_size", meta["vocab_size"]) == vocab_size < 8192 and meta["val_fraction"] == 0.1
 
 
 @needs_wikipedia
