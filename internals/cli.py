@@ -50,10 +50,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
     args = list(sys.argv[1:] if args is None else args)
     if default is None:
         preset = flag_value(args, "--preset", "wikipedia")  # for the defaults that --help shows; tyro checks the name
-        try:
-            default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
-        except ValueError as error:  # a default, or an entry of PRESETS, that somebody edited
-            raise UserError(f"config.py: {error}") from error
+        default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
             default = with_settings(default, read_settings(file))
     parsed = tyro.cli(
@@ -85,14 +82,23 @@ def is_given(flag: str) -> bool:
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:
-    """The configuration `cls` with the values of a preset, defaults for the rest. Required fields stay required."""
+    """The configuration `cls` with the values of a preset, defaults for the rest. Required fields stay required.
+
+    Raises:
+        UserError: somebody has edited a default or the preset, and it is wrong.
+    """
     given = {f.name: f.default for f in dataclasses.fields(cls)}
-    values = {
-        name: value for name, value in preset_values(preset).items() if given.get(name, tyro.MISSING) != tyro.MISSING
-    }
-    if "model" in given:
-        values["model"] = with_preset(ModelConfig, preset)
-    return cls(**values)
+    try:
+        values = {
+            name: value
+            for name, value in preset_values(preset).items()
+            if given.get(name, tyro.MISSING) != tyro.MISSING
+        }
+        if "model" in given:
+            values["model"] = with_preset(ModelConfig, preset)
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"config.py: {error}") from error
 
 
 def preset_values(preset: str) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def device_notice(name: str, device: torch.device) -> str:
 
 
 def limit_threads(most: int | None = None) -> None:
-    """Let PyTorch compute with at most so many CPU threads, by default with one for each core that it may use. Does
-    nothing if the user or torchrun has chosen a number."""
+    """Limit PyTorch to `most` CPU threads; None: to one for each core that it may use. Does nothing if the user or torchrun
+    has chosen a number."""
     most = most or count_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > most:
         torch.set_num_threads(most)

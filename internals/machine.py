@@ -174,4 +174,4 @@ def stay_on_card(device: torch.device) -> None:
     """
     if platform.system() == "Windows" or "microsoft" in platform.release().lower():
         free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(free / total, device)
+        torch.cuda.set_per_process_memory_fraction(free / total)  # of the process's card; "cuda" has no number

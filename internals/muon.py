@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon in 146 launches a step instead of 588 (default model), with the same state and, in bfloat16,
-    results.
+    """torch.optim.Muon in 146 launches a step instead of 588 (default model). The state is the same; in bfloat16 the
+    results are, too.
 
     torch.optim.Muon takes the matrices one by one, which keeps a GPU waiting for the next small product. Here those of
     one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. The

@@ -80,7 +80,7 @@ def preflight(
     disk = weights + 2 * (weights + moment_bytes(state.optimizer))
     machine.print(describe(run, state, timing, micro_batch.size, disk))
     memory = peak_memory(machine)
-    if memory.peak and memory.total and memory.peak > memory.total:  # Windows' driver lends the computer's own memory
+    if memory.peak and memory.total and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
         raise UserError(
             f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but there are only "
             f"{size(memory.total)}, so the run would be very slow; take a smaller --batch-size or --block-size"

@@ -74,6 +74,8 @@ def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> Mo
 def refuse_other_flags(asked: ModelConfig, config: ModelConfig) -> None:
     """Raise UserError if a flag asks for another model than that of `--init-from`.
 
+    A caller without a command line gets the model's sizes.
+
     Args:
         asked: the command's, in which a value may also be a default; config: the model's.
     """

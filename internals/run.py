@@ -100,7 +100,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     Raises:
         UserError: the data is not ready, or `saved` belongs to another model, tokenizer or text.
     """
-    if saved and not Path(cfg.data_dir).is_dir():  # not a reason to prepare the data again
+    if saved and not Path(cfg.data_dir).is_dir():  # read_meta would only say to prepare it
         raise UserError(
             f"--data-dir {cfg.data_dir}: there is no such folder here. The run was started with --data-dir "
             f"{saved['config'].get('data_dir', cfg.data_dir)}; give the path to that folder, or prepare it again if it is gone"

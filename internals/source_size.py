@@ -1,8 +1,8 @@
 """The size of the source: what a preset leaves to it, and whether the text is long enough.
 
 choose_by_size          the vocabulary of a trained tokenizer, and the validation share
-refuse_hopeless_source  ends the command before it trains a tokenizer
-refuse_short_source     ends the command before it has written or deleted anything
+refuse_hopeless_source  ends the command if the text is too short for any tokenizer
+refuse_short_source     ends the command if it is too short with this one. Nothing has been written or deleted then
 """
 
 import dataclasses

@@ -201,7 +201,7 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether this machine's memory (not a GPU's) was too small, be it only to load a library."""
+    """Whether this machine's memory (not a GPU's) ran out, for example while a library was loaded."""
     no_library = isinstance(error, ImportError | OSError) and "failed to map segment" in str(error)
     return no_library or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 

@@ -12,8 +12,8 @@ from internals.machine import Machine
 
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
-    """An event. SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal has gone) set it; the run then saves and ends after
-    the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
+    """Yields an event that SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal has gone) sets. The run then saves and ends
+    after the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
     them to all processes of a job, and torchrun passes its own on. A signal that was ignored stays ignored (`nohup`).
     """
     stop = threading.Event()

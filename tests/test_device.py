@@ -334,11 +334,19 @@ def test_a_batch_is_on_apples_gpu_before_its_memory_is_freed():
 )
 def test_on_windows_pytorch_gets_no_more_than_the_card_has(monkeypatch, system, release, limits):
     seen = []
+
+    def limit(share, device=None):
+        torch.cuda._utils._get_device_index(
+            device, optional=True
+        )  # as PyTorch does: "cuda" without a number is refused
+        seen.append(share)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(machine, "platform", SimpleNamespace(system=lambda: system, release=lambda: release))
     monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(machine, "resolve_dtype", lambda name, device: (torch.bfloat16, ""))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 * 2**30, 24 * 2**30))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: seen.append(share))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     machine.make_machine(TrainConfig())
     assert seen == limits
 

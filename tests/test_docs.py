@@ -275,7 +275,7 @@ def test_the_demo_runs(tmp_path):
     assert trained.returncode == 0, trained.stderr
     made = (run / "last.pt").read_bytes()
     repeated = run_script(*train, *short)  # the finished run, which may be extended by now, is kept
-    assert repeated.returncode == 0 and "is finished" in repeated.stdout, repeated.stderr
+    assert repeated.returncode == 0 and "Extend it" in repeated.stdout, repeated.stderr
     assert (run / "last.pt").read_bytes() == made
     assert {path.name for path in run.iterdir()} >= {"best.pt", "last.pt", "metrics.jsonl", "loss.png", "config.json"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

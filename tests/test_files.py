@@ -122,7 +122,7 @@ def test_json_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def refuse_to_rename(monkeypatch, times):
-    """os.replace fails so often, as on Windows while a virus scanner has the file open. Returns the pauses in between."""
+    """os.replace fails the first times, as on Windows while a virus scanner has the file open. Returns the pauses in between."""
     replace, pauses, calls = os.replace, [], []
 
     def refuse(*paths):

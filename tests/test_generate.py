@@ -815,7 +815,7 @@ def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best
         (["--top-p", "2"], ["--top-p 2", "at most 1"]),
         (["--top-p", "0"], ["--top-p 0", "above 0"]),
         (["--max-new-tokens", "-1"], ["--max-new-tokens -1", "0 or more"]),
-        (["--temperature", "-1"], ["--temperature -1", "or more"]),
+        (["--temperature", "-1"], ["--temperature -1", "from 0"]),
         (["--temperature", "nan"], ["--temperature nan"]),
         (["--num-samples", "0"], ["--num-samples 0", "at least 1"]),
         (["--seed", "-1"], ["--seed -1"]),
