@@ -45,7 +45,16 @@ from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
 from internals.files import locked, sha256_of, write_json, writing
-from internals.progress import SPLITS, Display, Progress, as_utf8_name, check_same, print_result, shard_settings
+from internals.progress import (
+    SPLITS,
+    Display,
+    Progress,
+    as_utf8_name,
+    check_same_settings,
+    check_same_source,
+    print_result,
+    shard_settings,
+)
 from internals.reader import Chunk, ReadOptions
 from internals.readers import read_chunks
 from internals.screen import command_to_train, given_command
@@ -83,9 +92,11 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     source, folder = make_source(cfg, data_dir), DataFolder(data_dir)
     if folder.meta and not cfg.overwrite:
         meta = read_meta(data_dir)
+        state = "is finished, and was prepared"
+        check_same_source(cfg, source, meta, state)
         source.recall(meta["source"])
         cfg = choose_by_size(cfg, source)
-        check_same(cfg, source, meta, "is finished, and was prepared")
+        check_same_settings(cfg, meta, state)
         read_tokenizer(data_dir, meta)  # raises if it has been damaged
         for split in SPLITS:
             TokenStream.open(data_dir, split)  # raises if a shard has been damaged
@@ -100,10 +111,12 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 
     # 2. Where to begin
     resumes = folder.progress is not None and not cfg.overwrite
-    resolved = source.resolve(folder.progress.get("resolved", {}) if resumes else {})
+    progress = Progress.load(cfg, source) if resumes else Progress(tail=source.has_few_documents())
+    progress.resolved = source.resolve(progress.resolved)
     cfg = choose_by_size(cfg, source)
-    progress = resume(cfg, source) if resumes else Progress(tail=source.has_few_documents())
-    progress.resolved = resolved
+    if resumes:
+        check_same_settings(cfg, folder.progress, "is half done,")
+        print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
     print(source.summary())
     if cfg.trained_size and not progress.tokens:
         refuse_hopeless_source(cfg, source)
@@ -168,12 +181,6 @@ def refuse_flags(cfg: PrepareConfig, names: tuple[str, ...], reason: str) -> Non
     for name in names:
         if getattr(cfg, name) != getattr(usual, name):
             raise UserError(f"--{name.replace('_', '-')}: {reason}; leave the flag out")
-
-
-def resume(cfg: PrepareConfig, source: Source) -> Progress:
-    progress = Progress.load(cfg, source)
-    print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
-    return progress
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,7 +336,9 @@ class Pipeline:
         self.progress.start_again()
         if self.cfg.trained_size:  # again: the old one was trained on the end of the text, too
             try:
-                self.tokenizer = make_tokenizer(self.cfg, self.source, self.progress)
+                has_fewer = load_tokenizer(self.tokenizer).n_vocab < self.cfg.trained_size
+                or_fewer = self.cfg.vocab_size is None or has_fewer
+                self.tokenizer = make_tokenizer(self.cfg, self.source, self.progress, or_fewer)
             except UserError as error:
                 raise UserError(f"{error}; start again with --overwrite") from error
             write_tokenizer(self.tokenizer, self.cfg, self.source, self.progress)

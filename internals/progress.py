@@ -115,7 +115,7 @@ class Progress:
         path = cls.path(cfg)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            check_same(cfg, source, saved, "is half done,")
+            check_same_source(cfg, source, saved, "is half done,")
             values = {one.name: saved[one.name] for one in dataclasses.fields(cls)}
             values["splits"] = {name: Split(**saved["splits"][name]) for name in SPLITS}
         except KeyError as error:
@@ -166,8 +166,15 @@ def tokenizer_flags(settings: dict[str, Any]) -> str:
     return f"a --tokenizer of SHA-256 {settings['tokenizer_sha256'][:8]}"
 
 
-def check_same(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state: str) -> None:
-    """Raise UserError if the folder was begun with other settings or another source."""
+def check_same_source(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state: str) -> None:
+    """Raise UserError if the folder was begun with another source. `source` need not be resolved."""
+    if not source.identity.items() <= saved["source"].items():
+        other = f"from another source ({describe(saved['source'])}, not {describe(source.identity)})"
+        raise begun_otherwise(cfg, state, other)
+
+
+def check_same_settings(cfg: PrepareConfig, saved: dict[str, Any], state: str) -> None:
+    """Raise UserError if the folder was begun with other settings."""
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
     changes = differences(saved, others, defaults=shard_settings(PrepareConfig()))
@@ -180,14 +187,15 @@ def check_same(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state:
     differs = [begun_with(f"--{name.replace('_', '-')}", old, new) for name, (old, new) in changes.items()]
     if not same_tokenizer:
         differs.insert(0, f"with {tokenizer_flags(saved)}, not {tokenizer_flags(tokenizer)}")
-    if not source.identity.items() <= saved["source"].items():
-        other = f"from another source ({describe(saved['source'])}, not {describe(source.identity)})"
-        differs = [other] if cfg.by_size else [other, *differs]
     if differs:
-        raise UserError(
-            f"--data-dir {cfg.data_dir}: {state} {' and '.join(differs)}; give the same command as before, "
-            "or another --data-dir, or --overwrite to start again"
-        )
+        raise begun_otherwise(cfg, state, " and ".join(differs))
+
+
+def begun_otherwise(cfg: PrepareConfig, state: str, how: str) -> UserError:
+    return UserError(
+        f"--data-dir {cfg.data_dir}: {state} {how}; give the same command as before, or another --data-dir, or "
+        "--overwrite to start again"
+    )
 
 
 def begun_with(flag: str, old: Any, new: Any) -> str:

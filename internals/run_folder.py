@@ -74,7 +74,9 @@ def check_unused(out_dir: Path) -> None:
 
 def check_source_stays(init_from: str, out_dir: Path) -> None:
     """Raise UserError if `--overwrite` would delete the model of `--init-from`."""
-    deleted = [out_dir, out_dir / "best.pt", out_dir / "last.pt"]
+    deleted = [path for path in (out_dir / "best.pt", out_dir / "last.pt") if os.path.lexists(path)]
+    if deleted:  # without one, the folder's name may be that of a model on the hub
+        deleted.append(out_dir)
     if init_from and os.path.realpath(os.path.expanduser(init_from)) in map(os.path.realpath, deleted):
         raise UserError(
             f"--init-from {init_from}: --overwrite deletes this model; copy it to another folder first, or give another "

@@ -195,6 +195,10 @@ def check_meta(meta: dict[str, Any]) -> None:
     """Raise ValueError if a field of meta.json is missing, or of another type than prepare_data.py writes."""
     check_fields("", meta, META_FIELDS)
     check_fields("source: ", meta["source"], {"kind": str})
+    if meta["source"]["kind"] == "hub":  # prepare_data.py chooses settings by its size
+        check_fields("source: ", meta["source"], {"bytes": int})
+        if meta["source"]["bytes"] < 1:
+            raise ValueError(f"source: bytes is {meta['source']['bytes']}")
     if not 257 <= meta["vocab_size"] <= 65_536:  # bytes and end-of-text are the smallest vocabulary; tokens are uint16
         raise ValueError(f"vocab_size is {meta['vocab_size']}")
     for name in ("train", "val"):

@@ -37,14 +37,15 @@ def find_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> st
     path = Path(cfg.data_dir) / TOKENIZER_FILE
     if progress.tokenizers and path.exists() and sha256(path) == progress.tokenizers[-1]:
         return path.read_bytes().decode()
-    text = make_tokenizer(cfg, source, progress)
+    # A folder's earlier tokenizer may have fewer tokens. The same command may now name the size that was chosen for it.
+    text = make_tokenizer(cfg, source, progress, or_fewer=cfg.vocab_size is None or bool(progress.tokenizers))
     if progress.tokens and progress.tokenizers[-1] != sha256_of(text):
         raise UserError(f"{path}: is missing and cannot be recreated; restore it, or give --overwrite to start again")
     return text
 
 
-def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> str:
-    """The text of a tokenizer.json, trained or given."""
+def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress, or_fewer: bool) -> str:
+    """The text of a tokenizer.json, trained or given. `or_fewer` as for `train_tokenizer`."""
     if not cfg.trained_size:
         return given_tokenizer(cfg.tokenizer)
     began = time.monotonic()
@@ -52,7 +53,7 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress) -> st
     texts = filter(None, sample_texts(cfg, source, progress.tail))
     if (first := next(texts, None)) is None:
         raise UserError(without_training_text(cfg, progress.tail))
-    text = train_tokenizer(itertools.chain([first], texts), cfg.trained_size, or_fewer=cfg.vocab_size is None)
+    text = train_tokenizer(itertools.chain([first], texts), cfg.trained_size, or_fewer)
     size = load_tokenizer(text).n_vocab
     fewer = f" of {size:,} tokens, all that the text yields," if size < cfg.trained_size else ""
     print(f"trained {tokenizer_name(text)}{fewer} in {time.monotonic() - began:.0f} s")

@@ -66,7 +66,7 @@ class HubWikipedia(Source):
         return TEXT_PER_BYTE * self.bytes
 
     def recall(self, provenance: dict[str, Any]) -> None:
-        self.bytes = provenance.get("bytes", 0)
+        self.bytes = provenance["bytes"]
 
     def resolve(self, known: dict[str, Any]) -> dict[str, Any]:
         find = functools.partial(answer_within, ANSWER_SECONDS, self._find_files)

@@ -238,16 +238,20 @@ def test_on_windows_the_preset_is_found_by_its_path(here):
 
 
 def test_on_windows_commands_are_quoted_for_its_shells(here, monkeypatch):
-    """cmd.exe takes single quotes for letters."""
+    """cmd.exe does not know single quotes, and `&` ends a command in both shells."""
     monkeypatch.setattr(Path, "cwd", lambda: REPO)  # no Path can be made under this name of the system
     with monkeypatch.context() as windows:
         windows.setattr(os, "name", "nt")
         resuming = screen.command("train.py", "demo", out_dir=r"my runs\1", resume=True)
         sampling = screen.command("generate.py", "demo", checkpoint=r"runs\a\best.pt", prompt="The history of")
-        typed = as_typed("The history of")
+        typed = [
+            as_typed(word) for word in ("The history of", "R&D", "(a)", "it's", "50%", "a;$b\\", 'a"&', "", r"C:\a=1.5")
+        ]
     assert resuming == r'python train.py --preset demo --out-dir "my runs\1" --resume'
     assert sampling == r'python generate.py --preset demo --checkpoint runs\a\best.pt --prompt "The history of"'
-    assert typed == '"The history of"'
+    assert typed == [
+        '"The history of"', '"R&D"', '"(a)"', '"it\'s"', '"50%"', r'"a;$b\\"', r'"a\"&"', '""', r"C:\a=1.5",
+    ]  # fmt: skip
 
 
 def test_elsewhere_the_script_is_named_in_full(here, tmp_path, monkeypatch):

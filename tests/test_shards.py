@@ -120,7 +120,7 @@ def test_folders_that_are_not_finished(tmp_path):
 @pytest.mark.parametrize(
     ("place", "name", "values"),
     [
-        ([], "source", [None, {}, "files"]),
+        ([], "source", [None, {}, "files", {"kind": "hub"}, *({"kind": "hub", "bytes": n} for n in ("x", None, 0))]),
         ([], "tokenizer", [None, 5]),
         ([], "vocab_size", ["abc", -1, None, 1024.0, 10, 65_537]),
         ([], "splits", [[], {}, None]),

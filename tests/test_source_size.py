@@ -26,6 +26,11 @@ def prose(size: int) -> str:
     return (text * (size // len(text) + 1))[:size].decode()
 
 
+def numbers(count: int) -> str:
+    """`count` lines of numbers, which have few different pairs of characters."""
+    return "".join(f"{n * n % 99_991};{n % 1000},0.{n * 7 % 9973:04}\n" for n in range(count))
+
+
 def laptop(folder, source, *more) -> list[str]:
     return ["prepare_data.py", "--preset", "laptop", "--source", str(source), "--data-dir", str(folder), *more]
 
@@ -253,7 +258,7 @@ def test_a_small_text_works_and_one_that_is_too_small_is_a_message_whose_advice_
 def test_a_text_with_few_different_pairs_gets_a_smaller_vocabulary(tmp_path, capsys):
     """Nobody asked for 1,024 tokens. A size that was given is another matter."""
     path, out = tmp_path / "numbers.txt", tmp_path / "out"
-    path.write_text("".join(f"{n * n % 99_991};{n % 1000},0.{n * 7 % 9973:04}\n" for n in range(16_000)))
+    path.write_text(numbers(16_000))
     prepare(config(out, path))
     told = capsys.readouterr().out
     assert "--vocab-size 1024" in told and "of 257 tokens, all that the text yields, in" in told
@@ -266,3 +271,23 @@ def test_a_text_with_few_different_pairs_gets_a_smaller_vocabulary(tmp_path, cap
     with pytest.raises(UserError, match=r"--vocab-size 1024: .* give --vocab-size 257, or more text"):
         prepare(config(out, path, "--vocab-size", "1024", "--overwrite"))
     assert files(out) == before
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_resuming_with_the_chosen_vocabulary_as_a_flag_is_the_same_command(tmp_path, monkeypatch, kind):
+    """Also where the tokenizer is trained again: its file is lost, or the end of the text is held out after all."""
+    path, out = tmp_path / f"numbers.{kind}", tmp_path / "out"
+    lines = numbers(16_000).splitlines(keepends=True)
+    rows = [{"id": "1", "text": "".join(lines[n : n + 100])} for n in range(0, 16_000, 100)]
+    path.write_text("".join(lines) if kind == "txt" else "".join(json.dumps(row) + "\n" for row in rows))
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Pipeline, "finish", stop)
+        prepare(config(out, path))
+    (out / "tokenizer.json").unlink()
+    vocab_size = str(json.loads((out / "progress.json").read_text())["vocab_size"])
+    prepare(config(out, path, "--vocab-size", vocab_size))
+    assert chosen(out) == (257, 0.1) and read_meta(out)["chosen_vocab_size"] == int(vocab_size)

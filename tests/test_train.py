@@ -34,6 +34,7 @@ from internals.machine import Outcome, make_machine
 from internals.memory import Memory
 from internals.resume import resume_settings
 from internals.run import Run, TrainState
+from internals.run_folder import check_source_stays
 from internals.settings import read_settings
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -591,6 +592,18 @@ def test_overwriting_does_not_delete_the_model_of_init_from(data_dir, tmp_path, 
     assert files(tmp_path) == before
     shutil.copy(tmp_path / "best.pt", tmp_path / "base.pt")  # this one stays
     train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / "base.pt"), overwrite=True, max_iters=1))
+
+
+def test_overwriting_does_not_touch_a_model_of_the_hub_or_of_hugging_face(tmp_path, monkeypatch):
+    """Its name may also be that of OUT_DIR, while there is no checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    check_source_stays("openai-community/gpt2", Path("openai-community/gpt2"))
+    Path("hf").mkdir()
+    Path("hf/model.safetensors").touch()
+    check_source_stays("hf", Path("hf"))
+    Path("hf/last.pt").touch()
+    with pytest.raises(UserError, match="--overwrite deletes this model"):
+        check_source_stays("hf", Path("hf"))
 
 
 def test_the_curves_of_a_run_are_never_deleted_unasked(data_dir, tmp_path, straight):

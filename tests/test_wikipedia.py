@@ -179,11 +179,24 @@ def test_preset_laptop_takes_a_small_wikipedia_by_its_size(tmp_path, serve, hub_
     assert f"chosen by the size of the source: --vocab-size {vocab_size}, --val-fraction 0.1" in stopped.stdout
     assert "Continue: " in stopped.stderr
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    for word in ("resuming", "is finished: nothing to do"):
+    for state, word in (("is half done,", "resuming"), ("is finished, and was prepared", "is finished: nothing to do")):
+        other = run_script(*arguments, "--language", "de", env=offline)
+        assert_user_error(
+            other, f"{state} from another source (wikimedia/wikipedia 20231101.simple, revision main, not"
+        )
+        assert "chosen by" not in other.stdout
         result = run_script(*arguments, env=offline)
         assert result.returncode == 0 and word in result.stdout, result.stderr
     meta = read_meta(tmp_path / "out")
     assert meta.get("chosen_vocab_size", meta["vocab_size"]) == vocab_size < 8192 and meta["val_fraction"] == 0.1
+
+
+def test_a_half_done_folder_of_another_source_is_refused_before_the_hub_is_asked(tmp_path):
+    stopped = run_script(*without_pauses(command(tmp_path / "out", "sample"), STOP_BEFORE_THE_END))
+    assert "Continue: " in stopped.stderr
+    env = {**without_network_settings(), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    assert_user_error(result, "is half done, from another source (the sample,")
 
 
 @needs_wikipedia
