@@ -18,6 +18,9 @@ from internals.shards import META_FORMAT, ShardWriter
 
 REPO = Path(__file__).resolve().parent.parent
 
+# The modules beside this one whose fixtures several test files use
+pytest_plugins = ["hub_commands"]
+
 # The test models are so small that a second thread costs more time than it saves, above all on a busy machine. And sums
 # of several threads may differ in their last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
