@@ -7,10 +7,12 @@ import time
 import pytest
 from chromium import PROGRAM, Browser
 from conftest import run_script
-from test_run_page import PROMPT, TEXT, rows, run, text_data  # noqa: F401  (fixtures)
-from test_train import quick  # noqa: F401  (autouse)
+from pages import PROMPT, TEXT, rows
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(PROGRAM is None, reason="needs Chromium: apt-get install chromium"),
+    pytest.mark.usefixtures("quick"),
+]
 
 TOKEN = "document.querySelectorAll('#passage .t:not(.first)')"
 
@@ -24,7 +26,7 @@ def browser(tmp_path):
         assert all(address.startswith("file://") for address in browser.requests())
 
 
-def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):  # noqa: F811
+def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):
     address, samples = (run / "run.html").as_uri(), rows(run)
     browser.open(address)
     assert browser.run("slider.value") == "3" and browser.run("sample.textContent") == samples[3]["sample"]
@@ -63,7 +65,7 @@ def waits(browser):
     return lambda: browser.run("waits")
 
 
-def test_a_page_of_a_run_under_way_reloads_itself(browser, waits, run, tmp_path):  # noqa: F811
+def test_a_page_of_a_run_under_way_reloads_itself(browser, waits, run, tmp_path):
     """It keeps the place that the reader chose; otherwise it follows the newest evaluation."""
     page = (run / "run.html").read_text(encoding="utf-8")
 
@@ -86,7 +88,7 @@ def test_a_page_of_a_run_under_way_reloads_itself(browser, waits, run, tmp_path)
     [(None, [], "finished"), (3600, [10_000], "finished"), (-1, [300_000], "no news, perhaps killed")],
     ids=["finished", "running", "killed"],
 )
-def test_a_page_whose_run_was_killed_rarely_reloads(browser, waits, run, tmp_path, due_in, expected, state):  # noqa: F811
+def test_a_page_whose_run_was_killed_rarely_reloads(browser, waits, run, tmp_path, due_in, expected, state):
     """The page is of a finished run and says so, whatever its data says."""
     due = due_in and time.time() + due_in
     (tmp_path / "run.html").write_text(with_data((run / "run.html").read_text(encoding="utf-8"), 2, due=due))
@@ -94,7 +96,7 @@ def test_a_page_whose_run_was_killed_rarely_reloads(browser, waits, run, tmp_pat
     assert (waits(), browser.run("state.textContent")) == (expected, state)
 
 
-def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):  # noqa: F811
+def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):
     (tmp_path / "run.html").write_text(with_data((run / "run.html").read_text(encoding="utf-8"), 0))
     browser.open((tmp_path / "run.html").as_uri())
     assert browser.run("reading.textContent").startswith("iteration 20")
@@ -102,7 +104,7 @@ def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
-def test_alternatives_show_at_a_token(browser, run, touch):  # noqa: F811
+def test_alternatives_show_at_a_token(browser, run, touch):
     browser.show(390 if touch else 1280, touch=touch)
     browser.open((run / "run.html").as_uri())
     assert browser.run("$('tip').hidden")
@@ -118,7 +120,7 @@ def test_alternatives_show_at_a_token(browser, run, touch):  # noqa: F811
     assert browser.run(inside)
 
 
-def test_a_character_of_several_tokens_is_one(browser, run):  # noqa: F811
+def test_a_character_of_several_tokens_is_one(browser, run):
     browser.open((run / "run.html").as_uri())
     shown = browser.run(f"[...{TOKEN}].map((span) => [span.textContent, span.group.length])")
     assert ["三", 3] in shown and ["🦉", 4] in shown and ["ä", 2] in shown and ["K", 1] in shown
@@ -126,7 +128,7 @@ def test_a_character_of_several_tokens_is_one(browser, run):  # noqa: F811
     assert TEXT.startswith(text) and len(text.encode()) > 250
 
 
-def test_script_tags_in_texts_do_nothing(browser, run):  # noqa: F811
+def test_script_tags_in_texts_do_nothing(browser, run):
     browser.open((run / "run.html").as_uri())
     assert "<script>alert(1)</script>" in browser.run("passage.textContent")
     assert browser.run("sample.textContent").startswith(PROMPT)
@@ -140,7 +142,7 @@ def test_script_tags_in_texts_do_nothing(browser, run):  # noqa: F811
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_fits_and_follows_the_colour_scheme(browser, run, tmp_path, width, dark):  # noqa: F811
+def test_it_fits_and_follows_the_colour_scheme(browser, run, tmp_path, width, dark):
     browser.show(width, dark=dark)
     browser.open((run / "run.html").as_uri())
     assert browser.run("document.documentElement.scrollWidth") <= width
@@ -150,7 +152,7 @@ def test_it_fits_and_follows_the_colour_scheme(browser, run, tmp_path, width, da
     assert (tmp_path / "page.png").stat().st_size > 20_000
 
 
-def test_values_can_be_read_off_the_curves(browser, run):  # noqa: F811
+def test_values_can_be_read_off_the_curves(browser, run):
     browser.open((run / "run.html").as_uri())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     x, y = browser.place("document.querySelector('#chart')")
@@ -163,7 +165,7 @@ def test_values_can_be_read_off_the_curves(browser, run):  # noqa: F811
     assert f"validation {loss:.4f}, {bits:.3f} bits per byte (at 8)" in text
 
 
-def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):  # noqa: F811
+def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):
     """It is the one whose attention is shown. A place that the reader chose is kept."""
     path = tmp_path / "text.html"
     options = ["--num-samples", 3, "--max-new-tokens", 2, "--html", path]
@@ -179,7 +181,7 @@ def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):
         assert browser.run("label.textContent") == f"sample {number + 1} of 3"
 
 
-def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # noqa: F811
+def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):
     path = tmp_path / "text.html"
     made = run_script("generate.py", "--checkpoint", run, "--prompt", TEXT[:12], "--max-new-tokens", 0, "--html", path)
     assert made.returncode == 0, made.stderr
@@ -194,7 +196,7 @@ def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):  # n
     assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first token sees only itself
 
 
-def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, tmp_path):  # noqa: F811
+def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, tmp_path):
     """Each token is an element of its own, but the line has one direction."""
     page = (run / "run.html").read_text(encoding="utf-8")
     view = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["views"][0]
@@ -209,7 +211,7 @@ def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, t
     assert len(lefts) == 3 and lefts[0] > lefts[1] > lefts[2]
 
 
-def test_a_heading_from_right_to_left_ends_on_the_left(browser, run, tmp_path):  # noqa: F811
+def test_a_heading_from_right_to_left_ends_on_the_left(browser, run, tmp_path):
     page = (run / "run.html").read_text(encoding="utf-8")
     (tmp_path / "run.html").write_text(re.sub("<h1>.*?</h1>", "<h1>שלום עולם…</h1>", page), encoding="utf-8")
     browser.open((tmp_path / "run.html").as_uri())
@@ -219,7 +221,7 @@ def test_a_heading_from_right_to_left_ends_on_the_left(browser, run, tmp_path): 
     assert last < first
 
 
-def test_a_slider_whose_address_cannot_be_set_shows_the_right_evaluation(browser, run):  # noqa: F811
+def test_a_slider_whose_address_cannot_be_set_shows_the_right_evaluation(browser, run):
     """Safari and Firefox refuse to change the address more than 100 or 200 times in ten seconds."""
     browser.open((run / "run.html").as_uri())
     browser.run("history.replaceState = () => { throw new DOMException('too often', 'SecurityError'); }")

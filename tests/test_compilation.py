@@ -1,14 +1,19 @@
-"""The message about a failed compiler. test_train.py tests the run that continues without it."""
+"""internals/compilation.py: a compiled run is the same; one whose compiler fails continues without it and says why."""
 
 import subprocess
 
 import pytest
 import torch
+from runs import assert_same_end, tiny
 
+import train
 from config import ModelConfig, TrainConfig
+from internals import checkpoint
 from internals.compilation import compile_problem, training_model
 from internals.machine import Machine
 from model import GPT
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 COMPILER = "it needs a C compiler and Python's headers"
 
@@ -57,3 +62,25 @@ def test_a_run_does_without_a_compiler_that_does_not_know_this_python(monkeypatc
     forward, compiling = training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
     assert forward is model
     assert compiling == "off, because compiling failed (RuntimeError: torch.compile is not supported on Python 3.15+)"
+
+
+def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):
+    def broken(*args, **kwargs):
+        torch.rand(1)
+        raise RuntimeError("no compiler\nof many lines")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
+    train.train(tiny(data_dir, tmp_path, compile="on"))
+    assert "compile    off, because compiling failed (RuntimeError: no compiler)\n" in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+
+
+def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
+    data_dir, tmp_path, monkeypatch, straight, capsys
+):
+    compile = torch.compile  # only its front half runs: no compiler of machine code is needed
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
+    train.train(tiny(data_dir, tmp_path, compile="on"))
+    assert "compile    on\n" in capsys.readouterr().out
+    assert_same_end(tmp_path, straight)
+    assert all(name.startswith("transformer.") for name in checkpoint.load(tmp_path / "last.pt")["model"])

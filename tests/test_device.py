@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from test_train import tiny
+from runs import tiny
 from torch.overrides import TorchFunctionMode
 
 import train

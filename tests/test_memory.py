@@ -1,15 +1,21 @@
-"""internals/memory.py: what counts as a lack of memory, and when a smaller micro-step cannot help."""
+"""internals/memory.py: what counts as a lack of memory, when smaller micro-steps help, and when they cannot."""
+
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from runs import assert_same_end, little_memory, metrics, tiny
 
+import train
 from config import ModelConfig
-from internals import memory
+from internals import checkpoint, memory
 from internals.machine import Machine
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.start import UserError
 from model import GPT
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 TINY = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=64)
 CPU = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
@@ -57,3 +63,50 @@ def test_a_card_that_others_fill_needs_no_smaller_micro_steps(monkeypatch):
             micro_batch.retry_smaller(failing(torch.OutOfMemoryError("CUDA out of memory.")))
         assert micro_batch.size == size
     assert asked == [0.9, 0.5]
+
+
+@pytest.mark.parametrize("training_only", [True, False])
+def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
+    data_dir, tmp_path, monkeypatch, capsys, training_only
+):
+    run = dict(dropout=0.0, optimizer="adamw")  # Muon amplifies rounding errors
+    train.train(tiny(data_dir, tmp_path / "enough", **run))
+    little_memory(monkeypatch, 1, training_only)
+    capsys.readouterr()
+    train.train(tiny(data_dir, tmp_path / "little", **run))
+    out = capsys.readouterr().out
+    assert out.count("Out of memory") == 2 and "micro-steps now have 1 sequence, not 2" in out
+    enough, little = (checkpoint.load(tmp_path / name / "last.pt") for name in ("enough", "little"))
+    # The biases of keys cancel in the softmax: their gradient is only rounding, which Adam blows up to 1e-5 or so.
+    torch.testing.assert_close(little["model"], enough["model"], rtol=1e-4, atol=1e-4)
+    for a, b in zip(metrics(tmp_path / "enough")[1:], metrics(tmp_path / "little")[1:], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5) and a["tokens"] == b["tokens"]
+
+
+def test_out_of_memory_in_a_resumed_run_changes_nothing(data_dir, tmp_path, monkeypatch):
+    little_memory(monkeypatch, 2)
+    train.train(tiny(data_dir, tmp_path / "straight"))
+    get_lr = train.get_lr
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "get_lr", lambda i, c: (i == 9 and os.kill(os.getpid(), 15), get_lr(i, c))[1])
+        train.train(tiny(data_dir, tmp_path / "stopped"))
+    train.train(tiny(data_dir, tmp_path / "stopped", resume=True))
+    assert_same_end(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_out_of_memory_at_one_sequence_gives_up_with_advice(data_dir, tmp_path, monkeypatch):
+    little_memory(monkeypatch, 0)
+    with pytest.raises(UserError, match="at --batch-size 1; take a smaller --block-size"):
+        train.train(tiny(data_dir, tmp_path))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a bug")])
+def test_memory_that_runs_out_outside_the_loop_is_one_line(data_dir, tmp_path, monkeypatch, capsys, error):
+    def fail(cfg):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    bug = str(error) == "a bug"
+    words = "^a bug$" if bug else r"^out of memory; take a smaller --batch-size, --block-size or model$"
+    with pytest.raises(RuntimeError if bug else UserError, match=words):
+        train.main(tiny(data_dir, tmp_path))

@@ -1,4 +1,4 @@
-"""The advice before a run that makes no sense. test_train.py tests `--check` itself."""
+"""The advice before a run that makes no sense. test_check.py tests `--check` itself."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -6,12 +6,14 @@ import math
 
 import pytest
 from conftest import REPO, load_benchmark, run_script
+from pages import parsed
+from runs import tiny
 from test_report import META, run_log, state
-from test_run_page import parsed
 
 import prepare_data
+import train
 from config import PRESETS, PrepareConfig, TrainConfig
-from internals import reference, run_page
+from internals import checkpoint, reference, run_page
 from internals.cli import with_preset
 from internals.reference import find_reference
 from internals.run import describe_data
@@ -95,6 +97,27 @@ def test_of_another_text_it_is_named_so_in_the_page_and_the_page_says_why(tmp_pa
     (iter, drawn), _ = data["curve"]["reference"]
     assert iter == 0 and drawn * data["bits_per_nat"] == pytest.approx(2.0, abs=1e-3)
     assert run_page.OTHER_ARTICLES in (tmp_path / "run.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_reference_of_the_same_run_is_shown_beside_it(data_dir, tmp_path, straight, monkeypatch, capsys):
+    saved = checkpoint.load(straight / "last.pt")
+    settings = {name: value for name, value in saved["config"].items() if name not in reference.NOT_LEARNING}
+    run = {"settings": settings, "data_sha256": saved["data"]["sha256"], "val_loss": {"8": 1.25, "20": 1.0}}
+    run |= {"bits_per_byte": {"8": 1.8, "20": 1.4}, "text": "some text"}
+    run |= {"hardware": "a pocket calculator", "seed": 1, "date": "2026-01-01"}
+    monkeypatch.setattr(reference, "REFERENCES", tmp_path)
+    (tmp_path / "wikipedia.json").write_text(json.dumps(run))
+    train.train(tiny(data_dir, tmp_path / "same", seed=2))
+    out = capsys.readouterr().out
+    assert "reference  a pocket calculator, seed 1" in out
+    shown = {
+        line.split("/")[0].strip(): line.partition("reference ")[2] for line in out.splitlines() if "  val " in line
+    }
+    assert shown == {"0": "", "8": "1.250", "16": "", "20": "1.000"}
+    train.train(tiny(data_dir, tmp_path / "other", learning_rate=2e-2))
+    out = capsys.readouterr().out
+    assert "reference " not in out and "pocket calculator" not in out
 
 
 def test_the_reference_shipped_for_the_demo_is_of_the_demo_as_it_is(tmp_path):

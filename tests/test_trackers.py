@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, run_script
-from test_train import assert_same_end, flags, quick, straight, tiny  # noqa: F401  (fixtures)
+from runs import assert_same_end, flags, tiny
 
 import train
 from internals import checkpoint, trackers
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 BLOCK, HEADER = 32_768, 7  # of the log format of LevelDB, which wandb uses
 
@@ -92,7 +94,7 @@ READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_killed_and_resumed_the_store_holds_every_row(data_dir, tmp_path, straight, name):  # noqa: F811
+def test_killed_and_resumed_the_store_holds_every_row(data_dir, tmp_path, straight, name):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs {name}: pip install -r requirements-trackers.txt")
     out_dir = tmp_path / "run"
@@ -123,7 +125,7 @@ def test_killed_and_resumed_the_store_holds_every_row(data_dir, tmp_path, straig
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_without_its_package_a_tracker_costs_one_line(data_dir, tmp_path, monkeypatch, straight, capsys, name):  # noqa: F811
+def test_without_its_package_a_tracker_costs_one_line(data_dir, tmp_path, monkeypatch, straight, capsys, name):
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
     train.train(tiny(data_dir, tmp_path, tracker=name))
@@ -160,7 +162,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("fails", ["log", "flush", "close"])
-def test_a_tracker_that_fails_costs_one_line(data_dir, tmp_path, monkeypatch, straight, capsys, fails):  # noqa: F811
+def test_a_tracker_that_fails_costs_one_line(data_dir, tmp_path, monkeypatch, straight, capsys, fails):
     store = Recorder(fails)
     monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id: store)
     train.train(tiny(data_dir, tmp_path, tracker="wandb"))

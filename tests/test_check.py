@@ -1,0 +1,111 @@
+"""`--check`: it writes nothing, as `--eval-only`, knows what the run needs, and fails where the run would."""
+
+import dataclasses
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import write_data
+from runs import little_memory, metrics, tiny
+
+import train
+from internals import checkpoint, preflight
+from internals.memory import Memory
+from internals.start import UserError
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, straight, capsys):
+    files = {path: path.read_bytes() for path in straight.iterdir()}
+    train.train(tiny(data_dir, straight, check=True))
+    out = capsys.readouterr().out
+    for words in ("device", "float32", "compile    off", "parameters", "2 micro-steps", "epochs", "memory     peak",
+                  "tokens/s", "for 20 iterations", "for checkpoints", "All of this fits.\n", "\nTrain: python "):  # fmt: skip
+        assert words in out
+    assert f"But --out-dir {straight} holds a run (last.pt); continue it with --resume" in " ".join(out.split())
+    train.train(tiny(data_dir, straight, eval_only=True))
+    best = min((row for row in metrics(straight) if "val_loss" in row), key=lambda row: row["val_loss"])
+    out = " ".join(capsys.readouterr().out.split())  # long paths wrap its lines
+    assert out.startswith("model ") and f"best.pt, iteration {best['iter']} data " in out
+    assert "256 tokens of the validation split" in out and "float32 loss " in out
+    assert out.endswith(f" {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte")
+    longer = tiny(data_dir, straight, eval_only=True, block_size=8, eval_tokens=16)  # the checkpoint's context is 16
+    train.train(longer)
+    assert "16 tokens of the validation split" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="--eval-tokens 8: must hold at least one window of --block-size 16"):
+        train.train(dataclasses.replace(longer, eval_tokens=8))
+    assert {path: path.read_bytes() for path in straight.iterdir()} == files
+
+    train.train(tiny(data_dir, tmp_path / "new", check=True))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "loss.png").write_bytes(b"somebody's own")
+    train.train(tiny(data_dir, tmp_path, check=True))
+    assert "holds loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
+        train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_check_knows_the_size_of_the_checkpoints(data_dir, tmp_path, monkeypatch, optimizer):
+    def size(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return sum(map(size, values))
+
+    seen = []
+    monkeypatch.setattr(preflight, "describe", lambda *args: seen.append(args[-1]) or "")
+    train.train(tiny(data_dir, tmp_path, optimizer=optimizer, check=True))
+    train.train(tiny(data_dir, tmp_path, optimizer=optimizer, max_iters=1))
+    best, last = (checkpoint.load(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert seen == [size(best["model"]) + 2 * (size(last["model"]) + size(last["optimizer"]["state"]))]
+
+
+def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        little_memory(patch, 2)
+        train.train(tiny(data_dir, tmp_path, check=True))
+        out = capsys.readouterr().out
+        out = " ".join(out.split())
+        assert "--batch-size 4 does not fit; training will use 2" in out
+        assert os.name == "nt" or "including the attempts that did not fit" in out
+        little_memory(patch, 0)
+        with pytest.raises(UserError, match="out of memory"):
+            train.train(tiny(data_dir, tmp_path, check=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match=r"--out-dir .*: checkpoints need .* but only 1000 B"):
+            train.train(tiny(data_dir, tmp_path, check=True))
+    damaged = write_data(tmp_path / "damaged")
+    shard = damaged / "train_000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # the size stays right
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train_000001.bin: is damaged"):
+        train.train(tiny(damaged, tmp_path, check=True))
+
+
+def test_check_refuses_a_run_that_needs_more_than_the_cards_memory(data_dir, tmp_path, monkeypatch):
+    """As on Windows, whose driver lends the computer's own memory, so that nothing fails."""
+    monkeypatch.setattr(preflight, "peak_memory", lambda machine: Memory(30 * 2**30, 24 * 2**30))
+    with pytest.raises(UserError, match=r"--batch-size 4: needs 30.0 GiB of memory, but there are only 24.0 GiB"):
+        train.train(tiny(data_dir, tmp_path, check=True))
+
+
+def test_check_counts_the_checkpoints_that_the_run_replaces(data_dir, tmp_path, monkeypatch, capsys):
+    needed = []
+    monkeypatch.setattr(preflight, "describe", lambda *args: needed.append(args[-1]) or "")
+    train.train(tiny(data_dir, tmp_path, max_iters=1))
+    held = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
+    train.train(tiny(data_dir, tmp_path, check=True))
+    for lacking in (0, 1):  # bytes
+        usage = SimpleNamespace(free=needed[0] - held - lacking)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if lacking:
+            with pytest.raises(UserError, match=r"--out-dir .*: checkpoints need"):
+                train.train(tiny(data_dir, tmp_path, check=True))
+        else:
+            train.train(tiny(data_dir, tmp_path, check=True))

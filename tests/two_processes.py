@@ -1,0 +1,51 @@
+"""Runs on two processes under torchrun (gloo, on the CPU), and faults to put into them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+FLAGS = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
+    "dtype": "float32", "max_iters": 20, "batch_size": 2, "tokens_per_iter": 128, "learning_rate": 1e-2, "min_lr": 1e-3,
+    "log_interval": 1, "eval_interval": 8, "eval_tokens": 256, "checkpoint_interval": 5,
+}  # fmt: skip
+
+
+def flags(data_dir, out_dir, /, **changes) -> list[str]:
+    values = {**FLAGS, "data_dir": data_dir, "out_dir": out_dir, **changes}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def torchrun(*args, script: str | Path = "train.py") -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *args]
+
+
+def with_fault(tmp_path: Path, fault: str) -> Path:
+    """train.py with a few extra lines that make something go wrong."""
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(REPO)!r})\nimport torch, train\nfrom config import TrainConfig\nfrom internals import cli, start\n"
+        f"from model import GPT\nRANK = int(os.environ['RANK'])\nget_lr, forward = train.get_lr, GPT.forward\n{fault}\n"
+        "start.run(lambda: train.main(cli.parse(TrainConfig, '')))\n"
+    )
+    return script
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """The finished command. Its limit is far below the 30 minutes after which a collective gives up."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of a run on two processes."""
+    out_dir = tmp_path_factory.mktemp("two")
+    # Muon amplifies rounding errors: it moves the smallest directions of a gradient as far as the largest
+    result = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
+    assert result.returncode == 0, result.stderr
+    return out_dir, result.stdout + result.stderr
