@@ -19,7 +19,7 @@ from internals.shards import META_FORMAT, ShardWriter
 REPO = Path(__file__).resolve().parent.parent
 
 # The modules beside this one whose fixtures several test files use; runs first, because others import it
-pytest_plugins = ["runs", "hub_commands", "pages", "two_processes"]
+pytest_plugins = ["runs", "exports", "generating", "hub_commands", "pages", "two_processes"]
 
 # The test models are so small that a second thread costs more time than it saves, above all on a busy machine. And sums
 # of several threads may differ in their last bit.

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_generate import TINY, random_model, tokens_of
+from generating import TINY, random_model, tokens_of
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import save_checkpoint
+from exports import save_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,7 +126,7 @@ def test_a_changed_architecture_is_refused(tmp_path, monkeypatch, change, file_f
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_untied_head_is_refused(tmp_path, monkeypatch, file_format):
-    for room in ("test_export.GPT", "internals.checkpoint.GPT"):
+    for room in ("exports.GPT", "internals.checkpoint.GPT"):
         monkeypatch.setattr(room, Untied)
     save_checkpoint(tmp_path / "best.pt", "bytes")
     assert_refused(tmp_path, file_format)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_user_error, needs_gpt2, run_script, without_network_settings
+from exports import SIZES, VOCAB_SIZE, save_checkpoint
 from safetensors.torch import load_file, save_file
-from test_export import SIZES, VOCAB_SIZE, save_checkpoint
 
 import export
 from config import ExportConfig, ModelConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, assert_user_error, run_script, without_network_settings, write_data
-from test_export import save_checkpoint
+from exports import save_checkpoint
 
 import export
 import train as training
