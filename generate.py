@@ -363,7 +363,7 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     dtype = torch.float32 if p.device.type == "mps" else torch.float64
     cumulative = p.cumsum(-1, dtype=dtype)
     total = cumulative[:, -1:]
-    if not total.isfinite().all():
+    if not (total.isfinite() & (total > 0)).all():  # it is 0 where top-p compared NaN
         raise UserError(NOT_FINITE)
     # In (0, total], so that some sum reaches it, and the first to do so never belongs to a token with probability 0
     threshold = (1 - torch.rand(len(p), 1, dtype=dtype, device=p.device, generator=generator)) * total
@@ -390,7 +390,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | 
     # Divided by less than 1e-20 a logit might become infinite. At 1e-20 the likeliest token already takes all.
     p = (logits.float() / max(sampling.temperature, 1e-20)).softmax(-1)
     if sampling.top_p < 1:
-        p = p.where(p.cumsum(-1) - p < sampling.top_p, 0)
+        # Below 1e-45 float32 would round top_p to 0. At 1e-20 only the likeliest token is left already.
+        p = p.where(p.cumsum(-1) - p < max(sampling.top_p, 1e-20), 0)
     return p, ids
 
 

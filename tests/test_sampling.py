@@ -103,7 +103,7 @@ def test_a_draw_is_exact_to_the_rarest_token(monkeypatch, uniform, index):
     assert generate.draw(p).tolist() == [[index]]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"temperature": 0.0}])
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0.0}])
 def test_logits_that_become_nan_later_are_an_error(sampling):
     logits = torch.tensor([LOGITS, [math.nan] * len(LOGITS)])
     with pytest.raises(UserError, match="infinite or NaN"):
@@ -134,6 +134,11 @@ def test_extreme_temperatures_are_no_special_case():
     assert draw(LOGITS, 1e-3, 5, 0.9)[9] == 50_000
     counts = draw(LOGITS, 1e30, None, 1.0)
     assert sum((count - 50_000 / 12) ** 2 / (50_000 / 12) for count in counts) < chi_square_limit(11)
+
+
+@pytest.mark.parametrize("top_p", [1e-3, 1e-30, 5e-324])
+def test_the_smallest_top_p_leaves_the_likeliest_token(top_p):
+    assert draw(LOGITS, 1.0, None, top_p)[9] == draw(LOGITS, 1.0, 5, top_p)[9] == 50_000
 
 
 def test_temperature_0_is_greedy():
