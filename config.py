@@ -253,7 +253,7 @@ class TrainConfig(Compute, DataDir):
     muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
     warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
-    weight_decay: Rate = 0.1  # on matrices only, not on biases and LayerNorm
+    weight_decay: Rate = 0.1  # on matrices only, times their learning rate: Muon's decay muon_lr_scale times as fast
     beta1: Fraction = 0.9  # AdamW: decay of the mean of gradients
     beta2: Fraction = 0.95  # AdamW: decay of the mean of squared gradients
     grad_clip: Rate = 1.0  # largest gradient norm; 0: no clipping

@@ -271,11 +271,12 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
     CPU is the speed of large matrix products in training, and the speed of reading a matrix in generating.
 
     Raises:
-        UserError: float16 on a CPU, which is a hundred times slower than float32.
+        UserError: float16 on a CPU. None gains from it, and most are many times slower.
     """
     if name != "auto":
         if name == "float16" and device.type == "cpu":
-            raise UserError("--dtype float16: CPUs are a hundred times slower in it; use bfloat16 or float32")
+            words = "CPUs gain nothing from it, and most are many times slower; use bfloat16 or float32"
+            raise UserError(f"--dtype float16: {words}")
         wrong = "; in it some versions of PyTorch let tokens attend to later ones on Apple's GPUs (pytorch#195910)"
         doubtful = device.type == "mps" and name != "float32"
         return getattr(torch, name), "as requested" + (wrong if doubtful else "")

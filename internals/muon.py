@@ -42,7 +42,8 @@ class StackedMuon(torch.optim.Muon):
                     stacks[parameter.shape].append(parameter)
             for shape, parameters in stacks.items():
                 update = orthogonalise(self._momentum(parameters, group).to(self.dtype), group)
-                step_size = group["lr"] * 0.2 * math.sqrt(max(shape))  # the update's root mean square is then 0.2 lr
+                # The update's root mean square is then at most about 0.2 lr (less where the momentum has a low rank)
+                step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, update.float().contiguous().unbind(), alpha=-step_size)
 

@@ -44,7 +44,7 @@ def test_auto_dtype_on_a_cpu_follows_from_its_instructions(monkeypatch, processo
     cpu = torch.device("cpu")
     assert device.resolve_dtype("auto", cpu)[0] == training
     assert device.resolve_dtype("auto", cpu, generating=True)[0] == generating
-    with pytest.raises(UserError, match="--dtype float16: CPUs are"):
+    with pytest.raises(UserError, match="--dtype float16: CPUs gain nothing from it, and most are many times slower;"):
         device.resolve_dtype("float16", cpu)
     assert device.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as requested")
 
@@ -121,6 +121,13 @@ def test_a_machine_without_a_card_is_told_only_when_it_asks(monkeypatch, complai
         device.resolve_device("cuda")
     with pytest.raises(UserError, match=r"--device mps: PyTorch .* finds no such device"):
         device.resolve_device("mps")
+
+
+def test_auto_takes_apples_gpu_and_float32_there(monkeypatch):
+    hide_cards(monkeypatch, CPU_BUILD)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mps = device.resolve_device("auto")
+    assert mps == torch.device("mps") and device.resolve_dtype("auto", mps)[0] == torch.float32
 
 
 def test_hidden_cards(monkeypatch):
