@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import REPO, assert_user_error, needs_fake_gpu, run_on_fake_gpu, run_script
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
 from internals import checkpoint
-from internals.batch_size import resolve_batch_size
+from internals.batch_size import resolve_batch_size, training_bytes
 from internals.cli import with_preset
 from internals.machine import Machine
+from internals.optimizer import make_optimizer, moment_bytes
 from internals.run_length import resolve_auto
+from model import GPT
 
 GIB = 2**30
 
@@ -74,6 +76,49 @@ def test_a_run_stores_the_number_and_resumes_with_it(data_dir, tmp_path):
     resumed = run_script("train.py", "--out-dir", tmp_path, "--resume", "--max-iters", 3)
     assert resumed.returncode == 0, resumed.stderr
     assert checkpoint.load(tmp_path / "last.pt")["config"]["batch_size"] == 6
+
+
+def test_the_weights_are_counted_with_their_gradients_and_moments():
+    cfg = dataclasses.replace(with_preset(TrainConfig, "wikipedia"), optimizer="adamw")
+    with torch.device("meta"):
+        model = GPT(cfg.model)
+    optimizer = make_optimizer(model, cfg, torch.device("cpu"), torch.bfloat16)
+    needed = 2 * sum(p.nbytes for p in model.parameters()) + moment_bytes(optimizer)
+    constant, _ = training_bytes(dataclasses.replace(cfg, tokens_per_iter=256), torch.bfloat16)
+    assert needed < constant < 2 * needed
+
+
+def test_a_sequence_is_counted_with_what_its_backward_pass_keeps():
+    """In the blocks, and without the weights."""
+    model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=64, n_inner=256, block_size=32, vocab_size=64))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}  # storages by their address; each is held, so that no other gets its address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.randn(8, 32, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for block in model.transformer.h:
+            x = block(x)
+    _, sequence = training_bytes(TrainConfig(model=model.config, tokens_per_iter=256, batch_size=8), torch.float32)
+    measured = sum(storage.nbytes() for storage in kept.values()) / 8
+    assert measured < sequence < 1.2 * measured  # a CPU's attention needs no copy of its output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_is_counted_with_its_masks_and_results(dtype):
+    """On a GPU a mask takes a byte for each element. A block has two of them, after its two halves."""
+    cfg = with_preset(TrainConfig, "wikipedia")
+    without, dropping = (
+        training_bytes(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dropout=p)), dtype)[1]
+        for p in (0.0, 0.1)
+    )
+    c = cfg.model
+    assert dropping - without == c.n_layer * 2 * c.block_size * c.n_embd * (1 + dtype.itemsize)
 
 
 STEPS = """

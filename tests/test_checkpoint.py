@@ -118,8 +118,9 @@ def test_flipped_bits_are_damage(tmp_path):
         assert checkpoint.load(path, mmap=True)["iter"] == 3  # a look at the settings does not read the weights
 
 
+@pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("protocol", ["zip", "legacy", "pickle"])
-def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol, mmap):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -130,7 +131,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, protocol):
     else:
         torch.save(content(model=Code()), path, _use_new_zipfile_serialization=protocol == "zip")
     with pytest.raises(UserError, match="is damaged, or not a checkpoint"):
-        checkpoint.load(path)
+        checkpoint.load(path, mmap)
     assert not (tmp_path / "executed").exists()
 
 

@@ -105,6 +105,9 @@ def test_a_configuration_cannot_be_changed():
         (TrainConfig, ["--n-head", "5"], ["--n-head 5", "--n-embd 384"]),
         (TrainConfig, ["--dropout", "1.5"], ["--dropout 1.5"]),
         (TrainConfig, ["--dropout", "nan"], ["--dropout nan"]),
+        (TrainConfig, ["--dropout", "1"], ["--dropout 1.0", "below 1"]),
+        (TrainConfig, ["--beta1", "1"], ["--beta1 1.0", "below 1"]),
+        (TrainConfig, ["--beta2", "1"], ["--beta2 1.0", "below 1"]),
         (TrainConfig, ["--batch-size", "0"], ["--batch-size 0"]),
         (
             TrainConfig,

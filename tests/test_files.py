@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from articles import posix
 from internals import files
 from internals.files import (
     atomic_write,
+    locked,
     nearest_folder,
     sha256,
     system_error,
@@ -171,6 +173,22 @@ def test_on_a_mac_the_drive_empties_its_cache_before_the_rename(tmp_path, monkey
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
     write_text(tmp_path / "file", "new")
     assert calls == ["to the drive itself", "rename"] and (tmp_path / "file").read_text() == "new"
+
+
+def test_a_lock_that_is_given_back_in_time_is_waited_for(tmp_path):
+    taken = threading.Event()
+
+    def take():
+        with locked(tmp_path, "--data-dir", "held", seconds=30):
+            taken.set()
+
+    thread = threading.Thread(target=take)
+    with locked(tmp_path, "--data-dir", "held"):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not taken.is_set()
+    thread.join(30)
+    assert taken.is_set()
 
 
 def test_a_drive_that_does_not_exist_is_named(monkeypatch):

@@ -74,6 +74,12 @@ def test_each_prompt_of_a_session_has_a_seed_that_makes_its_text(best):
     assert json.loads(again.stdout)["text"] == rows[2]["text"]
 
 
+def test_seed_0_is_a_seed(best, capsys):
+    generate.main(GenerateConfig(checkpoint=str(best), device="cpu", json=True, max_new_tokens=2, seed=0))
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["seed"] == 0 and "--seed" not in shown.err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Threads and imports
 

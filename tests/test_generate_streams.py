@@ -202,6 +202,13 @@ def test_line_ends_of_windows_are_not_part_of_a_prompt(monkeypatch):
     assert prompts == ["one", "", "two"]
 
 
+def test_blanks_around_a_prompt_are_part_of_it(monkeypatch):
+    prompts = []
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  one \ntwo\t\n"), newline="\n"))
+    generate.interact(types.SimpleNamespace(cfg=GenerateConfig(), answer=prompts.append))
+    assert prompts == ["  one ", "two\t"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows passes text, not bytes")
 @pytest.mark.parametrize("flag", ["--prompt", "--stop", "--checkpoint"])
 def test_bytes_that_are_not_utf8_on_the_command_line(best, flag):

@@ -53,6 +53,19 @@ def test_an_exchange_without_memory_is_not_tried_again():
     assert micro_batch.size == 4
 
 
+def test_smaller_micro_steps_divide_the_ones_before():
+    """Otherwise an iteration would also read a part of the next one's text."""
+    sizes = []
+
+    def compute(size: int) -> None:
+        sizes.append(size)
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    MicroBatch(10, GPT(TINY), CPU).retry_smaller(compute)
+    assert sizes == [10, 5, 1]
+
+
 def test_a_card_that_others_fill_needs_no_smaller_micro_steps(monkeypatch):
     """At one sequence, half a card of others is the reason; before that, nearly all of it."""
     asked = []
@@ -98,6 +111,22 @@ def test_out_of_memory_at_one_sequence_gives_up_with_advice(data_dir, tmp_path, 
     little_memory(monkeypatch, 0)
     with pytest.raises(UserError, match="at --batch-size 1; take a smaller --block-size"):
         train.train(tiny(data_dir, tmp_path))
+
+
+def test_the_random_state_of_a_card_is_kept(monkeypatch):
+    """Dropout draws its masks there. Without it, a resumed run would not be the same."""
+    taken, card = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.append(state.tolist()))
+    state = memory.random_state(card)
+    memory.set_random_state(state, card)
+    assert taken == [[7]] and torch.equal(state["cpu"], torch.get_rng_state())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not tell")
+def test_the_peak_memory_on_a_cpu_is_in_bytes():
+    used = memory.peak_memory(CPU)
+    assert 2**26 < used.peak < used.total  # PyTorch alone takes 100 MB or more
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a bug")])

@@ -112,6 +112,13 @@ def test_float16_skips_overflows_and_resumes_with_its_scale(data_dir, tmp_path, 
     assert_same_end(tmp_path / "stopped", tmp_path / "straight")
 
 
+def test_float16_gradients_are_clipped_at_their_true_size(data_dir, tmp_path, float16):
+    """Not at the size that the scaler gives them, 100,000 times as large."""
+    train.train(tiny(data_dir, tmp_path))
+    norms = [row["grad_norm"] for row in metrics(tmp_path)[1:] if row["grad_norm"] is not None]
+    assert norms and max(norms) < 100
+
+
 def test_float16_gradients_that_no_scale_saves_stop_the_run(data_dir, tmp_path, monkeypatch, float16):
     forward = GPT.forward
 

@@ -53,6 +53,12 @@ def test_muon_moves_the_matrices_of_the_blocks_and_no_other():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_adamws_betas_are_those_of_the_settings(name):
+    _, _, optimizer = make(name, beta1=0.8, beta2=0.99)
+    assert {group["betas"] for group in optimizer.param_groups if "betas" in group} == {(0.8, 0.99)}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_size_of_the_moments_is_known_before_the_first_step(name):
     """`--check` needs it: in float16 the first steps may be skipped."""
     model, _, optimizer = make(name)

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from conftest import assert_user_error, run_script
 import prepare_data
 from internals import progress, reader
 from internals.files import locked
-from internals.shards import read_meta
+from internals.shards import ShardWriter, read_meta
 from internals.start import UserError
 from internals.text_files import LocalFiles
 from internals.tokenizer_json import END_OF_TEXT
@@ -91,6 +92,17 @@ def test_a_damaged_folder_is_not_called_finished(tmp_path):
     os.truncate(tmp_path / "out" / "val_000000.bin", 2000)
     with pytest.raises(UserError, match=r"val_000000\.bin"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+
+
+def test_the_shards_are_on_the_disk_before_the_progress_that_counts_them(tmp_path, monkeypatch):
+    """A power cut between the two must not leave progress that the shards lack."""
+    calls, sync, save = [], ShardWriter.sync, progress.Progress.save
+    monkeypatch.setattr(ShardWriter, "sync", lambda self: (calls.append("sync "), sync(self)))
+    monkeypatch.setattr(progress.Progress, "save", lambda self, *args: (calls.append("save "), save(self, *args)))
+    monkeypatch.setattr(prepare_data, "COMMIT_SECONDS", -1.0)  # after each chunk
+    write_jsonl(tmp_path / "a.jsonl", make_articles(100))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert re.fullmatch("(sync sync save ){2,}(sync )*", "".join(calls))  # two splits
 
 
 def test_only_temporary_files_of_our_own_are_deleted(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,17 @@ def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
     ]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "config.json").read_text())["model"]["n_embd"] == 8
+
+
+def test_rows_are_on_the_disk_when_they_are_written(tmp_path, monkeypatch):
+    """A power cut after a save costs no row before it."""
+    path, synced, fsync = tmp_path / "metrics.jsonl", [], os.fsync
+    table = report.Rows(path, None)
+    table.cut()
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), fsync(file)))
+    table.add({"iter": 1})
+    table.flush()
+    assert synced == [path.stat().st_size] == [len('{"iter": 1}\n')]
 
 
 def test_resuming_cuts_the_rows_back(tmp_path):

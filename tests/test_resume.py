@@ -1,6 +1,8 @@
 """Resuming a run: exactly, with the settings of its last.pt; what changed is named, what must not change is refused."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -184,6 +186,17 @@ def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, st
     with pytest.raises(UserError, match="--config: only for a new run; change a resumed run with flags"):
         resume_settings(tiny(data_dir, straight, resume=True, config=str(straight / "config.json")))
     assert (straight / "last.pt").read_bytes() == before
+
+
+def test_resuming_refuses_another_validation_split(data_dir, tmp_path):
+    """Its losses could not be compared with those of the run so far."""
+    train.train(tiny(data_dir, tmp_path / "run", max_iters=2))
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["val"]["shards"][0]["sha256"] = "0" * 64
+    (data / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="was trained on other data than"):
+        train.train(tiny(data, tmp_path / "run", max_iters=3, resume=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

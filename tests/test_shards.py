@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import write_splits
 
-from internals.shards import ShardWriter, read_meta, read_shard, shard_header
+from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, shard_header
 from internals.start import UserError
 from internals.windows import TokenStream
 
@@ -68,6 +68,21 @@ def test_a_writer_refuses_files_that_are_too_short(tmp_path):
     writer.close()
     with pytest.raises(UserError, match=r"train_000001\.bin"):
         ShardWriter(tmp_path, "train", 100, tokens=151)
+
+
+def test_a_power_cut_leaves_whole_shards(tmp_path, monkeypatch):
+    """Tokens and header are on the disk before a shard gets its name."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    full, last = HEADER_BYTES + 2 * 100, HEADER_BYTES + 2 * 30
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.write(random_tokens(130))
+    assert calls == [full]  # a full shard is closed
+    writer.sync()
+    assert calls == [full, last]
+    writer.finish()
+    assert calls == [full, last, last, full, "rename", last, "rename"]
 
 
 def test_the_tail_of_a_split(tmp_path):

@@ -3,6 +3,7 @@
 More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_stopping.py -k kill
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -73,6 +74,20 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     assert hits > 0
     with capfd.disabled():
         print(f" [{hits} kills, {during_a_save} of them during a save]", end="")
+
+
+def test_the_rows_of_an_evaluation_are_in_their_files_before_its_checkpoint(data_dir, tmp_path, monkeypatch):
+    """A run that is killed after the save does not repeat the iteration, so it would never write them."""
+    last, save = [], train.save
+
+    def look(run, state, best):
+        lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+        last.append((state.iter, json.loads(lines[-1])["iter"]))
+        save(run, state, best)
+
+    monkeypatch.setattr(train, "save", look)
+    train.train(tiny(data_dir, tmp_path, checkpoint_interval=100))
+    assert last == [(0, 0), (8, 8), (16, 16), (20, 20)]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from internals import reader
 from internals.cli import parse
 from internals.shards import read_meta
 from internals.start import UserError
+from internals.text_files import LocalFiles
 from internals.tokenizer_json import END_OF_TEXT
 from prepare_data import Pipeline, prepare
 
@@ -208,6 +209,16 @@ def test_a_file_that_grows_while_it_is_prepared_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "tokenize_source", grow)
     with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+
+
+def test_a_file_that_another_of_its_size_replaces_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one text")
+    source = LocalFiles((str(path),), reader.ReadOptions())
+    path.write_text("two text")
+    os.utime(path, ns=(0, 0))  # the clocks of some file systems tick slowly
+    with pytest.raises(UserError, match=r"a\.txt: has changed since the command began"):
+        source.fetch(0)
 
 
 def test_a_file_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):

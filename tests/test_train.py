@@ -49,6 +49,26 @@ def test_rows_are_written_every_log_interval(data_dir, tmp_path, monkeypatch):
     assert speed == {0: None, 1: 128, 4: round(3 * 128 / 9), 8: round(4 * 128 / 26), 9: round(128 / 9)}
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_iterations(data_dir, tmp_path, monkeypatch):
+    """Before and after a stop. Each iteration takes two seconds here."""
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 2.0).__next__))
+    train.train(tiny(data_dir, tmp_path, max_iters=2))
+    train.train(tiny(data_dir, tmp_path, max_iters=4, resume=True))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["seconds"] for row in rows] == [0, 2, 4, 6, 8]
+    assert checkpoint.load(tmp_path / "last.pt")["seconds"] == 8
+
+
+def test_muon_lr_scale_reaches_the_matrices(data_dir, tmp_path, monkeypatch):
+    """The loop sets each group's learning rate to its own multiple of the schedule's."""
+    made, make_optimizer = [], train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda *args: (made.append(make_optimizer(*args)), made[-1])[1])
+    cfg = tiny(data_dir, tmp_path, max_iters=3, muon_lr_scale=4.0)
+    train.train(cfg)
+    rates = [group["lr"] / train.get_lr(2, cfg) for group in made[0].param_groups]
+    assert rates == pytest.approx([1, 1, 4])
+
+
 def test_a_gradient_is_not_clipped_at_0(data_dir, tmp_path):
     """`--grad-clip 0` is no limit, as is one that no gradient reaches."""
     for name, limit in (("off", 0.0), ("far", 1e9), ("near", 0.01)):
@@ -126,6 +146,14 @@ def test_validation_does_not_depend_on_the_batch_size(data_dir, tmp_path):
     losses = [train.evaluate(n, model, windows, machine) for n in (1, 4, 7, 25, 100)]
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
     assert model.training
+
+
+def test_an_evaluation_computes_no_gradients(data_dir, tmp_path, monkeypatch):
+    """They would take its time and memory several times over."""
+    cfg, enabled, forward = tiny(data_dir, tmp_path), [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args: (enabled.append(torch.is_grad_enabled()), forward(*args))[1])
+    train.evaluate(4, GPT(cfg.model), ValidationWindows(TokenStream.open(data_dir, "val"), 16, 64), make_machine(cfg))
+    assert enabled == [False]
 
 
 def test_evaluating_does_not_check_what_only_training_needs(data_dir, tmp_path, straight, capsys):
