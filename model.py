@@ -27,6 +27,22 @@ from config import ModelConfig
 LOGITS_AT_ONCE = 2**27
 # Of these, the logits that a CPU turns into probabilities at a time: few enough to stay in its cache (also measured).
 LOGITS_IN_CACHE = 2**20
+# The longest context whose attention a CPU trains faster written out than in PyTorch's fused kernel (also measured)
+WRITTEN_OUT = 512
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Set each element to 0 with probability `p`, and divide the others by 1 - p (Srivastava et al., 2014).
+
+    On a CPU, F.dropout draws one random number after another, which took longer than all matrix products of a small
+    model. Here 64 random bits decide about four elements, and `p` is rounded to a multiple of 1/65,536.
+    """
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
+    numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
+    keep = numbers >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    return x * keep.to(x.dtype).div_(1 - p)
 
 
 class KeyValueCache:
@@ -77,12 +93,30 @@ class CausalSelfAttention(nn.Module):
         # is_causal aligns the first query with the first key, which is right only without earlier tokens. A single
         # query, the newest, sees every key and needs no mask. Several queries after earlier tokens need an explicit one.
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=dropout)
+        p = self.dropout if self.training else 0.0
+        if cache is None and faster_written_out(q, p):
+            y = written_out_attention(q, k, v, p)
+        else:  # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=p)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
         y = self.c_proj(y)
-        return F.dropout(y, self.dropout) if self.training else y
+        return dropout(y, self.dropout) if self.training else y
+
+
+def faster_written_out(q: Tensor, p: float) -> bool:
+    """Whether `written_out_attention` trains faster than PyTorch's own: on CPUs, whose fused kernel has a slow backward pass
+    in bfloat16 and no dropout."""
+    slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)
+    return slow and q.size(2) <= WRITTEN_OUT and torch.is_grad_enabled()
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention by its formula: dropout(softmax(q k^T / sqrt(D))) v, each tensor (B, H, T, D)."""
+    B, H, T, D = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, T, D) each
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # hides from each token those after it
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # future + q k^T / sqrt(D), (BH, T, T)
+    return torch.bmm(dropout(scores.softmax(dim=-1), p), v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -97,7 +131,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # GELU (Hendrycks and Gimpel, 2016) in GPT-2's form
         x = self.c_proj(x)
-        return F.dropout(x, self.dropout) if self.training else x
+        return dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -167,9 +201,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tensor:
     """The cross-entropy of each row in nats, float32. Replaces the logits with the gradient of the sum of all rows.
 
-    No step writes to single columns of a large tensor, so that it compiles to one kernel, which reads and writes the
-    logits once. On a CPU it takes as few passes as possible.
-
     Args:
         logits: (rows, padded V).
         target: (rows, 1) token ids.
@@ -181,8 +212,11 @@ def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tenso
     losses = likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
     if with_gradient:  # last, since float32 logits share their memory with `exact` and `probabilities`
         # Of the sum, not of the mean, whose gradient float16 could not hold
-        one_hot = torch.zeros_like(probabilities).scatter_(1, target, 1.0)
-        logits.copy_(torch.sub(probabilities, one_hot, out=one_hot))
+        if torch.compiler.is_compiling():  # compiles to one kernel, which reads and writes the logits once
+            one_hot = torch.zeros_like(probabilities).scatter_(1, target, 1.0)
+            logits.copy_(torch.sub(probabilities, one_hot, out=one_hot))
+        else:  # saves two passes, but writes to single columns, which would be a kernel of its own
+            logits.copy_(probabilities.scatter_add_(1, target, torch.full_like(likeliest, -1.0)))
     return losses
 
 
@@ -256,7 +290,7 @@ class GPT(nn.Module):
         positions = self.transformer.wpe.weight[start : start + T]
         x = self.transformer.wte(idx) + positions  # (B, T, C) + (T, C)
         if self.training:
-            x = F.dropout(x, self.config.dropout)
+            x = dropout(x, self.config.dropout)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache, layer)
         if cache is not None:

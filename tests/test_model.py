@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model
 from config import ModelConfig, TrainConfig
 from internals.cli import with_preset
 from model import GPT
@@ -183,19 +184,100 @@ def test_the_first_weights_are_gpt2s():
 @pytest.mark.parametrize("training", [True, False])
 def test_every_dropout_acts_in_training_alone(monkeypatch, training):
     """On the embeddings, and in each layer on attention's weights, its output and the feed-forward network's."""
-    model = GPT(dataclasses.replace(TINY, dropout=0.3)).train(training)
-    outputs, weights = [], []
-    dropout, attention = F.dropout, F.scaled_dot_product_attention
+    gpt = GPT(dataclasses.replace(TINY, dropout=0.3)).train(training)
+    calls = []
+    dropout = model.dropout
+    monkeypatch.setattr(model, "dropout", lambda x, p: (calls.append((x.shape, p)), dropout(x, p))[1])
+    gpt(torch.randint(101, (2, 24)))
+    stream, weights = ((2, 24, 32), 0.3), ((2 * 4, 24, 24), 0.3)
+    assert calls == ([stream] + [weights, stream, stream] * TINY.n_layer if training else [])
+
+
+def test_attention_that_a_gpu_computes_drops_its_weights_too(monkeypatch):
+    """PyTorch's kernel does it there."""
+    gpt = GPT(dataclasses.replace(TINY, dropout=0.3)).train()
+    seen = []
+    attention = F.scaled_dot_product_attention
 
     def watched(*args, dropout_p, **rest):
-        weights.append(dropout_p)
+        seen.append(dropout_p)
         return attention(*args, dropout_p=dropout_p, **rest)
 
-    monkeypatch.setattr(F, "dropout", lambda x, p: (outputs.append(p), dropout(x, p))[1])
+    monkeypatch.setattr(model, "faster_written_out", lambda q, p: False)
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    model(torch.randint(101, (2, 24)))
-    assert outputs == ([0.3] * (1 + 2 * TINY.n_layer) if training else [])
-    assert weights == [0.3 if training else 0.0] * TINY.n_layer
+    gpt(torch.randint(101, (2, 24)))
+    gpt.eval()(torch.randint(101, (2, 24)))
+    assert seen == [0.3] * TINY.n_layer + [0.0] * TINY.n_layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_sets_each_element_to_zero_with_its_probability(dtype, p):
+    """The mean of 300,001 masks must lie within five standard deviations, and neighbours must not be dropped together."""
+    torch.manual_seed(0)
+    x = torch.full((300_001,), 3.0, dtype=dtype, requires_grad=True)  # no multiple of 4
+    y = model.dropout(x, p)
+    y.sum().backward()
+    dropped, scale = y == 0, torch.tensor(1 / (1 - p)).to(dtype)
+    deviation = math.sqrt(p * (1 - p) / len(x))
+    assert dropped.double().mean().item() == pytest.approx(p, abs=5 * deviation)
+    assert torch.equal(y[~dropped], (3 * scale).expand(len(x))[~dropped])
+    assert torch.equal(x.grad, torch.where(dropped, torch.zeros_like(scale), scale))
+    for distance in range(1, 9):  # 64 random bits decide about four neighbours
+        both = (dropped[distance:] & dropped[:-distance]).double().mean().item()
+        assert both == pytest.approx(p * p, abs=5 * math.sqrt(p * p * (1 - p * p) / len(x)) + 2 * p * deviation), (
+            distance
+        )
+
+
+def test_dropout_follows_the_seed_and_keeps_shapes():
+    x = torch.ones(3, 5, 7).transpose(0, 2)
+    torch.manual_seed(5)
+    first, second = model.dropout(x, 0.4), model.dropout(x, 0.4)
+    torch.manual_seed(5)
+    assert torch.equal(model.dropout(x, 0.4), first) and not torch.equal(first, second)
+    assert first.shape == (7, 5, 3)
+    assert model.dropout(x, 0.0) is x
+    assert not model.dropout(x, 1 - 1e-7)[x > 1].any()  # the largest share: nearly nothing is kept, and no overflow
+    assert (model.dropout(torch.ones(10_000), 1 - 1e-7) == 0).double().mean() > 0.99
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_attention_written_out_is_pytorchs_own(dtype, tolerance):
+    """Values and gradients, against PyTorch's kernel in float32."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 17, 8, requires_grad=True) for _ in range(3)]
+    ours = [x.detach().to(dtype).requires_grad_() for x in exact]
+    theirs = F.scaled_dot_product_attention(*exact, is_causal=True)
+    y = model.written_out_attention(*ours, 0.0)
+    gradient = torch.randn_like(theirs)
+    theirs.backward(gradient)
+    y.backward(gradient.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), theirs, rtol=tolerance, atol=tolerance)
+    for mine, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.float(), other.grad, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_attention_written_out_drops_weights_not_tokens():
+    """With a value of 1 everywhere a token's output is the sum of the weights that were kept, each divided by 1 - p."""
+    torch.manual_seed(0)
+    q = k = torch.zeros(1, 1, 400, 8)  # each token attends alike to all before it
+    y = model.written_out_attention(q, k, torch.ones(1, 1, 400, 8), 0.25)[0, 0, :, 0]
+    kept = y * torch.arange(1, 401) * 0.75  # of t + 1 weights
+    assert torch.allclose(kept, kept.round(), atol=1e-3)
+    assert 0 < kept[-1] < 400 and kept[200:].sum().item() / sum(range(201, 401)) == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_cpu_writes_attention_out_only_where_that_is_faster():
+    """In bfloat16 or with dropout, and with gradients: not for evaluating, not for long contexts, not on a GPU."""
+    q = torch.zeros(1, 1, 256, 8)
+    assert model.faster_written_out(q.bfloat16(), 0.0) and model.faster_written_out(q, 0.1)
+    assert not model.faster_written_out(q, 0.0)
+    assert not model.faster_written_out(torch.zeros(1, 1, 1024, 8, dtype=torch.bfloat16), 0.0)
+    assert not model.faster_written_out(q.to("meta"), 0.1)
+    with torch.no_grad():
+        assert not model.faster_written_out(q.bfloat16(), 0.1)
 
 
 def test_dropout_acts_in_training_alone():
