@@ -1,6 +1,8 @@
 """The transformer: GPT-2 (Radford et al., 2019), read from the bottom up.
 
+    dropout                      random zeros, against overfitting
     KeyValueCache                keys and values of earlier tokens, kept while text is generated
+    written_out_attention        attention by its formula, for training on a CPU
     CausalSelfAttention, MLP     the two halves of a block
     Block                        x + attention(norm(x)), then x + mlp(norm(x))
     LinearCrossEntropy           the output head and its loss in one, a chunk of the logits at a time
@@ -28,7 +30,7 @@ LOGITS_AT_ONCE = 2**27
 # Of these, the logits that a CPU turns into probabilities at a time: few enough to stay in its cache (also measured).
 LOGITS_IN_CACHE = 2**20
 # The longest context whose attention a CPU trains faster written out than in PyTorch's fused kernel (also measured)
-WRITTEN_OUT = 512
+WRITTEN_OUT_UP_TO = 512
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -72,6 +74,22 @@ class KeyValueCache:
         self.layers = [None if kv is None else kv[:, rows] for kv in self.layers]
 
 
+def faster_written_out(q: Tensor, p: float) -> bool:
+    """Whether `written_out_attention` trains faster than PyTorch's own: on CPUs, whose fused kernel has a slow backward pass
+    in bfloat16 and no dropout."""
+    slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)
+    return slow and q.size(2) <= WRITTEN_OUT_UP_TO and torch.is_grad_enabled()
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal attention by its formula: dropout(softmax(q k^T / sqrt(D))) v, each tensor (B, H, T, D)."""
+    B, H, T, D = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, T, D) each
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # hides from each token those after it
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # future + q k^T / sqrt(D), (BH, T, T)
+    return torch.bmm(dropout(scores.softmax(dim=-1), p), v).view(B, H, T, D)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and the tokens before it (Vaswani et al., 2017)."""
 
@@ -101,22 +119,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
         y = self.c_proj(y)
         return dropout(y, self.dropout) if self.training else y
-
-
-def faster_written_out(q: Tensor, p: float) -> bool:
-    """Whether `written_out_attention` trains faster than PyTorch's own: on CPUs, whose fused kernel has a slow backward pass
-    in bfloat16 and no dropout."""
-    slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or p > 0)
-    return slow and q.size(2) <= WRITTEN_OUT and torch.is_grad_enabled()
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention by its formula: dropout(softmax(q k^T / sqrt(D))) v, each tensor (B, H, T, D)."""
-    B, H, T, D = q.shape
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (BH, T, D) each
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)  # hides from each token those after it
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # future + q k^T / sqrt(D), (BH, T, T)
-    return torch.bmm(dropout(scores.softmax(dim=-1), p), v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
