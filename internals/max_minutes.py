@@ -28,7 +28,7 @@ from internals.samples import load_sample_tokenizer
 from internals.screen import wrap
 from internals.start import UserError
 
-MARGIN = 0.03  # share of the time kept for the end of the process and for a machine that slows down
+MARGIN = 0.05  # share of the time kept for the end of the process and for a machine that slows down
 MEASURING = 0.03  # share of the time spent measuring iterations; evaluations get a third of that
 MOST_MEASURING = 120.0  # seconds
 FEWEST = 10  # iterations; a shorter run is not worth starting
