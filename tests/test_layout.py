@@ -69,6 +69,11 @@ def test_a_file_is_short_enough(module):
     assert lines <= limit, f"{FILES[module].name} has {lines} lines, at most {limit} are allowed; split it"
 
 
+@pytest.mark.parametrize("path", sorted((REPO / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_a_file_of_tests_is_short_enough(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "split it by topic"
+
+
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_functions_fit_on_a_screen(module):
     for node in ast.walk(TREES[module]):
