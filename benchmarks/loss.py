@@ -66,7 +66,7 @@ def measure(
 ) -> tuple[float, float]:
     """Seconds and MiB of one forward and backward pass, with `chunk` logits at once."""
     device = x.device.type
-    model.LOGITS_AT_ONCE = chunk
+    model.LOGITS_AT_ONCE = model.LOGITS_AT_ONCE_COMPILED = chunk
     x.grad = weight.grad = None
     before = peak_mib(device, reset=True)
     begin = time.perf_counter()

@@ -194,7 +194,8 @@ def test_every_chunk_size_of_the_loss_is_compiled(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)  # restores it at the end
-    monkeypatch.setattr(loss.model, "LOGITS_AT_ONCE", loss.model.LOGITS_AT_ONCE)
+    for name in ("LOGITS_AT_ONCE", "LOGITS_AT_ONCE_COMPILED"):
+        monkeypatch.setattr(loss.model, name, getattr(loss.model, name))
     monkeypatch.setattr(loss, "peak_mib", lambda *_, **__: 0)
     sizes = [str(320 * rows) for rows in (8, 12, 16, 24, 32, 64)]
     options = ["--rows", "64", "--n-embd", "16", "--vocab-size", "257", "--repeats", "1", "--compile"]

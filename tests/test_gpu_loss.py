@@ -142,13 +142,13 @@ def test_the_compiled_loss_is_one_kernel_a_chunk_and_moves_less_than_plain_cross
     figures = on_fake_gpu(LOSS, tmp_path)
     ours, plain = figures["linear_cross_entropy"], figures["plain"]
     print(figures, file=sys.stderr)
-    chunks = 8  # of 2,048 rows
+    chunks = 4  # of 4,096 rows
     assert ours["products"] == 3 * chunks
     # A chunk has two kernels: casting its rows of x, and all work between the products. The rest are casts and sums.
     assert ours["kernels"] <= 2 * chunks + 8
     assert ours["waits"] == 0
-    assert ours["bytes"] <= 12.5 * ROWS * PADDED < plain["bytes"]
-    assert ours["peak"] < 0.5 * plain["peak"]
+    assert ours["bytes"] <= 11.5 * ROWS * PADDED < plain["bytes"]
+    assert ours["peak"] < 0.6 * plain["peak"]
 
 
 @needs_fake_gpu
@@ -166,6 +166,6 @@ def test_the_launches_of_a_compiled_micro_step(tmp_path):
     print(figures, file=sys.stderr)
     assert [one["graphs"] for one in figures.values()] == [1, 2, 3]  # each is compiled once
     default, pointwise = figures["default"], figures["pointwise"]
-    assert default["first"] <= 370 and default["second"] <= default["first"] + 76  # gradients to add to
+    assert default["first"] <= 355 and default["second"] <= default["first"] + 76  # gradients to add to
     assert pointwise["first"] <= default["first"] - 40
     assert pointwise["peak"] <= 1.01 * default["peak"]

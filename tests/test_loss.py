@@ -36,6 +36,7 @@ def gradients(loss_function, x: Tensor, weight: Tensor, targets: Tensor, factor:
 def chunked(request, monkeypatch):
     rows, rows_in_part = request.param
     monkeypatch.setattr(model, "LOGITS_AT_ONCE", rows * PADDED)
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE_COMPILED", rows * PADDED)
     monkeypatch.setattr(model, "LOGITS_IN_CACHE", rows_in_part * PADDED)
 
 
