@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REPO
 from runs import assert_same_end, metrics, tiny
-from two_processes import flags, run, torchrun, with_fault
+from two_processes import flags, run_both, torchrun, with_fault
 
 import train
 from config import PRESETS, ModelConfig, TrainConfig
@@ -59,7 +59,7 @@ def test_a_run_resumes_on_another_number_of_processes(data_dir, tmp_path, two, o
     shutil.copytree(two[0], changing)
     one = dict(dropout=0.0, batch_size=2, optimizer="adamw")
     train.train(tiny(data_dir, changing, max_iters=24, resume=True, **one))
-    result = run(torchrun(*flags(data_dir, changing, optimizer="adamw", max_iters=28), "--resume"))
+    result = run_both(*flags(data_dir, changing, optimizer="adamw", max_iters=28), "--resume")
     assert result.returncode == 0, result.stderr
     assert "changed: " in result.stdout and "processes 1 -> 2" in " ".join(result.stdout.split())
     for max_iters in (20, 24, 28):
@@ -89,7 +89,7 @@ train.initial_model, train.ending = other_weights, tell_weights"""
 def test_machines_may_have_other_processors(data_dir, tmp_path):
     """They may be fastest in another dtype, and draw first weights that differ in a bit."""
     short = flags(data_dir, tmp_path / "run", dtype="auto", max_iters=2)
-    result = run(torchrun(*short, script=with_fault(tmp_path, DIFFERENT)))
+    result = run_both(*short, script=with_fault(tmp_path, DIFFERENT))
     assert result.returncode == 0, result.stderr
     assert "float32 (the processes' devices have different fastest dtypes)" in " ".join(result.stdout.split())
     weights = re.findall(r"weights: ([0-9a-f]{64})", result.stdout)
@@ -99,7 +99,7 @@ def test_machines_may_have_other_processors(data_dir, tmp_path):
 def test_machines_must_share_the_folder_of_the_run(data_dir, tmp_path, two):
     shutil.copytree(two[0], tmp_path / "run")
     elsewhere = f"sys.argv += ['--out-dir={tmp_path / 'other'}'] * RANK"
-    result = run(torchrun(*flags(data_dir, tmp_path / "run"), "--auto-resume", script=with_fault(tmp_path, elsewhere)))
+    result = run_both(*flags(data_dir, tmp_path / "run"), "--auto-resume", script=with_fault(tmp_path, elsewhere))
     assert result.returncode != 0
     assert result.stderr.count("the processes see different files there; all machines must share it") == 1
 
@@ -138,7 +138,7 @@ def threads():
             pass
     os.write(1, f"threads: {RANK} {[name for name in names if 'gloo' in name]}\\n".encode())
 atexit.register(threads)"""
-    result = run(torchrun(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count)))
+    result = run_both(*flags(data_dir, tmp_path / "run", max_iters=2), script=with_fault(tmp_path, count))
     assert result.returncode == 0, result.stderr
     # The processes may write at the same time, so lines may run together
     assert sorted(re.findall(r"threads: (\d) (\[[^]]*\])", result.stdout)) == [("0", "[]"), ("1", "[]")], result.stdout
@@ -197,7 +197,7 @@ def limited(self, idx, targets=None, **rest):
     return forward(self, idx, targets, **rest)
 GPT.forward = limited"""
     command = flags(data_dir, tmp_path / "run", optimizer="adamw", batch_size=4)
-    result = run(torchrun(*command, script=with_fault(tmp_path, short)))
+    result = run_both(*command, script=with_fault(tmp_path, short))
     assert result.returncode == 0, result.stderr
     for size, count in ((2, "2 sequences"), (1, "1 sequence")):
         assert result.stdout.count(f"micro-steps now have {count}, not {2 * size}, of the same text") == 1
@@ -225,8 +225,8 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
     (again,) = re.findall("Continue: (.*)", output)
     assert again.startswith("torchrun --standalone --nproc-per-node 2 ") and again.endswith("--resume"), again
     assert 0 < checkpoint.load(out_dir / "last.pt")["iter"] < 20
-    result = run(torchrun(*flags(data_dir, out_dir, dropout=0.1), "--resume"))
+    result = run_both(*flags(data_dir, out_dir, dropout=0.1), "--resume")
     assert result.returncode == 0, result.stderr
-    result = run(torchrun(*flags(data_dir, straight, dropout=0.1)))
+    result = run_both(*flags(data_dir, straight, dropout=0.1))
     assert result.returncode == 0, result.stderr
     assert_same_end(out_dir, straight)

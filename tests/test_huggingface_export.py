@@ -165,7 +165,7 @@ for folder, prompt, context in json.loads(sys.argv[1]):
 def test_transformers_stays_inside_the_context(tmp_path, monkeypatch, tokenizer):
     """Without arguments, greedy, sampled and in batches. The model card's example runs unchanged."""
     cases = []
-    for context in (8, 64, 128, 256) if tokenizer == "bytes" else (8, 256):
+    for context in (8, 256) if tokenizer == "bytes" else (8,):
         monkeypatch.setitem(SIZES, "block_size", context)
         save_checkpoint(tmp_path / "best.pt", tokenizer)
         out_dir = tmp_path / f"context-{context}"

@@ -4,7 +4,6 @@ More kills than a test run has time for:  KILLS=50 python -m pytest tests/test_s
 """
 
 import json
-import multiprocessing
 import os
 import random
 import select
@@ -16,6 +15,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import warm
 from conftest import REPO, run_script
 from runs import assert_same_end, flags, metrics, tiny
 
@@ -38,8 +38,7 @@ def test_killed_at_random_and_resumed_equals_uninterrupted(data_dir, tmp_path, m
     """kill -9 at random moments: in an iteration, in an evaluation, in a save, before the first checkpoint."""
     kills = int(os.environ.get("KILLS", 4))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.figure"])
+    context = warm.server()
     long = dict(max_iters=3 * kills + 20, checkpoint_interval=1, eval_interval=4)
     cfg = tiny(data_dir, tmp_path / "killed", auto_resume=True, **long)
     rng = random.Random(0)
@@ -191,10 +190,7 @@ def test_after_a_scheduler_s_signal_ctrl_c_stops_at_once():
         "| head -n 1",
         "> /dev/full",
         "2> /dev/full",
-        ">&-",
-        "2>&-",
         "<&- >&- 2>&-",
-        "2>&1 | true",
         "> /dev/full 2> /dev/full",
     ],
 )

@@ -1,11 +1,14 @@
 """Runs on two processes under torchrun (gloo, on the CPU), and faults to put into them."""
 
+import concurrent.futures
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPO
 
 FLAGS = {
@@ -41,11 +44,29 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def run_both(*args, script: str | Path = "train.py") -> subprocess.CompletedProcess:
+    """Two processes without torchrun, which takes seconds to start. Their outputs follow each other."""
+    if sys.platform != "linux":
+        return run(torchrun(*args, script=script))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+
+    def one(rank: int) -> subprocess.CompletedProcess:
+        return warm.run([str(script), *args], REPO, timeout=300, RANK=str(rank), LOCAL_RANK=str(rank), **together)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first, second = pool.map(one, (0, 1))
+    return subprocess.CompletedProcess(
+        first.args, first.returncode or second.returncode, first.stdout + second.stdout, first.stderr + second.stderr
+    )
+
+
 @pytest.fixture(scope="module")
 def two(data_dir, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of a run on two processes."""
     out_dir = tmp_path_factory.mktemp("two")
     # Muon amplifies rounding errors: it moves the smallest directions of a gradient as far as the largest
-    result = run(torchrun(*flags(data_dir, out_dir, optimizer="adamw")))
+    result = run_both(*flags(data_dir, out_dir, optimizer="adamw"))
     assert result.returncode == 0, result.stderr
     return out_dir, result.stdout + result.stderr

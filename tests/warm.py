@@ -16,17 +16,25 @@ from pathlib import Path
 SLOW = ["torch", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "tyro", "tiktoken"]
 
 
-def run(command: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess:
+def server() -> multiprocessing.context.BaseContext:
+    """Where processes come from that have all of `SLOW`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW)
+    return context
+
+
+def run(command: list[str], cwd: Path, timeout: float, **environment: str) -> subprocess.CompletedProcess:
     """What `python COMMAND` prints and its exit status, like subprocess.run with `capture_output` and `text`.
+
+    Args:
+        environment: variables beside those of this process. PyTorch has been imported before it sees them.
 
     Raises:
         subprocess.TimeoutExpired: it took longer; it is killed.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(SLOW)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = server.Process(target=become, args=(command, dict(os.environ), cwd, outputs))
+        process = server().Process(target=become, args=(command, {**os.environ, **environment}, cwd, outputs))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
