@@ -1,12 +1,13 @@
 """Before a run: does it make sense (`sanity_advice`), does it fit, and how long will it take (`preflight`, --check)?"""
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from internals.cli import with_preset
 from internals.device import cuda_obstacle, device_notice, held_by_others
 from internals.files import nearest_folder
 from internals.machine import Machine
-from internals.memory import MicroBatch, peak_memory
+from internals.memory import MicroBatch, enough_memory, peak_memory
 from internals.optimizer import moment_bytes
 from internals.report import utilisation
 from internals.run import Run, TrainState
@@ -126,15 +127,15 @@ def measure(
         if run is one_micro_step:
             losses.tolist()  # else a wait for the backward pass might count as a part of the update
         begin = time.perf_counter()
-        state.scaler.step(state.optimizer)
+        # Not tried again with fewer sequences: the moments need the same memory, and some of them are there already
+        with enough_memory("the optimizer's state does not fit into memory; take a smaller model"):
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
         updates.append(time.perf_counter() - begin)
         torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
 
-    def evaluate_piece() -> None:
-        evaluate(batch_size, state.model, piece, machine)
-
+    evaluate_piece = functools.partial(evaluate, batch_size, state.model, piece, machine)
     for group in state.optimizer.param_groups:
         group["lr"] = 0.0
     iterate(one_micro_step)  # the first of each takes longer: kernels are loaded, buffers and moments allocated
@@ -149,7 +150,7 @@ def measure(
     return Timing(iteration, mean_seconds(evaluate_piece, repeat / 3, machine) * len(windows) / len(piece))
 
 
-def mean_seconds(action: Callable[[], None], seconds: float, machine: Machine) -> float:
+def mean_seconds(action: Callable[[], Any], seconds: float, machine: Machine) -> float:
     """The mean time of `action`, repeated for `seconds` but at least once. The slowest process counts."""
     spent, count = 0.0, 0
     while count == 0 or spent < seconds:
