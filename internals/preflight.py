@@ -91,8 +91,8 @@ def preflight(
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
     machine.print("All of this fits.")
     try:
-        check_unused(run.out_dir)
         check_own(run.out_dir)
+        check_unused(run.out_dir)
     except UserError as error:
         machine.print(wrap(f"But {error}"))
     machine.print(f"Train: {given_command(without='--check')}")

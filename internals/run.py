@@ -193,10 +193,10 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         saved = checkpoint.load_last(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
             raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
-    elif not (cfg.overwrite or cfg.check):
-        check_unused(Path(cfg.out_dir))
     if not cfg.check:
         check_own(Path(cfg.out_dir))
+        if not (saved or cfg.overwrite):
+            check_unused(Path(cfg.out_dir))
     if cfg.overwrite:
         check_source_stays(cfg.init_from, Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1])

@@ -52,6 +52,7 @@ def has_checkpoint(out_dir: Path) -> bool:
 def check_unused(out_dir: Path) -> None:
     """Raise UserError if a new run would delete what an earlier one made.
 
+    Call `check_own` first: files that no run wrote can neither be resumed nor overwritten, as the advice here has it.
     A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0, and rows of it: no loss.
     """
     last, best = out_dir / "last.pt", out_dir / "best.pt"
@@ -65,7 +66,6 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
     if kept := kept_records(out_dir):
-        check_own(out_dir)  # refuses, with its own message, what is not a run's at all
         raise UserError(
             f"--out-dir {out_dir} holds files of a run whose checkpoints are gone ({', '.join(kept)}); move them, delete "
             "them with --overwrite, or give another --out-dir"

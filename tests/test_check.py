@@ -41,9 +41,10 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
     assert not (tmp_path / "new").exists()
-    (tmp_path / "loss.png").write_bytes(b"somebody's own")
+    for name in ("last.pt", "loss.png"):
+        (tmp_path / name).write_bytes(b"somebody's own")
     train.train(tiny(data_dir, tmp_path, check=True))
-    assert "holds loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
+    assert "holds last.pt, loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
 
