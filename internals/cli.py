@@ -13,6 +13,13 @@ from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, Pre
 from internals.settings import read_settings, with_settings
 from internals.start import UserError
 
+COMMANDS = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
+}
+
 C = TypeVar("C")
 
 
@@ -107,8 +114,7 @@ def preset_values(preset: str) -> dict[str, Any]:
     Raises:
         ValueError: a key of the entry is not a field of any command.
     """
-    commands = (ModelConfig, PrepareConfig, TrainConfig, GenerateConfig, ExportConfig)
-    fields = {f.name for cls in commands for f in dataclasses.fields(cls)}
+    fields = {f.name for cls in (ModelConfig, *COMMANDS.values()) for f in dataclasses.fields(cls)}
     entry = PRESETS.get(preset, {})  # if config.py's default names no preset, the check of the fields says so
     if unknown := entry.keys() - fields:
         raise ValueError(f"PRESETS[{preset!r}]: there is no field {', '.join(sorted(unknown))}")
