@@ -33,8 +33,8 @@ class MicroBatch:
     def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
         """`compute(size, *args)`. When memory runs out, tries again with half the size, or the next smaller divisor.
 
-        A failed attempt leaves no trace in gradients and random numbers. All processes call this together, and
-        `compute` calls `machine.confirm_memory` before each exchange.
+        A failed attempt leaves no trace in gradients and random numbers, so `compute` must not change the optimizer. All
+        processes call this together, and `compute` calls `machine.confirm_memory` before each exchange.
 
         Raises:
             UserError: a single sequence is too much, or other programs fill the card.
