@@ -81,7 +81,7 @@ def preflight(
     disk = weights + 2 * (weights + moment_bytes(state.optimizer))
     machine.print(describe(run, state, timing, micro_batch.size, disk))
     memory = peak_memory(machine)
-    if memory.peak and memory.total and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
+    if memory and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
         raise UserError(
             f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but there are only "
             f"{size(memory.total)}, so the run would be very slow; take a smaller --batch-size or --block-size"
@@ -167,7 +167,6 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     cfg = run.cfg
     rate = cfg.tokens_per_iter / timing.iteration
     memory = peak_memory(run.machine)
-    known = memory.peak and memory.total
     speed = (
         f"{rate:,.0f} tokens/s",
         f"{timing.iteration:.3g} s an iteration"
@@ -178,12 +177,12 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     )
     rows = {
         "speed": ", ".join(filter(None, speed)),
-        "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if known else "not measured on this device",
+        "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if memory else "not measured on this device",
         "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations",
         "disk": f"{size(disk)} for checkpoints, half of it only while one is written",
     }
     if batch_size < run.batch_size:
-        if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
+        if memory and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
             rows["memory"] += ", including the attempts that did not fit"
         rows["batch"] = f"--batch-size {run.batch_size} does not fit; training will use {batch_size}"
     return lines(rows)
