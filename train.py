@@ -239,8 +239,11 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
-    if state.iter == 0:
-        advice = f"check the weights of {run.cfg.init_from}" if run.cfg.init_from else "start again"
+    if state.iter == 0 and run.cfg.init_from:
+        advice = f"check the weights of {run.cfg.init_from}"
+    elif state.iter == 0:  # the same command would give the same loss
+        elsewhere = "" if run.machine.device.type == "cpu" else ", or try --device cpu"
+        advice = f"look for a mistake in model.py if you changed it{elsewhere}"
     require_finite(val_loss, f"at iteration {state.iter}", advice + run.machine.or_float32)
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)

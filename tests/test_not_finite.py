@@ -77,8 +77,11 @@ def test_a_validation_loss_that_is_no_number_is_not_saved(data_dir, tmp_path, mo
         train.train(tiny(data_dir, tmp_path))
     assert checkpoint.load(tmp_path / "last.pt")["iter"] == 5
     monkeypatch.setattr(train, "evaluate", lambda *args: math.nan)
-    for dtype, advice in (("float32", "start again$"), ("bfloat16", "start again, or give --dtype float32$")):
-        with pytest.raises(UserError, match=f"at iteration 0 is nan; {advice}"):
+    for dtype, advice in (
+        ("float32", "if you changed it$"),
+        ("bfloat16", "if you changed it, or give --dtype float32$"),
+    ):
+        with pytest.raises(UserError, match=f"at iteration 0 is nan; look for a mistake in model.py {advice}"):
             train.train(tiny(data_dir, tmp_path / dtype, dtype=dtype))
 
 
