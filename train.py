@@ -258,8 +258,10 @@ def require_finite(val_loss: float, where: str, advice: str) -> None:
 def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
     """If a resumed run evaluates on other windows than before, evaluate best.pt on them: only losses on the same
     windows can be compared. If best.pt is gone, the next evaluation writes it."""
-    before, block_size = run.val_windows_before, run.cfg.model.block_size
-    if before is not None and not (run.out_dir / "best.pt").exists():
+    path, before, block_size = run.out_dir / "best.pt", run.val_windows_before, run.cfg.model.block_size
+    if before is None:  # a new run
+        return
+    if not path.exists():
         state.best_val_loss = math.inf
     elif before not in (None, len(run.val_windows)):
         best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
@@ -293,7 +295,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)
         check_tokenizer(saved, cfg, meta, f"--eval-only: {name}")
-        name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved)
+        name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved, name)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     tokens = len(windows) * model.config.block_size
