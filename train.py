@@ -148,8 +148,8 @@ def train(cfg: TrainConfig) -> None:
             scaler.update()
             optimizer.zero_grad()
 
-            # The only wait for the device (in float16, scaler.step waits too). It is after the step, so that a GPU always
-            # has work
+            # The only wait for the device (in float16, scaler.step waits too). It comes after the step, so that the GPU
+            # gets the whole iteration without a pause
             outcome = machine.wait(losses, norm, stop.is_set())
             stop_if_not_finite(outcome, run, state, micro_batch.size)
             stopping = outcome.stop
@@ -211,8 +211,8 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
         )
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
-        f"norm {outcome.grad_norm:.3g}). Nothing was saved since. The batch: windows of {block_size} tokens of the training "
-        f"split that begin at token {shown}. {window_text(run, window_ids[0])}{advice}{run.machine.or_float32}"
+        f"norm {outcome.grad_norm:.3g}). last.pt is from before that. The batch: windows of {block_size} tokens of the "
+        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}{advice}{run.machine.or_float32}"
     )
 
 
@@ -263,8 +263,8 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
         return
     if not path.exists():
         state.best_val_loss = math.inf
-    elif before not in (None, len(run.val_windows)):
-        best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
+    elif before != len(run.val_windows):
+        best = checkpoint.build_model(checkpoint.load(path), str(path)).to(run.machine.device)
         state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
         now = len(run.val_windows) * block_size
         run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")

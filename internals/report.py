@@ -68,9 +68,8 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
     warmup = plural(cfg.warmup, "iteration")
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
-    dtype = str(machine.dtype).removeprefix("torch.")
     return {
-        "device": f"{machine.name}, {dtype} ({machine.dtype_reason})",
+        "device": f"{machine.name}, {machine.describe()['dtype']} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
         f"embeddings ({plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, {model.n_embd} dimensions, "
         f"context {model.block_size})",
@@ -159,9 +158,9 @@ class RunLog:
     """The progress bar, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html and tracker of a run. Only
     process 0 does anything here.
 
-    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. No failure here
-    costs the run an iteration: rows that cannot be written wait in memory until the next `flush`, and each kind of
-    failure is reported once.
+    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. After `begin`, no
+    failure here costs the run an iteration: rows that cannot be written wait in memory until the next `flush`, and each
+    kind of failure is reported once.
     """
 
     def __init__(self, run: Run, state: TrainState):
@@ -188,6 +187,7 @@ class RunLog:
             return
         if run.resumed_at is None:
             delete_run(run.out_dir)
+        # ASCII, which write_json does not write: the prompt may hold half a character
         write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
         for file in (self.metrics, self.samples):
             self._attempt(file.path.name, file.cut)
