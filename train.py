@@ -148,8 +148,8 @@ def train(cfg: TrainConfig) -> None:
             scaler.update()
             optimizer.zero_grad()
 
-            # The only wait for the device (in float16, scaler.step waits too). It is after the step, so that a GPU always
-            # has work
+            # The only wait for the device (in float16, scaler.step waits too). It comes after the step, so that the GPU
+            # gets the whole iteration without a pause
             outcome = machine.wait(losses, norm, stop.is_set())
             stop_if_not_finite(outcome, run, state, micro_batch.size)
             stopping = outcome.stop
@@ -211,8 +211,8 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
         )
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
-        f"norm {outcome.grad_norm:.3g}). Nothing was saved since. The batch: windows of {block_size} tokens of the training "
-        f"split that begin at token {shown}. {window_text(run, window_ids[0])}{advice}{run.machine.or_float32}"
+        f"norm {outcome.grad_norm:.3g}). last.pt is from before that. The batch: windows of {block_size} tokens of the "
+        f"training split that begin at token {shown}. {window_text(run, window_ids[0])}{advice}{run.machine.or_float32}"
     )
 
 
@@ -239,8 +239,11 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
 def record_validation(val_loss: float, run: Run, state: TrainState) -> bool:
     """Store a validation loss in `state`. Returns whether it is the best so far. Raises UserError if not finite."""
     advice = f"continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
-    if state.iter == 0:
-        advice = f"check the weights of {run.cfg.init_from}" if run.cfg.init_from else "start again"
+    if state.iter == 0 and run.cfg.init_from:
+        advice = f"check the weights of {run.cfg.init_from}"
+    elif state.iter == 0:  # the same command would give the same loss
+        elsewhere = "" if run.machine.device.type == "cpu" else ", or try --device cpu"
+        advice = f"look for a mistake in model.py if you changed it{elsewhere}"
     require_finite(val_loss, f"at iteration {state.iter}", advice + run.machine.or_float32)
     best = val_loss < state.best_val_loss
     state.val_loss, state.best_val_loss = val_loss, min(val_loss, state.best_val_loss)
@@ -255,11 +258,13 @@ def require_finite(val_loss: float, where: str, advice: str) -> None:
 def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
     """If a resumed run evaluates on other windows than before, evaluate best.pt on them: only losses on the same
     windows can be compared. If best.pt is gone, the next evaluation writes it."""
-    before, block_size = run.val_windows_before, run.cfg.model.block_size
-    if before is not None and not (run.out_dir / "best.pt").exists():
+    path, before, block_size = run.out_dir / "best.pt", run.val_windows_before, run.cfg.model.block_size
+    if before is None:  # a new run
+        return
+    if not path.exists():
         state.best_val_loss = math.inf
-    elif before not in (None, len(run.val_windows)):
-        best = checkpoint.build_model(checkpoint.load(run.out_dir / "best.pt")).to(run.machine.device)
+    elif before != len(run.val_windows):
+        best = checkpoint.build_model(checkpoint.load(path), str(path)).to(run.machine.device)
         state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
         now = len(run.val_windows) * block_size
         run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")
@@ -290,7 +295,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         name = f"{cfg.out_dir}/best.pt"
         saved = checkpoint.load(name)
         check_tokenizer(saved, cfg, meta, f"--eval-only: {name}")
-        name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved)
+        name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved, name)
     model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     tokens = len(windows) * model.config.block_size

@@ -20,7 +20,7 @@ from internals import checkpoint, reference
 from internals.cli import with_preset
 from internals.files import write_json
 from internals.progress import describe
-from internals.report import Rows
+from internals.run_folder import Rows
 from internals.settings import differences
 from internals.start import UserError, run
 

@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from internals.files import atomic_write
-from internals.report import Rows
+from internals.run_folder import Rows
 from internals.screen import printable
 from internals.start import UserError, run
 

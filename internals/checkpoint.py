@@ -54,7 +54,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def read(path: Path, mmap: bool) -> Any:
-    """What torch.load returns. The sums of a file that is really read are checked."""
+    """What torch.load returns. Checksums are checked, unless the file is only mapped."""
     if mmap:
         # A network drive may have no mmap, and PyTorch maps no file whose path is not UTF-8
         with contextlib.suppress(OSError, RuntimeError, UnicodeError):

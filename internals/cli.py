@@ -9,9 +9,16 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
+from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig
 from internals.settings import read_settings, with_settings
 from internals.start import UserError
+
+COMMANDS = {
+    "prepare_data.py": PrepareConfig,
+    "train.py": TrainConfig,
+    "generate.py": GenerateConfig,
+    "export.py": ExportConfig,
+}
 
 C = TypeVar("C")
 
@@ -49,8 +56,8 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
     """
     args = list(sys.argv[1:] if args is None else args)
     if default is None:
-        preset = flag_value(args, "--preset", "wikipedia")  # for the defaults that --help shows; tyro checks the name
-        default = with_preset(cls, preset if preset in PRESETS else "wikipedia")
+        preset = flag_value(args, "--preset", Preset.preset)  # for the defaults that --help shows; tyro checks the name
+        default = with_preset(cls, preset if preset in PRESETS else Preset.preset)
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
             default = with_settings(default, read_settings(file))
     parsed = tyro.cli(
@@ -107,12 +114,12 @@ def preset_values(preset: str) -> dict[str, Any]:
     Raises:
         ValueError: a key of the entry is not a field of any command.
     """
-    commands = (ModelConfig, PrepareConfig, TrainConfig, GenerateConfig, ExportConfig)
-    fields = {f.name for cls in commands for f in dataclasses.fields(cls)}
-    if unknown := PRESETS[preset].keys() - fields:
+    fields = {f.name for cls in (ModelConfig, *COMMANDS.values()) for f in dataclasses.fields(cls)}
+    entry = PRESETS.get(preset, {})  # if config.py's default names no preset, the check of the fields says so
+    if unknown := entry.keys() - fields:
         raise ValueError(f"PRESETS[{preset!r}]: there is no field {', '.join(sorted(unknown))}")
     out_dir = f"checkpoints/{preset}"
     folders = {"out_dir": out_dir, "checkpoint": f"{out_dir}/best.pt"}
     if preset == "wikipedia":  # config.py's defaults hold its folders
         folders = {}
-    return {"preset": preset, **folders, **PRESETS[preset]}
+    return {"preset": preset, **folders, **entry}

@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     stop: bool  # a process was asked to stop
 
 
-class OutOfMemoryElsewhere(RuntimeError):
+class OutOfMemoryElsewhere(MemoryError):
     """Another process ran out of memory, so this one must give up the same attempt."""
 
 
@@ -117,7 +117,7 @@ class Machine:
             OutOfMemoryElsewhere: another process has called `deny_memory` instead.
         """
         if self.processes > 1 and any_process(False):
-            raise OutOfMemoryElsewhere("out of memory in another process")  # is_out_of_memory knows it by these words
+            raise OutOfMemoryElsewhere("out of memory in another process")
 
     def deny_memory(self) -> None:
         """Tell the others that this process ran out of memory. They learn it in `confirm_memory`."""

@@ -33,8 +33,8 @@ class MicroBatch:
     def retry_smaller(self, compute: Callable[..., T], *args: Any) -> T:
         """`compute(size, *args)`. When memory runs out, tries again with half the size, or the next smaller divisor.
 
-        A failed attempt leaves no trace in gradients and random numbers. All processes call this together, and
-        `compute` calls `machine.confirm_memory` before each exchange.
+        A failed attempt leaves no trace in gradients and random numbers, so `compute` must not change the optimizer. All
+        processes call this together, and `compute` calls `machine.confirm_memory` before each exchange.
 
         Raises:
             UserError: a single sequence is too much, or other programs fill the card.
@@ -92,23 +92,24 @@ def enough_memory(message: str) -> Iterator[None]:
 
 
 class Memory(NamedTuple):
-    """Bytes; None if the system does not tell."""
+    """Bytes."""
 
-    peak: int | None
-    total: int | None
+    peak: int
+    total: int
 
 
-def peak_memory(machine: Machine) -> Memory:
-    """On a GPU, the peak of PyTorch's allocator and the card's memory; on a CPU, this process's and the machine's."""
+def peak_memory(machine: Machine) -> Memory | None:
+    """On a GPU, the peak of PyTorch's allocator and the card's memory; on a CPU, this process's and the machine's.
+    None on mps and on Windows, which do not tell."""
     if machine.device.type == "cuda":
         total = torch.cuda.get_device_properties(machine.device).total_memory
         return Memory(torch.cuda.max_memory_reserved(machine.device), total)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return Memory(None, None)
+    if machine.device.type != "cpu" or os.name == "nt":
+        return None
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if machine.device.type == "cpu" else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Memory(peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

@@ -2,35 +2,26 @@
 
 import math
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon in 146 launches a step instead of 588 (default model). The state is the same; in bfloat16 the
-    results are, too.
+    """torch.optim.Muon in 146 launches a step instead of 588 (default model). The state is the same.
 
     torch.optim.Muon takes the matrices one by one, which keeps a GPU waiting for the next small product. Here those of
-    one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. The
-    results have the same bits if the batched product rounds as the single one does: on a CPU, with the default model's
-    shapes, it did in every trial.
+    one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. In
+    bfloat16 the results have the same bits if the batched product rounds as the single one does: on a CPU, with the
+    default model's shapes, it did in every trial.
 
     torch.optim.Muon always computes these products in bfloat16. Here they are in `dtype`, since without instructions
     for bfloat16 a CPU takes 20 times as long as in float32 (docs/experiments.md).
-
-    Muon is Jordan et al., 2024; the size of its steps follows Liu et al., 2025, so that AdamW's learning rates fit.
     """
 
-    def __init__(
-        self,
-        params: list[dict[str, Any]],
-        weight_decay: float,
-        adjust_lr_fn: Literal["match_rms_adamw"],
-        dtype: torch.dtype = torch.bfloat16,
-    ):
-        super().__init__(params, weight_decay=weight_decay, adjust_lr_fn=adjust_lr_fn)
+    def __init__(self, params: list[dict[str, Any]], dtype: torch.dtype = torch.bfloat16, **settings: Any):
+        super().__init__(params, **settings)
         self.dtype = dtype
 
     @torch.no_grad()

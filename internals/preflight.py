@@ -1,12 +1,13 @@
 """Before a run: does it make sense (`sanity_advice`), does it fit, and how long will it take (`preflight`, --check)?"""
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from internals.cli import with_preset
 from internals.device import cuda_obstacle, device_notice, held_by_others
 from internals.files import nearest_folder
 from internals.machine import Machine
-from internals.memory import MicroBatch, peak_memory
+from internals.memory import MicroBatch, enough_memory, peak_memory
 from internals.optimizer import moment_bytes
 from internals.report import utilisation
 from internals.run import Run, TrainState
@@ -80,7 +81,7 @@ def preflight(
     disk = weights + 2 * (weights + moment_bytes(state.optimizer))
     machine.print(describe(run, state, timing, micro_batch.size, disk))
     memory = peak_memory(machine)
-    if memory.peak and memory.total and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
+    if memory and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
         raise UserError(
             f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but there are only "
             f"{size(memory.total)}, so the run would be very slow; take a smaller --batch-size or --block-size"
@@ -90,8 +91,8 @@ def preflight(
         raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
     machine.print("All of this fits.")
     try:
-        check_unused(run.out_dir)
         check_own(run.out_dir)
+        check_unused(run.out_dir)
     except UserError as error:
         machine.print(wrap(f"But {error}"))
     machine.print(f"Train: {given_command(without='--check')}")
@@ -126,15 +127,15 @@ def measure(
         if run is one_micro_step:
             losses.tolist()  # else a wait for the backward pass might count as a part of the update
         begin = time.perf_counter()
-        state.scaler.step(state.optimizer)
+        # Not tried again with fewer sequences: the moments need the same memory, and some of them are there already
+        with enough_memory("the optimizer's state does not fit into memory; take a smaller model"):
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
         updates.append(time.perf_counter() - begin)
         torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
 
-    def evaluate_piece() -> None:
-        evaluate(batch_size, state.model, piece, machine)
-
+    evaluate_piece = functools.partial(evaluate, batch_size, state.model, piece, machine)
     for group in state.optimizer.param_groups:
         group["lr"] = 0.0
     iterate(one_micro_step)  # the first of each takes longer: kernels are loaded, buffers and moments allocated
@@ -149,7 +150,7 @@ def measure(
     return Timing(iteration, mean_seconds(evaluate_piece, repeat / 3, machine) * len(windows) / len(piece))
 
 
-def mean_seconds(action: Callable[[], None], seconds: float, machine: Machine) -> float:
+def mean_seconds(action: Callable[[], Any], seconds: float, machine: Machine) -> float:
     """The mean time of `action`, repeated for `seconds` but at least once. The slowest process counts."""
     spent, count = 0.0, 0
     while count == 0 or spent < seconds:
@@ -166,7 +167,6 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     cfg = run.cfg
     rate = cfg.tokens_per_iter / timing.iteration
     memory = peak_memory(run.machine)
-    known = memory.peak and memory.total
     speed = (
         f"{rate:,.0f} tokens/s",
         f"{timing.iteration:.3g} s an iteration"
@@ -177,12 +177,12 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     )
     rows = {
         "speed": ", ".join(filter(None, speed)),
-        "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if known else "not measured on this device",
+        "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if memory else "not measured on this device",
         "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations",
         "disk": f"{size(disk)} for checkpoints, half of it only while one is written",
     }
     if batch_size < run.batch_size:
-        if known and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
+        if memory and run.machine.device.type == "cpu":  # the system keeps the highest peak of a process
             rows["memory"] += ", including the attempts that did not fit"
         rows["batch"] = f"--batch-size {run.batch_size} does not fit; training will use {batch_size}"
     return lines(rows)

@@ -57,7 +57,7 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
     if differences(saved["settings"], cfg.settings(), TrainConfig().settings()).keys() - NOT_LEARNING:
         return None
     same_text, scale = saved["data_sha256"] == describe_data(meta)["sha256"], bits_per_nat(meta)
-    losses, bits = (by_iteration(saved[name]) for name in ("val_loss", "bits_per_byte"))
+    losses, bits = ({int(iter): value for iter, value in saved[name].items()} for name in ("val_loss", "bits_per_byte"))
     if not same_text:
         losses = {iter: value / scale for iter, value in bits.items()}
     text = "" if same_text else f"{saved['text']}, "
@@ -68,8 +68,3 @@ def bits_per_nat(meta: dict[str, Any]) -> float:
     """Bits per byte of a loss of one nat per token. The bytes per token are the mean of the whole validation split."""
     split = meta["splits"]["val"]
     return split["tokens"] / split["bytes"] / math.log(2)
-
-
-def by_iteration(values: dict[str, float]) -> dict[int, float]:
-    """The values with integer keys: JSON has only strings."""
-    return {int(iter): value for iter, value in values.items()}

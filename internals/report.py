@@ -1,6 +1,5 @@
 """A run's output: start-up summary, evaluations, metrics.jsonl, samples.jsonl, loss.png, run.html, closing message."""
 
-import contextlib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ from tqdm import tqdm
 from config import NOT_SETTINGS, TrainConfig
 from internals.cli import with_preset
 from internals.device import PEAK_FLOPS
-from internals.files import atomic_write, write_text, writing
+from internals.files import atomic_write, write_text
 from internals.machine import Machine
 from internals.reference import Reference, bits_per_nat, find_reference
 from internals.run import Run, TrainState
-from internals.run_folder import delete_run, parse_row
+from internals.run_folder import Rows, delete_run
 from internals.run_page import run_page
 from internals.samples import sample_row
 from internals.screen import (
@@ -69,9 +68,8 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
     warmup = plural(cfg.warmup, "iteration")
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
-    dtype = str(machine.dtype).removeprefix("torch.")
     return {
-        "device": f"{machine.name}, {dtype} ({machine.dtype_reason})",
+        "device": f"{machine.name}, {machine.describe()['dtype']} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
         f"embeddings ({plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, {model.n_embd} dimensions, "
         f"context {model.block_size})",
@@ -160,9 +158,9 @@ class RunLog:
     """The progress bar, config.json, metrics.jsonl, samples.jsonl, loss.png, run.html and tracker of a run. Only
     process 0 does anything here.
 
-    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. No failure here
-    costs the run an iteration: rows that cannot be written wait in memory until the next `flush`, and each kind of
-    failure is reported once.
+    metrics.jsonl has a row for each log and each evaluation, samples.jsonl one for each evaluation. After `begin`, no
+    failure here costs the run an iteration: rows that cannot be written wait in memory until the next `flush`, and each
+    kind of failure is reported once.
     """
 
     def __init__(self, run: Run, state: TrainState):
@@ -189,6 +187,7 @@ class RunLog:
             return
         if run.resumed_at is None:
             delete_run(run.out_dir)
+        # ASCII, which write_json does not write: the prompt may hold half a character
         write_text(run.out_dir / "config.json", json.dumps(run.cfg.settings(), indent=2) + "\n")
         for file in (self.metrics, self.samples):
             self._attempt(file.path.name, file.cut)
@@ -275,71 +274,6 @@ class RunLog:
             if name not in self.failures:
                 self.failures.add(name)
                 tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues")
-
-
-class Rows:
-    """metrics.jsonl or samples.jsonl: all rows in memory, and which of them are not yet in the file.
-
-    A resumed run keeps the rows up to its first iteration, `until`; a new run (None) keeps nothing. Lines that are not
-    rows of this project (a blank line, a note, a damaged line) stay where they are; only a half-written last line is
-    dropped.
-    """
-
-    def __init__(self, path: Path, until: int | None, repair: bool = False):
-        self.path, self.repair, self.rows = path, repair, []
-        self.lines: list[bytes] = []  # of the file, without those that wait
-        self.waiting: list[bytes] = []
-        self.torn = True  # the file may differ from `lines`: not cut back yet, or the last write failed half-way
-        *lines, last = (b"" if until is None else self._read()).split(b"\n")
-        for line in [*lines, last] if parse_row(last) else lines:
-            row = parse_row(line)
-            if row is None or row["iter"] <= until:
-                self.lines.append(line + b"\n")
-                self.rows += [row] if row else []
-
-    def _read(self) -> bytes:
-        """The file's content. With `repair`, one that cannot be read is moved aside: it must not keep a run from
-        resuming."""
-        try:
-            return self.path.read_bytes()
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            if not self.repair:
-                raise UserError(f"{self.path}: cannot be read ({first_line(error)})") from error
-            aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
-            with contextlib.suppress(OSError):
-                os.rename(self.path, aside)
-            tqdm.write(
-                f"{self.path} cannot be read ({first_line(error)}); it was renamed to {aside.name}, and a "
-                "new file is started"
-            )
-            return b""
-
-    def cut(self) -> None:
-        """Rewrite the file from `lines`."""
-        with atomic_write(self.path) as file:
-            file.writelines(self.lines)
-        self.torn = False
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.waiting.append(json.dumps(row).encode() + b"\n")
-
-    def flush(self) -> None:
-        """Append the waiting rows and sync the file. If the disk fails, raises its error, and the rows keep waiting."""
-        if not self.waiting:
-            return
-        if self.torn:
-            self.cut()
-        self.torn = True
-        with writing(self.path), open(self.path, "ab") as file:
-            file.writelines(self.waiting)
-            file.flush()
-            os.fsync(file.fileno())
-        self.torn = False
-        self.lines += self.waiting
-        self.waiting = []
 
 
 def window_text(run: Run, window_id: int) -> str:

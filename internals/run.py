@@ -120,7 +120,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     length = saved["config"]["max_iters"]
     if cfg.auto_resume and cfg.max_iters > length:  # a longer run, within --max-epochs
         cfg = dataclasses.replace(cfg, max_iters=max(length, most_iterations(cfg, epoch_tokens)))
-    cfg = resolve_batch_size(dataclasses.replace(cfg, max_epochs=None), machine)
+    cfg = resolve_batch_size(cfg, machine)
     machine = keep_dtype(machine, cfg, saved)
     changes = check_same_run(saved, cfg, meta, machine)
     eval_tokens = saved["config"].get("eval_tokens", cfg.eval_tokens)
@@ -145,7 +145,7 @@ def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machi
     config.py and data. Their gradients would be added up, but every process would go its own way, or wait for ever."""
     if machine.processes == 1:
         return
-    may_differ = {*NOT_SETTINGS, "device", "dtype"} - {"check", "resume", "auto_resume", "max_minutes", "max_epochs"}
+    may_differ = {"preset", "data_dir", "out_dir", "overwrite", "eval_only", "config", "device", "dtype"}
     settings = {name: value for name, value in cfg.settings().items() if name not in may_differ}
     settings |= {**settings.pop("model"), "device": machine.device.type, "data": describe_data(meta)["sha256"]}
     everyone = [settings] * machine.processes
@@ -193,10 +193,10 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         saved = checkpoint.load_last(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
             raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
-    elif not (cfg.overwrite or cfg.check):
-        check_unused(Path(cfg.out_dir))
     if not cfg.check:
         check_own(Path(cfg.out_dir))
+        if not (saved or cfg.overwrite):
+            check_unused(Path(cfg.out_dir))
     if cfg.overwrite:
         check_source_stays(cfg.init_from, Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1])

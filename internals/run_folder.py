@@ -3,11 +3,15 @@
 import contextlib
 import json
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from internals import checkpoint
-from internals.files import writing
+from internals.files import atomic_write, writing
 from internals.start import UserError
 
 # What a new run deletes of an earlier one. It rewrites config.json, and trackers have files of their own
@@ -18,7 +22,7 @@ def check_own(out_dir: Path) -> None:
     """Raise UserError if files that a run would replace are there, but were not written by a run."""
     names = ["config.json", *RUN_FILES, *(f"{name}.tmp" for name in RUN_FILES)]
     present = [name for name in names if os.path.lexists(out_dir / name)]
-    if not present or has_settings(out_dir / "config.json"):  # the first file that a run writes
+    if not present or has_settings(out_dir / "config.json"):  # config.json is the first file that a run writes
         return
     if not has_checkpoint(out_dir):
         raise UserError(
@@ -52,6 +56,7 @@ def has_checkpoint(out_dir: Path) -> bool:
 def check_unused(out_dir: Path) -> None:
     """Raise UserError if a new run would delete what an earlier one made.
 
+    Call `check_own` first: files that no run wrote can neither be resumed nor overwritten, as the advice here has it.
     A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0, and rows of it: no loss.
     """
     last, best = out_dir / "last.pt", out_dir / "best.pt"
@@ -65,7 +70,6 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
     if kept := kept_records(out_dir):
-        check_own(out_dir)  # refuses, with its own message, what is not a run's at all
         raise UserError(
             f"--out-dir {out_dir} holds files of a run whose checkpoints are gone ({', '.join(kept)}); move them, delete "
             "them with --overwrite, or give another --out-dir"
@@ -92,22 +96,76 @@ def delete_run(out_dir: Path) -> None:
 
 def kept_records(out_dir: Path) -> list[str]:
     """The curves and samples in a folder without checkpoints, but not those of a run that was killed at iteration 0."""
-    rows = {name: read_rows(out_dir / name) for name in ("metrics.jsonl", "samples.jsonl")}
-    kept = [name for name, found in rows.items() if any(row is None or row["iter"] > 0 for row in found)]
-    if kept or not rows["metrics.jsonl"]:  # the killed run drew its curves from a row of iteration 0
+    tables = {name: Rows(out_dir / name, until=sys.maxsize) for name in ("metrics.jsonl", "samples.jsonl")}
+    kept = [name for name, t in tables.items() if len(t.lines) > len(t.rows) or any(row["iter"] > 0 for row in t.rows)]
+    if kept or not tables["metrics.jsonl"].rows:  # the killed run drew its curves from a row of iteration 0
         kept += [name for name in ("loss.png", "run.html") if os.path.lexists(out_dir / name)]
     return kept
 
 
-def read_rows(path: Path) -> list[dict[str, Any] | None]:
-    """The rows of metrics.jsonl or samples.jsonl, None for any other line; a half-written last line is left out."""
-    try:
-        *lines, last = path.read_bytes().split(b"\n")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return [parse_row(line) for line in ([*lines, last] if parse_row(last) else lines)]
+class Rows:
+    """metrics.jsonl or samples.jsonl: all rows in memory, and which of them are not yet in the file.
+
+    A resumed run keeps the rows up to its first iteration, `until`; a new run (None) keeps nothing. Lines that are not
+    rows of this project (a blank line, a note, a damaged line) stay where they are; only a half-written last line is
+    dropped.
+    """
+
+    def __init__(self, path: Path, until: int | None, repair: bool = False):
+        self.path, self.repair, self.rows = path, repair, []
+        self.lines: list[bytes] = []  # of the file, without those that wait
+        self.waiting: list[bytes] = []
+        self.torn = True  # the file may differ from `lines`: not cut back yet, or the last write failed half-way
+        *lines, last = (b"" if until is None else self._read()).split(b"\n")
+        for line in [*lines, last] if parse_row(last) else lines:
+            row = parse_row(line)
+            if row is None or row["iter"] <= until:
+                self.lines.append(line + b"\n")
+                self.rows += [row] if row else []
+
+    def _read(self) -> bytes:
+        """The file's content. With `repair`, one that cannot be read is moved aside: it must not keep a run from
+        resuming."""
+        try:
+            return self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+        except OSError as error:
+            what = f"{self.path}: cannot be read ({error.strerror})"
+            if not self.repair:
+                raise UserError(what) from error
+            aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
+            try:
+                os.rename(self.path, aside)
+                tqdm.write(f"{what}; it was renamed to {aside.name}, and a new file is started")
+            except OSError as refusal:
+                tqdm.write(f"{what} and cannot be renamed ({refusal.strerror})")
+            return b""
+
+    def cut(self) -> None:
+        """Rewrite the file from `lines`."""
+        with atomic_write(self.path) as file:
+            file.writelines(self.lines)
+        self.torn = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.waiting.append(json.dumps(row).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Append the waiting rows and sync the file. If the disk fails, raises its error, and the rows keep waiting."""
+        if not self.waiting:
+            return
+        if self.torn:
+            self.cut()
+        self.torn = True
+        with writing(self.path), open(self.path, "ab") as file:
+            file.writelines(self.waiting)
+            file.flush()
+            os.fsync(file.fileno())
+        self.torn = False
+        self.lines += self.waiting
+        self.waiting = []
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

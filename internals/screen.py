@@ -1,11 +1,11 @@
 """Words on the screen: numbers, durations, printable text, lines of 80 columns, the progress bar, the next command."""
 
 import os
+import re
 import statistics
 import sys
 import textwrap
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,17 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import ExportConfig, GenerateConfig, PrepareConfig, TrainConfig
-from internals.cli import with_preset
+from config import GenerateConfig, PrepareConfig, TrainConfig
+from internals.cli import COMMANDS, with_preset
 from internals.shell import shell_join
+from internals.start import CONTROLS
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = {
-    "prepare_data.py": PrepareConfig,
-    "train.py": TrainConfig,
-    "generate.py": GenerateConfig,
-    "export.py": ExportConfig,
-}
 PROMPT = "The history of"  # if a command needs one and the run has none
 WIDTH = 80  # columns of printed lines; the bar follows the terminal
 NAMES = 9  # columns of the names in a summary: "iteration", "reference"
@@ -72,7 +67,7 @@ def short_rate(tokens_per_second: float) -> str:
 
 def printable(text: str) -> str:
     """The text without control characters, which a terminal would obey, and without halves of characters."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text.translate(CONTROLS))
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:

@@ -33,8 +33,8 @@ def stands_for_auto(old: Any, new: Any) -> bool:
 
 
 def as_typed(value: Any) -> str:
-    """A setting as it is typed in a command."""
-    return shell_join([f"{value:g}" if isinstance(value, float) else str(value)])
+    """A setting as it is typed in a command. A number has all its digits: typed, it must be the same number."""
+    return shell_join([str(value).removesuffix(".0") if isinstance(value, float) else str(value)])
 
 
 def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

@@ -41,26 +41,24 @@ class Tracker:
         self.name = name
         self.store: Store | None = None
         self.sent = -1.0  # `seconds` of the last row that was handed over
-        self.remember: Callable[..., None] = lambda **values: None  # writes tracker.json
 
     def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
         """Start, or continue if the run was started with this tracker. `rows`: those of the run so far."""
         if self.name == "none":
             return
-        path = run.out_dir / "tracker.json"
-        saved = read_record(path, self.name)
-        id = saved.get("id") or new_id(run.out_dir)
-        self.remember = lambda **values: write_json(path, {"tracker": self.name, "id": id, **values})
+        self.path = run.out_dir / "tracker.json"
+        saved = read_record(self.path, self.name)
+        self.id = saved.get("id") or new_id(run.out_dir)
 
         def connect() -> None:
             if saved:
-                self.sent = saved.get("sent", run_seconds(rows))
-            self.store = STORES[self.name](run, id)
+                self.sent = saved.get("sent", max((row.get("seconds", 0.0) for row in rows), default=0.0))
+            self.store = STORES[self.name](run, self.id)
             since = self.sent - self.store.late
             for row in rows:
                 if row.get("seconds", 0.0) > since:
                     self._send(row)
-            self.remember()
+            self._remember()
 
         self._attempt(connect)
 
@@ -90,7 +88,10 @@ class Tracker:
                 reason += "; pip install -r requirements-trackers.txt"
             tqdm.write(f"--tracker {self.name}: {reason}; training continues without it")
             with contextlib.suppress(UserError):  # the disk is full
-                self.remember(sent=self.sent)  # the rows from here on go to it when it works again
+                self._remember(sent=self.sent)  # the rows from here on go to it when it works again
+
+    def _remember(self, **values: float) -> None:
+        write_json(self.path, {"tracker": self.name, "id": self.id, **values})
 
 
 def read_record(path: Path, tracker: str) -> dict[str, Any]:
@@ -105,10 +106,6 @@ def read_record(path: Path, tracker: str) -> dict[str, Any]:
 def new_id(out_dir: Path) -> str:
     """A name for the run in a tracker: `checkpoints/demo -> demo-1f0c9a3e`."""
     return f"{re.sub(r'[^A-Za-z0-9_-]', '-', out_dir.resolve().name)}-{secrets.token_hex(4)}"
-
-
-def run_seconds(rows: Iterable[dict[str, Any]]) -> float:
-    return max((row.get("seconds", 0.0) for row in rows), default=0.0)
 
 
 class TensorBoard:

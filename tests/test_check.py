@@ -41,9 +41,10 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
 
     train.train(tiny(data_dir, tmp_path / "new", check=True))
     assert not (tmp_path / "new").exists()
-    (tmp_path / "loss.png").write_bytes(b"somebody's own")
+    for name in ("last.pt", "loss.png"):
+        (tmp_path / name).write_bytes(b"somebody's own")
     train.train(tiny(data_dir, tmp_path, check=True))
-    assert "holds loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
+    assert "holds last.pt, loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
 
@@ -65,6 +66,9 @@ def test_check_knows_the_size_of_the_checkpoints(data_dir, tmp_path, monkeypatch
 
 
 def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys):
+    def out_of_memory(self, closure=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
     with monkeypatch.context() as patch:
         little_memory(patch, 2)
         train.train(tiny(data_dir, tmp_path, check=True))
@@ -74,6 +78,12 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
         assert os.name == "nt" or "including the attempts that did not fit" in out
         little_memory(patch, 0)
         with pytest.raises(UserError, match="out of memory"):
+            train.train(tiny(data_dir, tmp_path, check=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", out_of_memory)
+        with pytest.raises(
+            UserError, match=r"the optimizer's state does not fit .*; take a smaller model \(CUDA out of"
+        ):
             train.train(tiny(data_dir, tmp_path, check=True))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -8,7 +8,8 @@ import typing
 import pytest
 from conftest import run_script, unboxed
 
-from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig, unescape
+from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig, unescape
+from internals import screen
 from internals.cli import parse, with_preset
 from internals.run_length import resolve_auto
 from internals.settings import differences, upgrade
@@ -273,3 +274,15 @@ def test_the_folders_follow_from_the_preset():
     ):
         for preset in PRESETS:
             assert getattr(with_preset(cls, preset), name) == value.format(preset)
+
+
+def test_the_default_preset_can_be_edited(monkeypatch):
+    monkeypatch.setattr(Preset, "preset", "demo")
+    for cls in COMMANDS.values():
+        required = ["--out-dir", "x"] if cls is ExportConfig else []
+        assert parse(cls, "", required) == parse(cls, "", [*required, "--preset", "demo"])
+    assert parse(TrainConfig, "", ["--preset", "wikipedia"]).out_dir == "checkpoints/wikipedia"
+    assert "--preset" not in screen.command("train.py", "demo", resume=True)
+    monkeypatch.setattr(Preset, "preset", "damo")
+    with pytest.raises(UserError, match=r"config.py: --preset 'damo': must be wikipedia or"):
+        parse(TrainConfig, "", [])

@@ -28,15 +28,7 @@ from internals.run import Run, open_run
 from internals.run_length import resolve_auto
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two, one_thread):
+def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two, quick):
     out_dir, output = two
     assert "2 sequences x 16 tokens x 2 micro-steps x 2 processes" in output
     assert output.count("parameters:") == output.count(" 8/20  val ") == output.count("Done in ") == 1
@@ -53,7 +45,7 @@ def test_two_processes_make_the_run_of_one(data_dir, tmp_path, two, one_thread):
     assert not torch.equal(first["cpu"], second["cpu"])  # or both would drop the same activations
 
 
-def test_a_run_resumes_on_another_number_of_processes(data_dir, tmp_path, two, one_thread):
+def test_a_run_resumes_on_another_number_of_processes(data_dir, tmp_path, two, quick):
     """From 2 to 1 and to 2 again, compared with one process that resumes at the same iterations."""
     changing, alone = tmp_path / "changing", tmp_path / "alone"
     shutil.copytree(two[0], changing)

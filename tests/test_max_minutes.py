@@ -11,14 +11,14 @@ import signal
 import pytest
 import torch
 from conftest import assert_user_error, run_script
-from runs import assert_same_end, flags, metrics, run_command, tiny
+from runs import assert_same_end, flags, metrics, run_command, stop_at, tiny
 from two_processes import flags as two_flags
 from two_processes import run as run_processes
 from two_processes import torchrun, with_fault
 
 import train
 from config import PRESETS, TrainConfig
-from internals import checkpoint, max_minutes, report, start
+from internals import checkpoint, max_minutes, start
 from internals.preflight import Timing
 from internals.resume import resume_settings
 from internals.run_length import resolve_auto
@@ -29,14 +29,9 @@ TIMING = Timing(iteration=0.5, evaluation=3.0, building=1.0, telling=2.0, saving
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, no curves, and a command that began 5 seconds ago."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(report, "plot", lambda *of_the_curves: None)
+def begun(quick, monkeypatch):
+    """A command that began 5 seconds ago."""
     monkeypatch.setattr(start, "seconds_passed", lambda: 5.0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -149,13 +144,8 @@ def test_a_stopped_run_resumes_and_forgets_the_minutes(data_dir, tmp_path, monke
     speed(Timing(iteration=2.0, evaluation=1.0))
     train.train(tiny(data_dir, tmp_path / "straight", max_minutes=1.0))
     count = max_iters(tmp_path / "straight")
-    get_lr = train.get_lr
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            train, "get_lr", lambda i, c: (train.os.kill(train.os.getpid(), 15) if i == 6 else 0, get_lr(i, c))[1]
-        )
-        train.train(tiny(data_dir, tmp_path / "stopped", max_minutes=1.0))
-    assert max_iters(tmp_path / "stopped") == count and checkpoint.load(tmp_path / "stopped" / "last.pt")["iter"] == 7
+    stop_at(monkeypatch, data_dir, tmp_path / "stopped", 6, max_minutes=1.0)
+    assert max_iters(tmp_path / "stopped") == count
     monkeypatch.setattr(max_minutes, "try_out", None)  # a resumed run measures nothing
     cfg = tiny(data_dir, tmp_path / "stopped", auto_resume=True, max_minutes=1.0)
     resumed, _ = resume_settings(
@@ -191,10 +181,7 @@ def test_the_same_command_for_a_scheduler_is_the_same_run(data_dir, tmp_path, mo
     train.train(tiny(data_dir, tmp_path / "straight", **length))
     count, out_dir = max_iters(tmp_path / "straight"), tmp_path / "stopped"
     assert count < 100
-    get_lr, stop = train.get_lr, lambda it: it == 6 and os.kill(os.getpid(), signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "get_lr", lambda it, cfg: (stop(it), get_lr(it, cfg))[1])
-        train.train(tiny(data_dir, out_dir, **length))
+    stop_at(monkeypatch, data_dir, out_dir, 6, **length)
     command = [*flags(data_dir, out_dir, **length), "--auto-resume"]
     for _ in range(2):
         cfg, _ = resume_settings(tiny(data_dir, out_dir, auto_resume=True, **length), command)

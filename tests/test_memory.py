@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from runs import assert_same_end, little_memory, metrics, tiny
+from runs import assert_same_end, little_memory, metrics, stop_at, tiny
 
 import train
 from config import ModelConfig
@@ -99,10 +99,7 @@ def test_out_of_memory_takes_smaller_micro_steps_and_ends_in_the_same_weights(
 def test_out_of_memory_in_a_resumed_run_changes_nothing(data_dir, tmp_path, monkeypatch):
     little_memory(monkeypatch, 2)
     train.train(tiny(data_dir, tmp_path / "straight"))
-    get_lr = train.get_lr
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "get_lr", lambda i, c: (i == 9 and os.kill(os.getpid(), 15), get_lr(i, c))[1])
-        train.train(tiny(data_dir, tmp_path / "stopped"))
+    stop_at(monkeypatch, data_dir, tmp_path / "stopped", 9)
     train.train(tiny(data_dir, tmp_path / "stopped", resume=True))
     assert_same_end(tmp_path / "stopped", tmp_path / "straight")
 

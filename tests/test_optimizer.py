@@ -166,7 +166,7 @@ def test_in_float32_muon_moves_as_the_published_method_does(shape):
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     expected, momentum = [p.detach().double() for p in weights], [torch.zeros(shape).double() for _ in weights]
-    muon = StackedMuon([{"params": weights}], 0.1, "match_rms_adamw", dtype=torch.float32)
+    muon = StackedMuon([{"params": weights}], torch.float32, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for n, parameter in enumerate(weights):
             parameter.grad = torch.randn(shape)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from internals.cli import with_preset
 from internals.machine import Machine
 from internals.reference import Reference
 from internals.run import Run, TrainState
+from internals.run_folder import Rows
 from model import GPT
 
 MACHINE = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
@@ -74,12 +76,21 @@ def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
 def test_rows_are_on_the_disk_when_they_are_written(tmp_path, monkeypatch):
     """A power cut after a save costs no row before it."""
     path, synced, fsync = tmp_path / "metrics.jsonl", [], os.fsync
-    table = report.Rows(path, None)
+    table = Rows(path, None)
     table.cut()
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), fsync(file)))
     table.add({"iter": 1})
     table.flush()
     assert synced == [path.stat().st_size] == [len('{"iter": 1}\n')]
+
+
+def test_a_file_that_can_be_neither_read_nor_renamed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    monkeypatch.setattr(os, "rename", lambda *names: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert Rows(tmp_path / "metrics.jsonl", 5, repair=True).rows == []
+    assert re.search(
+        r"metrics.jsonl: cannot be read \(.*\) and cannot be renamed \(Permission denied\)$", capsys.readouterr().out
+    )
 
 
 def test_resuming_cuts_the_rows_back(tmp_path):
@@ -100,7 +111,7 @@ def test_rows_that_could_not_be_cut_are_cut_before_the_next_is_written(tmp_path,
     for iter in range(5):
         log.write_row(state(iter), evaluated=False)
     with monkeypatch.context() as full:
-        full.setattr(report.Rows, "cut", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        full.setattr(Rows, "cut", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         log = run_log(tmp_path, iter=2)
     assert "could not be written" in capsys.readouterr().out
     log.write_row(state(3), evaluated=False)

@@ -9,7 +9,7 @@ from runs import assert_same_end, flags, run_command
 
 from config import TrainConfig
 from internals.cli import parse
-from internals.settings import read_settings
+from internals.settings import as_typed, read_settings
 from internals.start import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -59,3 +59,12 @@ def test_an_edited_config_file_may_leave_min_lr_to_the_learning_rate(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**TrainConfig().settings(), "min_lr": None}))
     cfg = parse(TrainConfig, "", ["--config", str(tmp_path / "config.json"), "--learning-rate", "5e-3"])
     assert cfg.min_lr is None and cfg.final_lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [(0.001234567, "0.001234567"), (1e-3 / 3, "0.0003333333333333333"), (4.0, "4"), (6e-4, "0.0006"), (None, "None")],
+)
+def test_a_setting_is_typed_with_all_its_digits(value, typed):
+    assert as_typed(value) == typed
+    assert value is None or float(typed) == value

@@ -101,7 +101,7 @@ def test_metrics_that_cannot_be_read_are_moved_aside(data_dir, tmp_path, monkeyp
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
     train.train(tiny(data_dir, tmp_path, resume=True))
-    assert "metrics.jsonl cannot be read" in capsys.readouterr().out
+    assert "metrics.jsonl: cannot be read" in capsys.readouterr().out
     assert [row["iter"] for row in metrics(tmp_path)] == list(range(9, 21))
     assert len(list(tmp_path.glob("metrics.jsonl.unreadable-*"))) == 1
 
