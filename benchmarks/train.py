@@ -16,6 +16,7 @@ the gradients of the micro-steps, and the starting of kernels while others run.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import statistics
 import sys
@@ -168,7 +169,7 @@ class Result(NamedTuple):
     """Medians of a competitor's turns."""
 
     tokens_per_second: float
-    peak_bytes: int
+    peak_bytes: float  # NaN: the system does not tell
     micro_step: float  # seconds
     update: float  # seconds
 
@@ -216,7 +217,8 @@ def take_turns(connection: Connection, name: str, args: Comparison, shape: Model
         connection.send(Turn(micro, update, whole))
     if args.kernels:
         print(f"\n{name}: {describe_kernels(iteration)}", flush=True)
-    connection.send(peak_memory(Machine(resolve_device(args.device), torch.float32, "", 0, 1)).peak)
+    memory = peak_memory(Machine(resolve_device(args.device), torch.float32, "", 0, 1))
+    connection.send(memory.peak if memory else math.nan)
 
 
 def describe_kernels(iteration: Callable) -> str:

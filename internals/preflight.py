@@ -220,6 +220,13 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
             f"memorises them; prepare more text, or give --max-iters {iters:,}"
             + (" and a smaller --tokens-per-iter" if iters < 100 else "")
         )
+    sequences = cfg.sequences_per_process(run.machine.processes)
+    if 2 * run.batch_size < (most := min(cfg.batch_size, sequences)):
+        better = max(1, round(sequences / most)) * most * model.block_size * run.machine.processes
+        advice.append(
+            f"micro-steps have {plural(run.batch_size, 'sequence')}, because nothing larger up to {most} divides the "
+            f"{sequences} of an iteration; give --tokens-per-iter {better}"
+        )
     if run.machine.device.type == "cpu":
         seconds = state.model.flops_per_token() * tokens / cpu_flops(run.machine.dtype)
         if seconds > LONG_SECONDS:

@@ -55,13 +55,14 @@ def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
             dict(train_tokens=75_000),
             ["14,0", "epochs", "prepare more text", "--max-iters 22", "smaller --tokens-per-iter"],
         ),
+        (dict(tokens_per_iter=127 * 256), ["micro-steps have 1 sequence,", "--tokens-per-iter 32768"]),
         (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset laptop"]),
         (dict(val_windows=1), ["1 validation window of 256 tokens", "--val-fraction"]),
         (dict(val_windows=4096, eval_interval=1), ["evaluations take", "--eval-interval"]),
         (dict(n_embd=768), ["n_inner 1,536 is 2 times n_embd 768", "--n-inner 3072"]),
         (dict(learning_rate=1.0, min_lr=0.1), ["--learning-rate 1 will most likely diverge"]),
     ],
-    ids=["epochs", "days", "windows", "evaluations", "n_inner", "learning rate"],
+    ids=["epochs", "prime", "days", "windows", "evaluations", "n_inner", "learning rate"],
 )
 def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words):
     monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
