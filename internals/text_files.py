@@ -38,7 +38,7 @@ class Source:
     files: list[SourceFile]
     text_bytes: float  # size of the text in UTF-8, about; of JSON, of all that is in the file
     counts_as_long = False  # not read only to see whether it is long enough
-    missing_bytes = 0  # of files to download, at most
+    missing_bytes = 0  # of the files not done that must be downloaded, those that have arrived included
     peak_bytes = 0  # the most that they take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
