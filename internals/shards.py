@@ -184,11 +184,17 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
                 "(prepare_data.py --overwrite)"
             )
         check_meta(meta)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:  # says nothing about the content
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"
         ) from error
     return meta
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")
 
 
 def check_meta(meta: dict[str, Any]) -> None:
@@ -222,11 +228,13 @@ def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
     if "tokenizer_sha256" not in meta:
         return meta["tokenizer"]
     path = Path(data_dir) / TOKENIZER_FILE
-    advice = "restore it, or prepare the data again (prepare_data.py --overwrite)"
+    advice = f"restore it, or {AGAIN}"
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if sha256_of(text) != meta["tokenizer_sha256"]:
         raise UserError(f"{path}: is not the tokenizer of the shards beside it; {advice}")
     return text
