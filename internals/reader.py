@@ -43,7 +43,8 @@ class Article(NamedTuple):
 
     @classmethod
     def from_row(cls, id: Any, title: Any, text: str | bytes | None) -> "Article":
-        id = None if id is None or id == "" else str(id).encode("utf-8", "surrogatepass")
+        is_missing = id is None or id == "" or id != id  # NaN != NaN
+        id = None if is_missing else str(id).encode("utf-8", "surrogatepass")
         return cls(id, as_title(title), to_utf8(text) if isinstance(text, str) else text or b"")
 
     @property

@@ -234,6 +234,14 @@ def test_a_title_that_is_the_text_comes_once(tmp_path, ending):
     assert as_rows(path, ReadOptions(text_column="title")) == [(b"1", None, b"T")]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_nan_is_not_an_id(tmp_path, ending):
+    """pandas writes it for a missing id. As an id, it would send all these articles to one split."""
+    rows, path = [{"id": float("nan"), "text": "x"}], tmp_path / f"a.{ending}"
+    (write_parquet if ending == "parquet" else write_jsonl)(path, rows)
+    assert as_rows(path) == [(None, None, b"x")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
