@@ -178,12 +178,10 @@ class Reader:
         """The article in a row of JSON."""
         column = self.options.text_column
         if not isinstance(row, dict):
-            raise UserError(
-                f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
-            )
+            raise UserError(f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete it')
         if column not in row:
             have = ", ".join([*row][:10])
-            raise UserError(f"{where}: has no {column!r}; fix that line, or give --text-column one of: {have}")
+            raise UserError(f"{where}: has no {column!r}; fix it, or give --text-column one of: {have}")
         if not isinstance(row[column], str | None):
-            raise UserError(f"{where}: {column!r} is not text; fix that line, or give another --text-column")
+            raise UserError(f"{where}: {column!r} is not text; fix it, or give another --text-column")
         return Article.from_row(row.get("id"), row.get(self.options.title_column), row[column])

@@ -62,7 +62,7 @@ class JsonReader(Reader):
                 try:
                     row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: invalid JSON ({error}); fix or delete that line") from error
+                    raise UserError(f"{where}: invalid JSON ({error}); fix or delete it") from error
                 yield self.article(row, where)
 
     def begins_with_an_object(self) -> bool:

@@ -291,7 +291,7 @@ def test_json_in_every_form(tmp_path, form, ending):
     "text, words",
     [
         ('[{"text": "a"}, {"text": "b"', ["invalid JSON"]),
-        ('[{"text": "a"}, 7]', ["record 2", "not a JSON object"]),
+        ('[{"text": "a"}, 7]', ["record 2", "not a JSON object", "; fix or delete it"]),
         ('{\n "body": "x"\n}', ["'text'", "--text-column", "body"]),
         ('{"data": [{"text": "x"}]}', ["'text'", "data"]),
         ('"only a string"', ["not a JSON object"]),
