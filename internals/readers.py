@@ -106,7 +106,7 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class WikiExtractorReader(JsonReader):
     """WikiExtractor's output: lines of JSON, or `<doc id="12" url="..." title="Anarchism">` ... `</doc>`."""
 
-    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: url="[^"]*")?(?: title="(.*)")?>\r?\n')
+    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: (?:revid|url)="[^"]*")*(?: title="(.*)")?>\r?\n')
 
     def chunks(self) -> Iterator[Chunk]:
         head = next(self.blocks(), Block(b"", 0)).data.lstrip()

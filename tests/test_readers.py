@@ -310,7 +310,7 @@ def test_json_that_is_not_articles(tmp_path, text, words):
         assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("form", ["doc", "json", "doc, Windows"])
+@pytest.mark.parametrize("form", ["doc", "doc, revisions", "json", "doc, Windows"])
 @pytest.mark.parametrize("pack", ["", ".bz2"])
 def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
     monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
@@ -326,9 +326,9 @@ def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
                     json.dumps({"id": row["id"], "revid": "1", "url": address, "title": title, "text": row["text"]})
                 )
             else:
-                lines.append(
-                    f'<doc id="{row["id"]}" url="{address}" title="{title}">\n{title}\n\n{row["text"]}\n\n</doc>'
-                )
+                revision = ' revid="1"' if "revisions" in form else ""
+                head = f'<doc id="{row["id"]}"{revision} url="{address}" title="{title}">'
+                lines.append(f"{head}\n{title}\n\n{row['text']}\n\n</doc>")
         (tmp_path / "in" / folder).mkdir(parents=True)
         data = "".join(line + "\n" for line in lines).encode()
         data = data.replace(b"\n", b"\r\n") if "Windows" in form else data
