@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from config import PrepareConfig
 from internals.encodings import Block, FileCheck, as_utf8, check_text
 from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
@@ -23,12 +24,16 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: the flags of the same names."""
+    """How files are read: three flags, and the tokenizer of the shards, as `load_tokenizer` takes it."""
 
     text_column: str = "text"
     encoding: str = "utf-8"
     separator: str = ""
     tokenizer: str = "bytes"  # a cut in a long document must not change its tokens; with bytes it never does
+
+    @classmethod
+    def of(cls, cfg: PrepareConfig, tokenizer: str = "bytes") -> "ReadOptions":
+        return cls(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
 
     @property
     def title_column(self) -> str | None:
