@@ -212,15 +212,12 @@ class Pipeline:
 
     def open_shards(self) -> None:
         """Cut the splits to their lengths in the progress, and open them."""
-        self.close_shards()
+        for shards in self.shards.values():
+            shards.close()
         self.shards = {
             name: ShardWriter(self.data_dir, name, self.cfg.shard_tokens, split.tokens)
             for name, split in self.progress.splits.items()
         }
-
-    def close_shards(self) -> None:
-        for shards in self.shards.values():
-            shards.close()
 
     def commit(self) -> None:
         """Save the progress, so that a later run resumes here. Before the first token there is nothing to save."""

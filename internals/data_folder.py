@@ -98,7 +98,6 @@ class DataFolder:
                 path.unlink()
         self.delete_records()
         (self.path / "meta.json").unlink(missing_ok=True)
-        self.meta = None
 
     def delete_unfinished(self) -> None:
         """Delete our files that a finished folder does not need."""
@@ -110,7 +109,6 @@ class DataFolder:
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
                 (self.path / name).unlink()
-        self.progress = None
 
 
 class Downloads:

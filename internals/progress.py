@@ -98,9 +98,7 @@ class Progress:
 
     def start_again(self) -> None:
         """Go back to the first file, and hold out the end of the text."""
-        fresh = Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)
-        for name, value in vars(fresh).items():
-            setattr(self, name, value)
+        vars(self).update(vars(Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)))
 
     @staticmethod
     def path(cfg: PrepareConfig) -> Path:
