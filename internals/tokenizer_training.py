@@ -70,15 +70,11 @@ def without_training_text(cfg: PrepareConfig, tail: bool) -> str:
 
 def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress: Progress) -> None:
     """Write a tokenizer.json to the folder, before its first shard. Its hash is saved first, which marks it as ours."""
-    path = Path(cfg.data_dir) / TOKENIZER_FILE
     if not is_json(tokenizer):
         return
-    digest = sha256_of(tokenizer)
-    if progress.tokenizers[-1:] == [digest] and path.exists() and sha256(path) == digest:
-        return
-    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, digest]))
+    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, sha256_of(tokenizer)]))
     progress.save(cfg, source)
-    write_text(path, tokenizer)
+    write_text(Path(cfg.data_dir) / TOKENIZER_FILE, tokenizer)
 
 
 def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:
