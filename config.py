@@ -162,7 +162,7 @@ class PrepareConfig(DataDir):
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
     text_column: str = "text"  # of .parquet, .jsonl and .json: the column that holds the text
-    encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
+    encoding: str = "utf-8"  # of all files but .parquet: any that Python knows (cp1252, ...); a byte-order mark wins
     separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
     tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: a new one, trained on the source; or the tokenizer.json of another data folder
     vocab_size: VocabSize | None = None  # tokens of --tokenizer train; None: 16,384 (laptop, demo: by the text's size)

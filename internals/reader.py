@@ -128,7 +128,8 @@ class Reader:
     options: ReadOptions
 
     def check(self) -> FileCheck:
-        """Whether the file holds `wanted`, and its size. Raises UserError if its content does not match its name."""
+        """Whether the file holds `wanted`, and the size of its text. Raises UserError if its content does not match its
+        name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
                 head = file.read(len(LFS_POINTER))
