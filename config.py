@@ -41,8 +41,6 @@ FractionOrAuto = Annotated[float | Auto, Range("at least 0 and below 1, or auto"
 Workers = Annotated[int, Range("from 1 to 256", lambda value: 1 <= value <= 256)]
 ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
-Seed = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
-Text = Annotated[str, Range("a text, not empty", lambda value: value != "")]
 PATH = "path"  # marks a field in which the command line replaces a leading ~
 FilePath = Annotated[str, PATH]
 Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
@@ -164,7 +162,7 @@ class PrepareConfig(DataDir):
     dump: str = "20231101"  # of --source wikipedia: the date of the dump
     revision: str = "main"  # of --source wikipedia: a branch, tag or commit of the dataset repository
     text_column: str = "text"  # of .parquet, .jsonl and .json: the column that holds the text
-    encoding: str = "utf-8"  # of .txt and .jsonl: any that Python knows (cp1252, ...); a byte-order mark in a file wins
+    encoding: str = "utf-8"  # of all files but .parquet: any that Python knows (cp1252, ...); a byte-order mark wins
     separator: str = ""  # text between the documents of a .txt file, such as '<|endoftext|>' or '\n\n\n'; empty: a file is one document
     tokenizer: FilePath = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, needs no download; train: a new one, trained on the source; or the tokenizer.json of another data folder
     vocab_size: VocabSize | None = None  # tokens of --tokenizer train; None: 16,384 (laptop, demo: by the text's size)
@@ -267,7 +265,7 @@ class TrainConfig(Compute, DataDir):
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also gets the rows of metrics.jsonl
 
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on GPUs
-    seed: Seed = 1337  # of initial weights, dropout and batch order
+    seed: Natural = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -341,7 +339,7 @@ class GenerateConfig(Compute, CheckpointFile):
     top_k: Count | None = 200  # sample among the k likeliest tokens; None: all
     top_p: Probability = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
     num_samples: Count = 1  # continuations of the prompt
-    seed: Seed | None = None  # the same seed on the same device makes the same text; None: a new one each time
+    seed: Natural | None = None  # the same seed on the same device makes the same text; None: a new one each time
     ignore_eot: bool = False  # keep generating after <|endoftext|>
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text ('\n': a line break); may be repeated
     stream: bool = True  # --no-stream: print the text when it is complete

@@ -56,7 +56,6 @@ from internals.progress import (
     shard_settings,
 )
 from internals.reader import Chunk, ReadOptions
-from internals.readers import read_chunks
 from internals.screen import command_to_train, given_command
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
@@ -164,7 +163,7 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
         refuse_flags(cfg, ("language", "dump", "revision", "keep_downloads"), hub_only)
         # Not text, if the data folder lies inside a source of .json files.
         ours = [data_dir / name for name in ("meta.json", "progress.json", TOKENIZER_FILE)]
-        source = LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text), ours)
+        source = LocalFiles(cfg.sources, ReadOptions.of(cfg), ours)
         types = {file_type(file.name) for file in source.files}
     if types == {".parquet"}:
         refuse_flags(cfg, ("encoding",), ".parquet files are always UTF-8")
@@ -213,15 +212,12 @@ class Pipeline:
 
     def open_shards(self) -> None:
         """Cut the splits to their lengths in the progress, and open them."""
-        self.close_shards()
+        for shards in self.shards.values():
+            shards.close()
         self.shards = {
             name: ShardWriter(self.data_dir, name, self.cfg.shard_tokens, split.tokens)
             for name, split in self.progress.splits.items()
         }
-
-    def close_shards(self) -> None:
-        for shards in self.shards.values():
-            shards.close()
 
     def commit(self) -> None:
         """Save the progress, so that a later run resumes here. Before the first token there is nothing to save."""
@@ -276,8 +272,7 @@ class Pipeline:
     def chunks(self, number: int) -> Iterator[Chunk]:
         """The chunks of a source file that are still to do."""
         done = self.progress.row if number == self.progress.file else 0
-        options = ReadOptions(self.cfg.text_column, self.cfg.encoding, self.cfg.separator_text, self.tokenizer)
-        for chunk in read_chunks(self.source.fetch(number), self.source.files[number].name, options):
+        for chunk in self.source.chunks(number, ReadOptions.of(self.cfg, self.tokenizer)):
             if chunk.first < done < chunk.first + chunk.count:
                 path = Progress.path(self.cfg)
                 raise UserError(f"{path}: was written by another version; give --overwrite to start again")

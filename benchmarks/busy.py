@@ -8,18 +8,27 @@ of turns before a thread sleeps; `default` leaves it to the library. Commands se
 combinations take turns; the table has medians of tokens/s.
 """
 
-import argparse
 import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import common  # noqa: F401  (puts the root on the path, so it comes first)
+import tyro
 
 MODELS = ("demo", "wikipedia")
 WORK = ("training", "generating")
+
+
+@dataclass(frozen=True)
+class Busy:
+    spins: tuple[str, ...] = ("default", "0", "1000", "10000")  # values of GOMP_SPINCOUNT
+    seconds: float = 5.0  # of each trial
+    rounds: int = 3
+    measure: tuple[str, str] | None = None  # print only the tokens/s of this process, such as: training demo
 
 
 def measure(work: str, preset: str, seconds: float) -> float:
@@ -80,17 +89,8 @@ def trial(work: str, preset: str, spins: str, busy: bool, seconds: float) -> flo
             neighbour.wait()
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--spins", nargs="+", default=["default", "0", "1000", "10000"])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each trial")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    return parser
-
-
 def main() -> None:
-    args = flags().parse_args()
+    args = tyro.cli(Busy, description=__doc__)
     if args.measure:
         print(measure(*args.measure, args.seconds))
         return

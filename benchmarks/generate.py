@@ -19,7 +19,6 @@ The third table shows the time per token of longer texts, past the end of the co
 the command to its first character. Needs transformers and the GPT-2 vocabulary.
 """
 
-import argparse
 import copy
 import ctypes
 import dataclasses
@@ -29,11 +28,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import common  # puts the root on the path, so it comes first
 import torch
 import transformers
+import tyro
 
 from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
@@ -49,9 +50,14 @@ try:
 except ImportError:
     llama_cpp = None
 
-ROUNDS, NEW, PROMPT = 9, 200, 8
+NEW, PROMPT = 200, 8
 DEFAULTS = GenerateConfig()
 SAMPLING = Sampling(DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
+
+
+@dataclass(frozen=True)
+class Generating:
+    rounds: int = 9
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -250,14 +256,8 @@ def ours(model: GPT, idx: torch.Tensor, new: int = NEW, samples: int = 1) -> Non
             pass
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    return parser
-
-
 def main() -> None:
-    rounds = flags().parse_args().rounds
+    rounds = tyro.cli(Generating, description=__doc__).rounds
     load_tokenizer("gpt2")  # to fail now rather than after minutes: the command that is timed at the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)

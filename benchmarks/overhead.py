@@ -56,7 +56,7 @@ def make_data(folder: Path, preset: str, tokens: int) -> None:
         "format": META_FORMAT,
         "tokenizer": "gpt2",
         "vocab_size": vocab_size,
-        "source": {},
+        "source": {"kind": "files"},
         "splits": splits,
     }
     write_json(folder / "meta.json", meta)

@@ -14,7 +14,6 @@ are timed in turns. The tables show medians and bests of the repetitions, and th
 the tokens per second of processor time (user and system, of all threads and processes).
 """
 
-import argparse
 import contextlib
 import importlib.util
 import multiprocessing
@@ -25,19 +24,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
+import tyro
 from common import REPO
 
 from internals.bulk_encoding import rank_lines
 from internals.shards import read_meta
-from internals.start import run
+from internals.start import UserError, run
 from internals.tokenizer import load_tokenizer
 
 
@@ -62,27 +62,15 @@ def cpu_seconds_of_children() -> float:
 
 def run_ours(source: Path, workers: int, folder: Path, script: tuple[str, ...] = ("prepare_data.py",)) -> Timing:
     command = [sys.executable, *script, "--source", source, "--data-dir", folder, "--workers", workers]
-    start, cpu = time.perf_counter(), cpu_seconds_of_children()
+    start = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.DEVNULL)
-    peaks = [0]
-    watch = threading.Thread(target=watch_memory, args=(process, peaks))
-    watch.start()
-    status = process.wait()
-    seconds, cpu = time.perf_counter() - start, cpu_seconds_of_children() - cpu
-    watch.join()
-    assert status == 0, f"prepare_data.py ended with {status}"
+    _, status, used = os.wait4(process.pid, 0)
+    seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f"prepare_data.py ended with {process.returncode}"
     tokens = sum(split["tokens"] for split in read_meta(folder)["splits"].values())
-    return Timing(tokens, seconds, cpu, max(peaks))
-
-
-def watch_memory(process: subprocess.Popen, peaks: list[int]) -> None:
-    """Append the kernel's own peak (VmHWM) in bytes while the process lives. Works on Linux only."""
-    while process.poll() is None:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    peaks.append(1024 * int(line.split()[1]))
-        time.sleep(0.1)
+    # In KB, on Linux. It counts from the fork on, so it is never less than what this process takes (0.1 GB).
+    peak_bytes = 1024 * used.ru_maxrss
+    return Timing(tokens, seconds, used.ru_utime + used.ru_stime, peak_bytes)
 
 
 def read_texts(source: Path, with_titles: bool) -> list[str]:
@@ -207,35 +195,30 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", type=Path, default=os.environ.get("WIKIPEDIA_SAMPLE_DIR"), help="folder of .parquet"
-    )
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--times", type=int, default=1, help="read the files of the source this many times")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument(
-        "--scaling", action="store_true", help="measure memory and time at 1, 2 and 4 times the input instead"
-    )
-    parser.add_argument("--usual", type=Path, help=argparse.SUPPRESS)  # the folder where `usual` writes
-    return parser
+@dataclass(frozen=True)
+class Preparing:
+    source: Path | None = None  # folder of .parquet; None: WIKIPEDIA_SAMPLE_DIR
+    workers: int = 2
+    repetitions: int = 3
+    times: int = 1  # read the files of the source this many times
+    ways: tuple[Literal[tuple(WAYS)], ...] = tuple(WAYS)
+    scaling: bool = False  # measure memory and time at 1, 2 and 4 times the input instead
+    usual: Path | None = None  # only run the usual script, which writes into this folder
 
 
 def main() -> None:
-    parser = flags()
-    args = parser.parse_args()
-    if args.source is None:
-        parser.error("give --source, or set WIKIPEDIA_SAMPLE_DIR")
-    args.source = args.source.resolve()
+    args = tyro.cli(Preparing, description=__doc__)
+    folder = args.source or os.environ.get("WIKIPEDIA_SAMPLE_DIR")
+    if not folder:
+        raise UserError("--source: give a folder of .parquet files, or set WIKIPEDIA_SAMPLE_DIR")
+    args = replace(args, source=Path(folder).resolve())
     if args.usual:
         usual(args.source, args.workers, args.usual)
         return
 
     if importlib.util.find_spec("gigatoken") is None:
         print("gigatoken is not installed (pip install -r requirements-fast.txt): left out, and `ours` is without it")
-        args.ways = [way for way in args.ways if way not in ("gigatoken", "without")]
+        args = replace(args, ways=tuple(way for way in args.ways if way not in ("gigatoken", "without")))
     print(f"{cpu_name()}, {os.cpu_count()} cores, {args.workers} workers, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as name:
         (measure_scaling if args.scaling else measure_speed)(args, Path(name))
@@ -251,7 +234,7 @@ def repeated(source: Path, times: int, folder: Path) -> Path:
     return copies
 
 
-def measure_speed(args: argparse.Namespace, folder: Path) -> None:
+def measure_speed(args: Preparing, folder: Path) -> None:
     if args.times == 1:
         without_titles = run_alone("tiktoken", args.source, args.workers, with_titles=False)
         print(f"tokens of the texts without titles, with an end-of-text each: {without_titles.tokens:,}")
@@ -284,7 +267,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> None:
             print(f"{way:10}{rate / 1e6:12.2f}{first / rate:14.2f}{cpu_rate / 1e6:18.2f}{first_cpu / cpu_rate:14.2f}")
 
 
-def measure_scaling(args: argparse.Namespace, folder: Path) -> None:
+def measure_scaling(args: Preparing, folder: Path) -> None:
     print(f"{'input':>8}{'tokens':>14}{'seconds':>10}{'peak, MB':>12}")
     for times in (1, 2, 4):
         ours = run_ours(repeated(args.source, times, folder), args.workers, folder / f"out{times}")

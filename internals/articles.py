@@ -33,6 +33,7 @@ class Tokens:
 
     def up_to(self, room: int, limit: int, encoding: tiktoken.Encoding) -> tuple["Tokens", bool]:
         """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`.
+        A document that continues in the next chunk is always cut.
 
         What is counted of the chunk as a whole (`empty`, `characters`, `replaced`, `ids`) stays, for messages only.
         """

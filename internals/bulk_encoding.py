@@ -1,6 +1,6 @@
 """Many texts to tokens in one call, in any number of threads, by tiktoken or, where it is installed, by gigatoken.
 
-tiktoken is the reference. gigatoken is many times as fast and gives the same tokens.
+tiktoken is the reference. gigatoken is several times as fast and gives the same tokens.
 """
 
 import base64

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from internals.files import sha256
-from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER
+from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER, unreadable
 from internals.start import UserError
 
 DOWNLOADS = ".downloads-in-progress"  # a name that no user gives to a folder
@@ -98,7 +98,6 @@ class DataFolder:
                 path.unlink()
         self.delete_records()
         (self.path / "meta.json").unlink(missing_ok=True)
-        self.meta = None
 
     def delete_unfinished(self) -> None:
         """Delete our files that a finished folder does not need."""
@@ -110,7 +109,6 @@ class DataFolder:
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
                 (self.path / name).unlink()
-        self.progress = None
 
 
 class Downloads:
@@ -137,13 +135,16 @@ class Downloads:
 
 
 def own_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file that this command wrote; None if it is missing, foreign or damaged."""
+    """A JSON file that this command wrote; None if it is missing, foreign or damaged. Raises UserError if it cannot be
+    read: that says nothing about its content."""
     try:
         value = json.loads(path.read_bytes())
         is_own = {"format", "source", "tokenizer", "splits"} <= value.keys() and "kind" in value["source"]
         return value if is_own else None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, AttributeError, TypeError, RecursionError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def begins_as(path: Path, beginning: bytes) -> bool:

@@ -79,11 +79,12 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
         except ValueError as error:  # two drives of Windows have no common folder
             raise UserError("--source: the files are on several drives; copy them to one drive") from error
         chosen = [Path(os.path.abspath(path)) for path in chosen]
+    result = Found(root, chosen, walk.left_out, walk.folders)
     if not chosen:
-        reasons = Found(root, [], walk.left_out, walk.folders).reasons()
-        raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons or 'it is empty'}); give {KNOWN}")
+        reasons = result.reasons() or "it is empty"
+        raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons}); give {KNOWN}")
     refuse_pairs(chosen, root)
-    return Found(root, chosen, walk.left_out, walk.folders)
+    return result
 
 
 def expanded(path: str) -> Path:

@@ -79,11 +79,12 @@ def facts(rows: dict[str, str]) -> str:
     return f"<dl>{items}</dl>"
 
 
-LEGEND = """<p class="legend" aria-hidden="true">sure <span class="scale"></span> guessing blindly</p>"""
-
-SURPRISE = """<p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
+# A text in the colours of its surprise, for the body of a page
+EXPECTED = """<h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
+<p class="text" id="passage"></p>
+<p class="legend" aria-hidden="true">sure <span class="scale"></span> guessing blindly</p>
+<p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
 chance, 10 bits where it gave it 1 in 1,024. Point at a token, or tap it, to read its probability and the likeliest other
-tokens.</p>"""
-
-BITS_PER_BYTE = """<p class="note">Bits per byte are all the surprise divided by the length of the text in bytes. They are what
+tokens.</p>
+<p class="note">Bits per byte are all the surprise divided by the length of the text in bytes. They are what
 the text would take if the model compressed it, so models with different tokenizers can be compared.</p>"""

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from internals import html_page
 from internals.files import write_text
-from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
 from internals.start import UserError
 from internals.surprise import Surprise, describe, surprise, token_texts
 from internals.tokenizer_json import END_OF_TEXT
@@ -28,8 +27,7 @@ ATTENTION_TOKENS = 96  # the longest text whose attention is shown
 BODY = """<header><h1>{title}</h1>
 <p class="status">{status}</p></header>
 {slider}
-<section><h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
-<p class="text" id="passage"></p>{legend}{surprise}{bits_per_byte}
+<section>{expected}
 <p class="note">The probabilities are the model's own, before temperature, top-k and top-p. The first token
 has none, since nothing precedes it.</p></section>
 {attention}
@@ -106,9 +104,7 @@ class TextPage:
             title=html.escape(title),
             status=html.escape(" · ".join(filter(None, (self.description, sampling)))),
             slider=SLIDER.format(last=len(texts) - 1) if len(texts) > 1 else "",
-            legend=LEGEND,
-            surprise=SURPRISE,
-            bits_per_byte=BITS_PER_BYTE,
+            expected=html_page.EXPECTED,
             attention=(ATTENTION if short else LONG).format(
                 heading=heads, tokens=ATTENTION_TOKENS, count=f"{len(shown):,}"
             ),

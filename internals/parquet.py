@@ -75,7 +75,7 @@ class ParquetReader(Reader):
                 return self.odd_ids(values)
             raise self.unreadable(name, values, error) from error
         if "binary" in str(values.type):
-            self.refuse_pictures(name, texts)
+            self.refuse_pictures(name, values, texts)
         return [text and text.decode("utf-8", "surrogateescape") for text in texts] if name == "id" else texts
 
     def odd_ids(self, values: pa.Array) -> list[Any]:
@@ -91,12 +91,13 @@ class ParquetReader(Reader):
             f"{self.name}: column {name!r} ({values.type}) cannot be read ({text}); fix or drop that column"
         )
 
-    def refuse_pictures(self, name: str, texts: list[bytes | None]) -> None:
+    def refuse_pictures(self, name: str, values: pa.Array, texts: list[bytes | None]) -> None:
         broken = sum(bool(text) and not text.isascii() and not is_utf8(text) for text in texts)
-        if 2 * broken > len(texts):
-            raise UserError(
-                f"{self.name}: column {name!r} holds bytes that are not UTF-8 text; give another --text-column"
-            )
+        if 2 * broken <= len(texts):
+            return
+        if name != self.options.text_column:
+            raise self.unreadable(name, values, "its bytes are not UTF-8 text")
+        raise UserError(f"{self.name}: column {name!r} holds bytes that are not UTF-8 text; give another --text-column")
 
 
 def is_text(kind: pa.DataType) -> bool:

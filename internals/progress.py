@@ -98,9 +98,7 @@ class Progress:
 
     def start_again(self) -> None:
         """Go back to the first file, and hold out the end of the text."""
-        fresh = Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)
-        for name, value in vars(fresh).items():
-            setattr(self, name, value)
+        vars(self).update(vars(Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)))
 
     @staticmethod
     def path(cfg: PrepareConfig) -> Path:
@@ -250,9 +248,10 @@ class Display:
         seconds, disk = left / max(1.0, tokens_per_second), 2 * left
         text = f"needs about {2 * total / 1e9:,.2f} GB of disk for {total / 1e6:,.0f} million tokens"
         if passing := self.source.peak_bytes:
-            download = min(left * position // max(1, self.progress.tokens), self.source.missing_bytes)
+            here, rest = self.source.bytes_on_disk, left * position // max(1, self.progress.tokens)
+            download = max(0, min(rest, self.source.missing_bytes) - here)
             seconds = max(seconds, download * self.source.seconds_per_byte)
-            disk += self.needed_for_downloads(passing - self.source.bytes_on_disk)
+            disk += self.needed_for_downloads(passing - here)
             text += f", {passing / 1e9:,.2f} GB more while it downloads, {download / 1e9:,.2f} GB still to download"
         free = shutil.disk_usage(self.cfg.data_dir).free
         tqdm.write(wrap(f"{text}, and about {duration(seconds)}; {free / 1e9:,.2f} GB of disk are free"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from config import PrepareConfig
 from internals.encodings import Block, FileCheck, as_utf8, check_text
 from internals.file_walk import COMPRESSIONS
 from internals.start import UserError, first_line
@@ -23,12 +24,16 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: the flags of the same names."""
+    """How files are read: three flags, and the tokenizer of the shards, as `load_tokenizer` takes it."""
 
     text_column: str = "text"
     encoding: str = "utf-8"
     separator: str = ""
     tokenizer: str = "bytes"  # a cut in a long document must not change its tokens; with bytes it never does
+
+    @classmethod
+    def of(cls, cfg: PrepareConfig, tokenizer: str = "bytes") -> "ReadOptions":
+        return cls(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
 
     @property
     def title_column(self) -> str | None:
@@ -43,7 +48,8 @@ class Article(NamedTuple):
 
     @classmethod
     def from_row(cls, id: Any, title: Any, text: str | bytes | None) -> "Article":
-        id = None if id is None or id == "" else str(id).encode("utf-8", "surrogatepass")
+        is_missing = id is None or id == "" or id != id  # NaN != NaN
+        id = None if is_missing else str(id).encode("utf-8", "surrogatepass")
         return cls(id, as_title(title), to_utf8(text) if isinstance(text, str) else text or b"")
 
     @property
@@ -122,7 +128,8 @@ class Reader:
     options: ReadOptions
 
     def check(self) -> FileCheck:
-        """Whether the file holds `wanted`, and its size. Raises UserError if its content does not match its name."""
+        """Whether the file holds `wanted`, and the size of its text. Raises UserError if its content does not match its
+        name."""
         with reading(self.name):
             with open(self.path, "rb") as file:
                 head = file.read(len(LFS_POINTER))
@@ -177,12 +184,10 @@ class Reader:
         """The article in a row of JSON."""
         column = self.options.text_column
         if not isinstance(row, dict):
-            raise UserError(
-                f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete that line'
-            )
+            raise UserError(f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete it')
         if column not in row:
             have = ", ".join([*row][:10])
-            raise UserError(f"{where}: has no {column!r}; fix that line, or give --text-column one of: {have}")
+            raise UserError(f"{where}: has no {column!r}; fix it, or give --text-column one of: {have}")
         if not isinstance(row[column], str | None):
-            raise UserError(f"{where}: {column!r} is not text; fix that line, or give another --text-column")
+            raise UserError(f"{where}: {column!r} is not text; fix it, or give another --text-column")
         return Article.from_row(row.get("id"), row.get(self.options.title_column), row[column])

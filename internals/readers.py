@@ -62,7 +62,7 @@ class JsonReader(Reader):
                 try:
                     row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: invalid JSON ({error}); fix or delete that line") from error
+                    raise UserError(f"{where}: invalid JSON ({error}); fix or delete it") from error
                 yield self.article(row, where)
 
     def begins_with_an_object(self) -> bool:
@@ -106,7 +106,7 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class WikiExtractorReader(JsonReader):
     """WikiExtractor's output: lines of JSON, or `<doc id="12" url="..." title="Anarchism">` ... `</doc>`."""
 
-    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: url="[^"]*")?(?: title="(.*)")?>\r?\n')
+    HEAD = re.compile(rb'\s*<doc id="([^"]*)"(?: (?:revid|url)="[^"]*")*(?: title="(.*)")?>\r?\n')
 
     def chunks(self) -> Iterator[Chunk]:
         head = next(self.blocks(), Block(b"", 0)).data.lstrip()

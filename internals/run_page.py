@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 from internals import html_page
-from internals.html_page import BITS_PER_BYTE, LEGEND, SURPRISE
 from internals.reference import Reference, bits_per_nat
 from internals.run import Run
 from internals.samples import SAMPLE
@@ -34,8 +33,7 @@ erratic, and then falls, so that the model settles.</p></section>
 <section><h2>What the model writes</h2><p class="text" id="sample"></p>
 <p class="note">Text that the model wrote at this evaluation, after {prompt}. Each token is drawn at random from the likely
 ones (temperature {temperature:g}, the {top_k} likeliest).</p></section>
-<section><h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
-<p class="text" id="passage"></p>{legend}{surprise}{bits_per_byte}
+<section>{expected}
 <p class="note">The passage is the beginning of the validation split, the same at every evaluation.</p></section>
 </div>
 """
@@ -84,9 +82,7 @@ def run_page(
         if run.cfg.sample_prompt
         else "the beginning of an article",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
-        legend=LEGEND,
-        surprise=SURPRISE,
-        bits_per_byte=BITS_PER_BYTE,
+        expected=html_page.EXPECTED,
         **SAMPLE,
     )
     return html_page.render("run", f"{title}: a training run", body, data)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from internals.files import rename, sha256, sha256_of
+from internals.files import rename, sha256, sha256_of, sync_file
 from internals.start import UserError, first_line
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
@@ -90,7 +90,7 @@ class ShardWriter:
         for index in range(self.count):
             path = self._partial(index)
             if not path.exists() or path.stat().st_size != self._size(index):
-                raise UserError(f"{path}: is missing or was cut short; prepare the data again (--overwrite)")
+                raise UserError(f"{path}: is missing or was cut short; {AGAIN}")
 
     @property
     def count(self) -> int:
@@ -132,7 +132,7 @@ class ShardWriter:
     def sync(self) -> None:
         """Return when everything written so far is on the disk."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            sync_file(self._file)
 
     def close(self) -> None:
         if self._file is not None:
@@ -158,8 +158,7 @@ class ShardWriter:
             path = shard_path(self.data_dir, self.split, index)
             with open(self._partial(index), "r+b") as file:
                 file.write(shard_header(self._length(index)))
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
             if path.exists():
                 raise UserError(f"{path}: was made by somebody else meanwhile; move it away")
             rename(self._partial(index), path)
@@ -179,16 +178,19 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != META_FORMAT:
-            raise UserError(
-                f"{path}: format {meta['format']!r}, but this version reads {META_FORMAT}; prepare the data again "
-                "(prepare_data.py --overwrite)"
-            )
+            raise UserError(f"{path}: format {meta['format']!r}, but this version reads {META_FORMAT}; {AGAIN}")
         check_meta(meta)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:  # says nothing about the content
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as meta.json ({error}); move it and the shards beside it away, then {command}"
         ) from error
     return meta
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable")
 
 
 def check_meta(meta: dict[str, Any]) -> None:
@@ -222,11 +224,13 @@ def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
     if "tokenizer_sha256" not in meta:
         return meta["tokenizer"]
     path = Path(data_dir) / TOKENIZER_FILE
-    advice = "restore it, or prepare the data again (prepare_data.py --overwrite)"
+    advice = f"restore it, or {AGAIN}"
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if sha256_of(text) != meta["tokenizer_sha256"]:
         raise UserError(f"{path}: is not the tokenizer of the shards beside it; {advice}")
     return text
@@ -239,4 +243,4 @@ def verify(data_dir: str | Path) -> None:
         path = Path(data_dir) / shard["file"]
         read_shard(path)
         if sha256(path) != shard["sha256"]:
-            raise UserError(f"{path}: is damaged (its SHA-256 is not meta.json's); run prepare_data.py --overwrite")
+            raise UserError(f"{path}: is damaged (its SHA-256 is not meta.json's); {AGAIN}")

@@ -11,7 +11,6 @@ import math
 from config import PrepareConfig
 from internals.articles import tokenize
 from internals.reader import ReadOptions
-from internals.readers import read_chunks
 from internals.screen import plural
 from internals.start import UserError
 from internals.text_files import Source
@@ -77,9 +76,8 @@ def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[i
     if source.counts_as_long:
         return most, 0
     tokens = empty = 0
-    options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text, tokenizer)
-    files = ((source.fetch(number), file.name) for number, file in enumerate(source.files))
-    for chunk in (chunk for path, name in files for chunk in read_chunks(path, name, options)):
+    options = ReadOptions.of(cfg, tokenizer)
+    for chunk in (chunk for number in range(len(source.files)) for chunk in source.chunks(number, options)):
         new = tokenize(chunk, tokenizer, val_fraction=0.0)
         tokens, empty = tokens + len(new.tokens), empty + new.empty
         if tokens >= most or (tokens and not shortage(cfg, tokens)):

@@ -1,7 +1,7 @@
 """A source of text: its files, their names, and whether they are the ones that were prepared before."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from internals.file_walk import file_type, find_files
 from internals.files import sha256
-from internals.reader import ReadOptions, reading
+from internals.reader import Chunk, ReadOptions, reading
 from internals.readers import make_reader, read_chunks
 from internals.screen import plural, printable
 from internals.start import UserError
@@ -38,7 +38,7 @@ class Source:
     files: list[SourceFile]
     text_bytes: float  # size of the text in UTF-8, about; of JSON, of all that is in the file
     counts_as_long = False  # not read only to see whether it is long enough
-    missing_bytes = 0  # of files to download, at most
+    missing_bytes = 0  # of the files not done that must be downloaded, those that have arrived included
     peak_bytes = 0  # the most that they take on the disk at one time
     bytes_on_disk = 0  # what they take now
     seconds_per_byte = 0.0  # of the last download
@@ -53,6 +53,10 @@ class Source:
 
     def release(self, before: int) -> None:
         """The files before this number are not needed any more."""
+
+    def chunks(self, number: int, options: ReadOptions) -> Iterator[Chunk]:
+        """The chunks of a file."""
+        return read_chunks(self.fetch(number), self.files[number].name, options)
 
     def has_few_documents(self) -> bool:
         """Whether there are too few documents to hold out whole ones."""
@@ -70,8 +74,8 @@ class Source:
 class LocalFiles(Source):
     """Files, folders and globs; `sample` is the embedded one.
 
-    Contents are hashed, so another run notices a change. This run compares each file's size and time with those at the
-    beginning, before and after reading it.
+    Contents are hashed, so another run notices a change. Before and after reading a file, this run checks that its size
+    and time are still those of the beginning.
     """
 
     def __init__(self, sources: tuple[str, ...], options: ReadOptions, ours: Collection[Path] = ()):
@@ -120,7 +124,7 @@ class LocalFiles(Source):
             if file_type(file.name) == ".txt" and not self.options.separator:
                 documents += 1
             else:
-                chunks = read_chunks(self.fetch(number), file.name, self.options)
+                chunks = self.chunks(number, self.options)
                 articles = (article for chunk in chunks if chunk.starts for article in chunk.articles())
                 documents += sum(1 for _ in islice((a for a in articles if not a.is_blank), FEW_DOCUMENTS))
             if documents >= FEW_DOCUMENTS:

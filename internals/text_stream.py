@@ -37,11 +37,6 @@ class TextStream:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens received."""
-        return len(self.ids)
-
     def push(self, token: int) -> bool:
         """Add a token. Returns True if the text ends here: at end-of-text or before a stop text."""
         self.ids.append(token)
@@ -99,10 +94,10 @@ def print_json(prompt: str, seed: int, steps: Iterable[list[TextStream]]) -> Non
             row = {
                 "prompt": prompt,
                 "text": stream.text,
-                "tokens": stream.tokens,
+                "tokens": len(stream.ids),
                 "seed": seed,
                 "seconds": round(stream.seconds, 4),
-                "tokens_per_second": round(stream.tokens / max(stream.seconds, 1e-9), 1),
+                "tokens_per_second": round(len(stream.ids) / max(stream.seconds, 1e-9), 1),
             }
             line = json.dumps(row, ensure_ascii=False)
             # JSON leaves these as they are, but a terminal would obey them

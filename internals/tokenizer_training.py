@@ -18,7 +18,6 @@ from internals.articles import is_held_out
 from internals.files import sha256, sha256_of, write_text
 from internals.progress import Progress
 from internals.reader import Chunk, ReadOptions
-from internals.readers import read_chunks
 from internals.shards import TOKENIZER_FILE
 from internals.start import UserError
 from internals.text_files import Source
@@ -71,15 +70,11 @@ def without_training_text(cfg: PrepareConfig, tail: bool) -> str:
 
 def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress: Progress) -> None:
     """Write a tokenizer.json to the folder, before its first shard. Its hash is saved first, which marks it as ours."""
-    path = Path(cfg.data_dir) / TOKENIZER_FILE
     if not is_json(tokenizer):
         return
-    digest = sha256_of(tokenizer)
-    if progress.tokenizers[-1:] == [digest] and path.exists() and sha256(path) == digest:
-        return
-    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, digest]))
+    progress.tokenizers = list(dict.fromkeys([*progress.tokenizers, sha256_of(tokenizer)]))
     progress.save(cfg, source)
-    write_text(path, tokenizer)
+    write_text(Path(cfg.data_dir) / TOKENIZER_FILE, tokenizer)
 
 
 def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:
@@ -89,18 +84,18 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
     twice that share, because the exact place of the cut is known only after all tokens are counted. Of a share above a
     third, it leaves out half of the rest.
     """
-    options = ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text)
+    options = ReadOptions.of(cfg)
     numbers = source.sample_files(SAMPLE_BYTES)
     size, limit, val_fraction = sum(source.files[n].bytes for n in numbers), math.inf, cfg.held_out
     if tail:
         share, val_fraction = max(1 - 2 * cfg.held_out, (1 - cfg.held_out) / 2), 0.0
-        chunks = (chunk for n in numbers for chunk in read_chunks(source.fetch(n), source.files[n].name, options))
+        chunks = (chunk for number in numbers for chunk in source.chunks(number, options))
         total = sum(size_of(training_texts(chunk, val_fraction)) for chunk in chunks)
         limit = share * min(total, cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
         size *= limit / max(1, total)
     before = seen = taken = 0  # the first in bytes of the source, the others of text
     for number in numbers:
-        for chunk in read_chunks(source.fetch(number), source.files[number].name, options):
+        for chunk in source.chunks(number, options):
             is_due = taken * size <= SAMPLE_BYTES * (before + chunk.position)
             if is_due or tail:
                 texts = training_texts(chunk, val_fraction)

@@ -1,5 +1,6 @@
 """Wikipedia from the Hugging Face hub: pin a commit, download, check, retry."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -166,7 +167,11 @@ class HubWikipedia(Source):
 
     @property
     def bytes_on_disk(self) -> int:
-        return sum(path.stat().st_size for path in self.downloads.folder.rglob("*") if path.is_file())
+        total = 0
+        for path in self.downloads.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a finished download has just been renamed
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
     @property
     def download_folder(self) -> Path:

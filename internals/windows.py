@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from internals.shards import read_meta, read_shard
+from internals.shards import AGAIN, read_meta, read_shard
 from internals.start import UserError
 
 
@@ -30,8 +30,7 @@ class TokenStream:
             shards.append(read_shard(path))
             if len(shards[-1]) != entry["tokens"]:
                 raise UserError(
-                    f"{path}: holds {len(shards[-1]):,} tokens, but meta.json says {entry['tokens']:,}; "
-                    "prepare the data again (prepare_data.py --overwrite)"
+                    f"{path}: holds {len(shards[-1]):,} tokens, but meta.json says {entry['tokens']:,}; {AGAIN}"
                 )
         return cls(shards, meta["vocab_size"], str(data_dir))
 

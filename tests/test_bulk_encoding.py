@@ -21,7 +21,7 @@ from internals.bulk_encoding import PIECE, GigatokenEncoder, Texts, TiktokenEnco
 from internals.files import writing
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
-from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN
+from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, OWN_PATTERN
 from internals.tokenizer_training import train_tokenizer
 
 
@@ -90,8 +90,7 @@ def test_many_texts_in_one_call_have_the_tokens_of_each_alone(kind, tokenizer, o
 PATTERNS = {
     "GPT-2": GPT2_PATTERN,
     "GPT-4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    "Qwen 3.5": r"(?:'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+)|\s+(?!\S)|\s+",
+    "Qwen 3.5": OWN_PATTERN,
     "a word and its number": r"\p{L}+ \p{N}+|\s+|\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+",
     "sentences": r"[^.\n]*[.\n]|[^.\n]+",
     "blanks after words": r"\S+\s?|\s+",

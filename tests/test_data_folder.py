@@ -1,6 +1,7 @@
 """internals/data_folder.py: a user's files stay, whatever their names, and the command says which of them is in its way."""
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -193,6 +194,18 @@ def test_a_meta_json_of_another_program_is_foreign(tmp_path, source, source_entr
     with pytest.raises(UserError, match=r"meta\.json: is damaged, or not made by this command"):
         prepare(config(tmp_path / "out", source))
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_record_that_cannot_be_read_is_not_called_damaged(tmp_path, source, monkeypatch, overwrite):
+    prepare(config(tmp_path / "out", source))
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"meta\.json: cannot be read \(Input/output error\); make it readable"):
+        prepare(config(tmp_path / "out", source, overwrite=overwrite))
 
 
 def test_a_folder_of_another_format_can_be_made_again(tmp_path, source):

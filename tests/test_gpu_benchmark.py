@@ -5,21 +5,21 @@ No figures are tested here: they need a card. nanoGPT is not part of this projec
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import signal
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, needs_fake_gpu, run_on_fake_gpu, run_script, write_data
+from conftest import REPO, load_benchmark, needs_fake_gpu, run_on_fake_gpu, run_script, write_data
 
 import train
 from config import TrainConfig
 from internals.batch_size import resolve_batch_size
 from internals.cli import parse
 from internals.start import UserError
+from internals.windows import TokenStream, TrainingWindows
 
 sys.path.append(str(REPO / "benchmarks"))
 import gpu as gpu_benchmark
@@ -65,14 +65,6 @@ def nanogpt(tmp_path):
     (tmp_path / "nanogpt").mkdir()
     (tmp_path / "nanogpt" / "model.py").write_text(NANOGPT)
     return tmp_path / "nanogpt"
-
-
-def load_benchmark(name: str) -> ModuleType:
-    """A benchmark that has the name of a command."""
-    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", REPO / "benchmarks" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def gpu(out, *args):
@@ -210,6 +202,11 @@ def test_generating_is_measured_without_cudnns_attention(monkeypatch):
     monkeypatch.setattr(module, "generate", lambda *_: [seen.append(torch.backends.cuda.cudnn_sdp_enabled())])
     module.ours(None, None)
     assert seen == [False]
+
+
+def test_the_overhead_is_measured_on_data_that_train_reads(tmp_path):
+    load_benchmark("overhead").make_data(tmp_path / "data", "wikipedia", tokens=1_000)
+    assert len(TrainingWindows(TokenStream.open(tmp_path / "data", "train"), block_size=256, seed=0).batch([0])) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

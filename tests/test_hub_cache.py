@@ -109,6 +109,16 @@ def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, ma
         assert source.missing_bytes == (105 if missing in (209, 615) else 0)  # those before it are done
 
 
+def test_a_download_may_get_its_name_while_the_disk_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
+    source, is_file = HubWikipedia("simple", "20231101", "main", tmp_path), Path.is_file
+    source.downloads.folder.mkdir()
+    (source.downloads.folder / "a.incomplete").write_bytes(b"12")
+    assert source.bytes_on_disk == 2
+    monkeypatch.setattr(Path, "is_file", lambda path: is_file(path) and path.unlink() is None)
+    assert source.bytes_on_disk == 0
+
+
 def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path, serve):
     handler, env = serve()
     assert run_script(*hub_command(tmp_path / "first", "--keep-downloads"), env=env).returncode == 0

@@ -281,7 +281,7 @@ def test_hindi_from_text_to_an_exported_model(tmp_path, capsys):
     length = ["--max-iters", "60", "--learning-rate", "1e-2", "--eval-interval", "30"]
     told = ran("train.py", *where, *usual, *shape, *length)
     tokenizer = (data / "tokenizer.json").read_bytes().decode()
-    assert f"tokenizer {tokenizer_name(tokenizer)}" in told
+    assert f"tokenizer {tokenizer_name(tokenizer)}" in " ".join(told.split())  # a long path moves the line breaks
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     bits = [row["bits_per_byte"] for row in rows if "bits_per_byte" in row]
     assert bits[-1] < bits[0] / 2

@@ -137,8 +137,9 @@ def test_a_column_that_is_not_text_is_named_before_anything_is_written(tmp_path,
     assert not files(tmp_path / "out")
 
 
-def test_pictures_are_not_text(tmp_path):
-    pq.write_table(pa.table({"text": [b"\x89PNG\xff\xfe" + bytes(50)] * 60}), tmp_path / "a.parquet")
-    assert_user_error(
-        run_script(*command(tmp_path / "out", tmp_path / "a.parquet")), "a.parquet", "'text'", "--text-column"
-    )
+@pytest.mark.parametrize(("name", "advice"), [("text", "another --text-column"), ("title", "fix or drop that column")])
+def test_pictures_are_not_text(tmp_path, name, advice):
+    pictures = {name: [b"\x89PNG\xff\xfe" + bytes(50)] * 60}
+    pq.write_table(pa.table({"text": TEXTS[:60]} | pictures), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"a\.parquet: column '{name}' .*; .*{advice}"):
+        articles(tmp_path / "a.parquet")

@@ -219,21 +219,32 @@ def test_a_disk_that_is_too_small_is_noticed_early(tmp_path, monkeypatch):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_disk_that_the_downloads_fill_has_no_room_for_fewer_tokens(tmp_path, monkeypatch, keep):
-    """20 million tokens are to come, 40 MB, and downloads of 1 GB."""
-    cfg = dataclasses.replace(config(tmp_path, "sample"), keep_downloads=keep)
+def display_of_downloads(folder, keep=False, bytes_on_disk=0):
+    """20 million tokens are to come, 40 MB, and downloads of 1 GB. 10 million are done."""
+    cfg = dataclasses.replace(config(folder, "sample"), keep_downloads=keep)
     source = SimpleNamespace(
-        files=[SimpleNamespace(bytes=100)], peak_bytes=10**9, bytes_on_disk=0, missing_bytes=10**9, seconds_per_byte=0.0,
-        download_folder=tmp_path,
+        files=[SimpleNamespace(bytes=10**9)], peak_bytes=10**9, bytes_on_disk=bytes_on_disk, missing_bytes=10**9,
+        seconds_per_byte=0.0, download_folder=folder,
     )  # fmt: skip
     noted = progress.Progress()
     noted.splits["train"].tokens = 10_000_000
-    display = progress.Display(cfg, source, noted)
+    return progress.Display(cfg, source, noted)
+
+
+@pytest.mark.parametrize(("here", "left"), [(0, "0.67"), (4 * 10**8, "0.27"), (10**9, "0.00")])
+def test_what_has_been_downloaded_is_not_still_to_download(tmp_path, monkeypatch, capsys, here, left):
+    monkeypatch.setattr(progress.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
+    display_of_downloads(tmp_path, bytes_on_disk=here).print_needs(1e6, position=330_000_000)
+    assert f" {left} GB still to download" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_disk_that_the_downloads_fill_has_no_room_for_fewer_tokens(tmp_path, monkeypatch, keep):
+    display = display_of_downloads(tmp_path, keep)
     for free, words in ((900_000_000, "make room"), (1_020_000_000, "make room, or start again with --overwrite")):
         monkeypatch.setattr(progress.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(UserError) as error:
-            display.print_needs(1e6, position=33)
+            display.print_needs(1e6, position=330_000_000)
         assert str(error.value).endswith(
             f"{words}{' --max-tokens 18000000' * ('again' in words)}{', or leave --keep-downloads out' * keep}"
         )

@@ -234,6 +234,14 @@ def test_a_title_that_is_the_text_comes_once(tmp_path, ending):
     assert as_rows(path, ReadOptions(text_column="title")) == [(b"1", None, b"T")]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_nan_is_not_an_id(tmp_path, ending):
+    """pandas writes it for a missing id. As an id, it would send all these articles to one split."""
+    rows, path = [{"id": float("nan"), "text": "x"}], tmp_path / f"a.{ending}"
+    (write_parquet if ending == "parquet" else write_jsonl)(path, rows)
+    assert as_rows(path) == [(None, None, b"x")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -283,7 +291,7 @@ def test_json_in_every_form(tmp_path, form, ending):
     "text, words",
     [
         ('[{"text": "a"}, {"text": "b"', ["invalid JSON"]),
-        ('[{"text": "a"}, 7]', ["record 2", "not a JSON object"]),
+        ('[{"text": "a"}, 7]', ["record 2", "not a JSON object", "; fix or delete it"]),
         ('{\n "body": "x"\n}', ["'text'", "--text-column", "body"]),
         ('{"data": [{"text": "x"}]}', ["'text'", "data"]),
         ('"only a string"', ["not a JSON object"]),
@@ -302,7 +310,7 @@ def test_json_that_is_not_articles(tmp_path, text, words):
         assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("form", ["doc", "json", "doc, Windows"])
+@pytest.mark.parametrize("form", ["doc", "doc, revisions", "json", "doc, Windows"])
 @pytest.mark.parametrize("pack", ["", ".bz2"])
 def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
     monkeypatch.setattr(reader, "CHUNK_BYTES", 5000)
@@ -318,9 +326,9 @@ def test_what_wikiextractor_writes(tmp_path, form, pack, monkeypatch):
                     json.dumps({"id": row["id"], "revid": "1", "url": address, "title": title, "text": row["text"]})
                 )
             else:
-                lines.append(
-                    f'<doc id="{row["id"]}" url="{address}" title="{title}">\n{title}\n\n{row["text"]}\n\n</doc>'
-                )
+                revision = ' revid="1"' if "revisions" in form else ""
+                head = f'<doc id="{row["id"]}"{revision} url="{address}" title="{title}">'
+                lines.append(f"{head}\n{title}\n\n{row['text']}\n\n</doc>")
         (tmp_path / "in" / folder).mkdir(parents=True)
         data = "".join(line + "\n" for line in lines).encode()
         data = data.replace(b"\n", b"\r\n") if "Windows" in form else data

@@ -4,12 +4,13 @@ import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_splits
 
-from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, shard_header
+from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, read_tokenizer, shard_header
 from internals.start import UserError
 from internals.windows import TokenStream
 
@@ -166,6 +167,19 @@ def test_a_damaged_meta_is_refused(tmp_path, place, name, values):
             (tmp_path / "meta.json").write_text(json.dumps(meta))
             with pytest.raises(UserError, match=rf"meta\.json: .*{name}"):
                 read_meta(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    write_splits(tmp_path, {"train": random_tokens(250), "val": random_tokens(30)})
+
+    def refuse(path, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for read in (read_meta, lambda folder: read_tokenizer(folder, {"tokenizer_sha256": "0"})):
+        with pytest.raises(UserError, match=r"json: cannot be read \(Permission denied\); make it readable$"):
+            read(tmp_path)
 
 
 def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):

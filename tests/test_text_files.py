@@ -11,9 +11,8 @@ import pytest
 from articles import command, config, files, make_articles, posix, texts, write_jsonl
 from conftest import REPO, assert_user_error, run_script
 
-import prepare_data
 from config import PrepareConfig
-from internals import reader
+from internals import reader, text_files
 from internals.cli import parse
 from internals.shards import read_meta
 from internals.start import UserError
@@ -224,7 +223,7 @@ def test_a_file_that_another_of_its_size_replaces_is_named(tmp_path):
 def test_a_file_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_articles(3000))
     assert (tmp_path / "a.jsonl").stat().st_size > 2 * reader.CHUNK_BYTES
-    read = prepare_data.read_chunks
+    read = text_files.read_chunks
 
     def read_and_grow(path, name, options):
         for number, chunk in enumerate(read(path, name, options)):
@@ -233,7 +232,7 @@ def test_a_file_that_grows_while_it_is_read_is_named(tmp_path, monkeypatch):
                     file.write('{"text": "more"}\n')
             yield chunk
 
-    monkeypatch.setattr(prepare_data, "read_chunks", read_and_grow)
+    monkeypatch.setattr(text_files, "read_chunks", read_and_grow)
     with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     assert not (tmp_path / "out" / "meta.json").exists()

@@ -35,7 +35,7 @@ def test_the_stream_never_shows_half_a_character():
 def test_a_stream_counts_its_tokens():
     stream = text_stream.TextStream(BYTES)
     list(generate.continue_text(Forced(forced_bytes(HARD)), [1], 1000, generate.Sampling(temperature=0), [stream]))
-    assert stream.ended and stream.tokens == len(HARD.encode()) + 1
+    assert stream.ended and len(stream.ids) == len(HARD.encode()) + 1
 
 
 def test_a_character_cut_off_by_the_end_is_one_replacement_mark():

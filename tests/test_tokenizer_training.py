@@ -13,7 +13,7 @@ from articles import command, config, files, kill_until, make_articles, posix, t
 from conftest import assert_user_error, run_script
 
 import prepare_data
-from internals import reader, tokenizer_training
+from internals import reader, text_files, tokenizer_training
 from internals.articles import is_held_out
 from internals.files import sha256
 from internals.reader import ReadOptions
@@ -31,7 +31,7 @@ from prepare_data import prepare
 
 def source_of(path, **flags):
     cfg = config("out", path, tokenizer="train", **flags)
-    return cfg, LocalFiles(cfg.sources, ReadOptions(cfg.text_column, cfg.encoding, cfg.separator_text))
+    return cfg, LocalFiles(cfg.sources, ReadOptions.of(cfg))
 
 
 def test_validation_articles_are_not_in_the_sample(tmp_path):
@@ -242,14 +242,15 @@ def test_a_held_out_end_with_a_trained_tokenizer(tmp_path, kind):
 def test_a_tokenizer_that_is_trained_again_cuts_the_documents_too(tmp_path, monkeypatch):
     """Long documents are cut where their tokens do not change, so by the tokenizer that makes the tokens."""
     write_jsonl(tmp_path / "a.jsonl", [{**row, "id": "1"} for row in make_articles(300)])
-    seen, read = [], prepare_data.read_chunks
+    seen, read = [], text_files.read_chunks
     monkeypatch.setattr(
-        prepare_data,
+        text_files,
         "read_chunks",
         lambda path, name, options: (seen.append(options.tokenizer), read(path, name, options))[1],
     )
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **TRAIN))
-    assert len(seen) == 2 and seen[0] != seen[1] == (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
+    _, second = dict.fromkeys(tokenizer for tokenizer in seen if tokenizer != "bytes")  # which the sample is read with
+    assert second == seen[-1] == (tmp_path / "out" / "tokenizer.json").read_text("utf-8")
 
 
 def test_a_tokenizer_that_is_trained_again_is_loaded_before_the_workers_begin(tmp_path, monkeypatch):
