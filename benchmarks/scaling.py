@@ -29,7 +29,8 @@ def rows(preset: str, flops: float) -> list[str]:
     cfg = with_preset(TrainConfig, preset)
     with torch.device("meta"):
         model = GPT(cfg.model)
-    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    named = [(name, p) for name, p in model.transformer.h.named_parameters() if p.dim() == 2]
+    matrices = [matrix for name, p in named for matrix in p.chunk(3 if "c_attn" in name else 1)]
     gradients = 4 * sum(p.numel() for p in model.parameters())
     iteration = cfg.tokens_per_iter * model.flops_per_token() / flops
     muon = sum(map(muon_flop, matrices)) / flops

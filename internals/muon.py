@@ -1,52 +1,67 @@
-"""Muon where torch.optim.Muon is slow: on a GPU, which wants few large products, and without bfloat16."""
+"""Muon, for the matrices in the blocks."""
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class StackedMuon(torch.optim.Muon):
-    """torch.optim.Muon in 146 launches a step instead of 588 (default model). The state is the same.
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al., 2024): SGD with Nesterov momentum whose steps are orthogonal matrices.
 
-    torch.optim.Muon takes the matrices one by one, which keeps a GPU waiting for the next small product. Here those of
-    one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all of them. In
-    bfloat16 the results have the same bits if the batched product rounds as the single one does: on a CPU, with the
-    default model's shapes, it did in every trial.
+    The size of the steps follows Liu et al., 2025, so that AdamW's learning rates fit. The state is that of
+    torch.optim.Muon, which does the same but for three things:
 
-    torch.optim.Muon always computes these products in bfloat16. Here they are in `dtype`, since without instructions
-    for bfloat16 a CPU takes 20 times as long as in float32 (docs/experiments.md).
+    - `c_attn.weight` is three matrices in one: those of queries, keys and values. Each is made orthogonal by itself, as
+      Jordan advises. Otherwise the one with the largest gradients takes most of the step (docs/experiments.md).
+    - Matrices of one shape are a stack, and each product of the Newton-Schulz iteration is one batched product for all
+      of them. One by one, they keep a GPU waiting: 588 launches a step for the default model, here 109.
+    - The products are in `dtype`, not always in bfloat16. Without instructions for bfloat16 a CPU takes 20 times as long
+      for them as in float32.
     """
 
-    def __init__(self, params: list[dict[str, Any]], dtype: torch.dtype = torch.bfloat16, **settings: Any):
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        in_three: Iterable[Tensor] = (),
+        dtype: torch.dtype = torch.bfloat16,
+        **settings: Any,
+    ):
+        """
+        Args:
+            in_three: those of the parameters whose rows are three matrices of equal size.
+            settings: of torch.optim.Muon.
+        """
         super().__init__(params, **settings)
-        self.dtype = dtype
+        self.in_three, self.dtype = set(in_three), dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            stacks = defaultdict(list)  # shape -> its parameters
+            stacks = defaultdict(list)  # shape -> (weights, gradient, momentum) of each matrix, views of the parameters
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    stacks[parameter.shape].append(parameter)
-            for shape, parameters in stacks.items():
-                update = orthogonalise(self._momentum(parameters, group).to(self.dtype), group)
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                whole = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
+                for matrix in zip(*(tensor.chunk(self.matrices_in(parameter)) for tensor in whole), strict=True):
+                    stacks[matrix[0].shape].append(matrix)
+            for shape, matrices in stacks.items():
+                weights, gradients, momentum = zip(*matrices, strict=True)
+                torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+                look_ahead = torch._foreach_lerp(gradients, momentum, group["momentum"])  # Nesterov's
+                update = orthogonalise(torch.stack(look_ahead).to(self.dtype), group)
                 # The update's root mean square is then at most about 0.2 lr (less where the momentum has a low rank)
                 step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, update.float().contiguous().unbind(), alpha=-step_size)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, update.float().contiguous().unbind(), alpha=-step_size)
 
-    def _momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
-        """Update the momentum with the gradients. Returns Nesterov's look-ahead, (matrices, rows, columns)."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        gradients = [parameter.grad for parameter in parameters]
-        momentum = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-        return torch.stack(torch._foreach_lerp(gradients, momentum, group["momentum"]))
+    def matrices_in(self, parameter: Tensor) -> int:
+        return 3 if parameter in self.in_three else 1
 
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:

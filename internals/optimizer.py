@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from internals.muon import StackedMuon
+from internals.muon import Muon
 
 
 def get_lr(it: int, cfg: TrainConfig) -> float:
@@ -38,12 +38,10 @@ def make_optimizer(
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
     if not muon:
         return adamw
-    settings = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    group = {"params": muon, "lr_scale": cfg.muon_lr_scale}
-    if device.type == "cpu" and dtype == torch.bfloat16:  # it waits for no launches: many small products are faster
-        return JoinedOptimizer(adamw, torch.optim.Muon([group], **settings))
+    group = {"params": muon, "lr_scale": cfg.muon_lr_scale, "weight_decay": cfg.weight_decay}
+    in_three = [block.attn.c_attn.weight for block in model.transformer.h]
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    return JoinedOptimizer(adamw, StackedMuon([group], **settings, dtype=dtype))
+    return JoinedOptimizer(adamw, Muon([group], in_three, dtype, adjust_lr_fn="match_rms_adamw"))
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:

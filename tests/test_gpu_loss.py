@@ -71,7 +71,7 @@ original = torch.optim.Muon(muon.param_groups, adjust_lr_fn="match_rms_adamw")
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)
 figures = {}
-for name, optimizer in {"stacked": muon, "original": original}.items():
+for name, optimizer in {"ours": muon, "original": original}.items():
     optimizer.step()
     counts.reset()
     optimizer.step()
@@ -152,11 +152,13 @@ def test_the_compiled_loss_is_one_kernel_a_chunk_and_moves_less_than_plain_cross
 
 
 @needs_fake_gpu
-def test_muon_takes_a_quarter_of_the_launches_for_the_same_arithmetic(tmp_path):
+def test_muon_takes_a_fifth_of_the_launches(tmp_path):
     figures = on_fake_gpu(MUON, tmp_path)
-    assert figures["stacked"]["launches"] <= 154 < 588 <= figures["original"]["launches"]
-    assert figures["stacked"]["flop"] == figures["original"]["flop"] > 9e10
-    assert figures["stacked"]["waits"] == 0
+    print(figures, file=sys.stderr)
+    assert figures["ours"]["launches"] <= 120 < 588 <= figures["original"]["launches"]
+    # For queries, keys and values apart 18 C^3 instead of 14 C^3 in each of 5 Newton-Schulz steps and 6 layers
+    assert figures["ours"]["flop"] == figures["original"]["flop"] + 5 * 6 * 4 * C**3 > 1e11
+    assert figures["ours"]["waits"] == 0
 
 
 @needs_fake_gpu
