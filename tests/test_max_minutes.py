@@ -13,8 +13,7 @@ import torch
 from conftest import assert_user_error, run_script
 from runs import assert_same_end, flags, metrics, run_command, stop_at, tiny
 from two_processes import flags as two_flags
-from two_processes import run as run_processes
-from two_processes import torchrun, with_fault
+from two_processes import run_both, with_fault
 
 import train
 from config import PRESETS, TrainConfig
@@ -314,11 +313,11 @@ max_minutes.MEASURING, try_out = 1e-5, max_minutes.try_out
 start.seconds_passed = lambda: 20.0 * RANK
 max_minutes.try_out = lambda *args: (try_out(*args), Timing(iteration=25.0 + 15 * RANK, evaluation=5.0))[1]"""
     minutes = two_flags(data_dir, tmp_path / "minutes", max_minutes=10)
-    result = run_processes(torchrun(*minutes, script=with_fault(tmp_path, clock)))
+    result = run_both(*minutes, script=with_fault(tmp_path, clock))
     assert result.returncode == 0, result.stderr
     count = max_iters(tmp_path / "minutes")
     assert count == 13  # in 0.95 x 600 - 20 = 550 s, with 3 evaluations; process 0 would have time for 22
     assert " ".join(result.stdout.split()).count(f"time for {count:,} iterations") == 1
-    result = run_processes(torchrun(*two_flags(data_dir, tmp_path / "iters", max_iters=count)))
+    result = run_both(*two_flags(data_dir, tmp_path / "iters", max_iters=count))
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "minutes", tmp_path / "iters")

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,7 +326,7 @@ def test_hindi_from_text_to_an_exported_model(tmp_path, capsys):
 
 @needs_wikipedia
 def test_real_articles_come_back_exactly(tmp_path):
-    source = os.environ["WIKIPEDIA_SAMPLE_DIR"]
+    source = str(min(Path(os.environ["WIKIPEDIA_SAMPLE_DIR"]).glob("*.parquet")))
     prepare(
         PrepareConfig(source=source, data_dir=str(tmp_path), tokenizer="train", vocab_size=4096, max_tokens=3_000_000)
     )

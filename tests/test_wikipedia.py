@@ -227,7 +227,7 @@ def test_an_endpoint_with_a_slash_at_its_end(tmp_path, serve):
 @posix
 @pytest.mark.parametrize("more", [[], ["--tokenizer", "train", "--vocab-size", "300"]])
 def test_kills_at_random_moments(tmp_path, serve, hub_folder, more):
-    kills, low, high = int(os.environ.get("PREPARE_KILLS", "3")), 0.0, 3.0 if more else 1.5
+    kills, low, high = int(os.environ.get("PREPARE_KILLS", "2")), 0.0, 3.0 if more else 1.5
     if (
         not more
         and "PREPARE_KILLS" in os.environ
