@@ -247,8 +247,8 @@ class TrainConfig(Compute, DataDir):
     batch_size: CountOrAuto = 64  # most sequences per device and micro-step; auto: as many as fit into GPU memory
     tokens_per_iter: CountOrAuto = 65_536  # for all devices and micro-steps; auto: by the size of the text
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the matrices in the blocks, with adamw for all else
-    learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 1e-3  # the peak, reached when warm-up ends
-    muon_lr_scale: Rate = 4.0  # Muon's learning rate, as a multiple of learning_rate
+    learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 4e-3  # the peak, reached when warm-up ends
+    muon_lr_scale: Rate = 1.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
     warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
     weight_decay: Rate = 0.1  # on matrices only, times their learning rate: Muon's decay muon_lr_scale times as fast
@@ -374,7 +374,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; 24 GB and 20 hours of an RTX 4090 (calculated).
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
-        "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4,
+        "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4, "muon_lr_scale": 4.0,
     },
     # An hour on two CPU cores: real Wikipedia text or your own, with its own tokenizer.
     "laptop": {

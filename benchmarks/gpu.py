@@ -5,10 +5,11 @@
 
 DIR are a folder of Wikipedia's parquet files and a checkout of nanoGPT. The results of a part are kept in
 `--out`/CARD/NAME.json, and a part that is there is not measured again, unless it lacks a competitor or is a race with
-other `--tokens`; delete the file to measure it anew. Training runs stop after `--piece-minutes`, and the next start
-continues them. A run of nanoGPT stops only at its next evaluation, up to an eighth of its race later: on a card that
-trains at less than 160,000 tokens/s, more than two minutes. `--out`/CARD/summary.md shows all figures there are. One
-program at a time is on the card, so the default shape needs no more than its hungriest competitor.
+other `--tokens`; delete the file to measure it anew. Races with another `--race-batch-size` need another `--out`. Training
+runs stop after `--piece-minutes`, and the next start continues them. A run of nanoGPT stops only at its next evaluation,
+up to an eighth of its race later: on a card that trains at less than 160,000 tokens/s, more than two minutes.
+`--out`/CARD/summary.md shows all figures there are. One program at a time is on the card, so the default shape needs no
+more than its hungriest competitor.
 
 It needs requirements.txt, but not `datasets` and `huggingface_hub`; transformers for the comparisons; and GPT-2's
 vocabulary, from the network or from TIKTOKEN_CACHE_DIR. For an image that has PyTorch but lacks tyro,
@@ -64,6 +65,7 @@ class Gpu:
     nanogpt: str | None = None  # folder of a checkout of nanoGPT; None: without its figures
     part: tuple[str, ...] = ()  # only these parts; none: all that are left
     tokens: int = 150_000_000  # training tokens of a race, at most; never more than 4 epochs of the text
+    race_batch_size: int = BATCH["wikipedia"]  # in a micro-step of the races; 256 suit an H200 (nanoGPT: 31 GB)
     piece_minutes: float = 6.0  # minutes of training per start; the next start continues
     out: str = "checkpoints/gpu"  # folder for data, runs and figures
     small: bool = False  # tiny, on the CPU, to see that the parts run
@@ -140,7 +142,9 @@ def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
         found[f"race-nanogpt-{rate}"] = partial(nanogpt_run, args, folder, f"race-nanogpt-{rate}", rate)
     for name in ("race-ours", *SHARES):
         found[name] = partial(training_run, args, folder, name)
-    found["race-ours-2e-3"] = partial(training_run, args, folder, "race-ours-2e-3", "--learning-rate", "2e-3")
+    for rate, scale in (("1e-3", "4"), ("8e-3", "0.5")):  # other rates for AdamW, the same 4e-3 for Muon
+        flags = ("--learning-rate", rate, "--muon-lr-scale", scale)
+        found[f"race-ours-{rate}"] = partial(training_run, args, folder, f"race-ours-{rate}", *flags)
     prepared = (args.data_dir / "meta.json").exists()
     if not prepared or length(args, "default-run") > length(args, "race-ours"):  # else it is race-ours
         found["default-run"] = partial(training_run, args, folder, "default-run")
@@ -324,7 +328,7 @@ def length(args: Gpu, name: str) -> int:
 
 
 def run_flags(args: Gpu, max_iters: int) -> list[str]:
-    small = SMALL_RUN.split() if args.small else ["--device", "cuda"]
+    small = SMALL_RUN.split() if args.small else ["--device", "cuda", "--batch-size", str(args.race_batch_size)]
     return [*small, "--max-iters", str(max_iters)]
 
 
@@ -366,8 +370,6 @@ def nanogpt_run(args: Gpu, folder: Path, name: str, rate: str) -> Figures:
     state, curve_file = (folder / "runs" / f"{name}-{max_iters}{ending}" for ending in (".pt", ".curve"))
     state.parent.mkdir(exist_ok=True)
     flags = run_flags(args, max_iters)
-    if not args.small:
-        flags += ["--batch-size", str(BATCH["wikipedia"])]
     script(
         "benchmarks/race.py", "--data-dir", args.data_dir, "--nanogpt", args.nanogpt, f"--nanogpt-run=--learning-rate {rate}",
         f"--shape={shlex.join(flags)}", "--evaluations", EVALUATIONS, "--state", state,

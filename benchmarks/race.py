@@ -2,7 +2,7 @@
 
     python benchmarks/race.py --data-dir DIR --vocab-size 4096 --nanogpt DIR \\
         --shape="--n-layer 4 --n-head 4 --n-embd 128 --n-inner 512 --block-size 128" \\
-        --run="" --run="--max-iters 200" --run="--optimizer adamw" --nanogpt-run="--learning-rate 6e-4"
+        --run="" --run="--max-iters 200" --run="--optimizer adamw --learning-rate 2e-3" --nanogpt-run="--learning-rate 6e-4"
 
 Each `--run` and `--nanogpt-run` is a string of train.py's flags; it follows the flags of `--shape`. nanoGPT (a
 checkout, not part of this project) trains with its own model, optimizer and sampling of batches. The output is

@@ -79,7 +79,7 @@ def test_a_run_stores_the_number_and_resumes_with_it(data_dir, tmp_path):
 
 
 def test_the_weights_are_counted_with_their_gradients_and_moments():
-    cfg = dataclasses.replace(with_preset(TrainConfig, "wikipedia"), optimizer="adamw")
+    cfg = dataclasses.replace(with_preset(TrainConfig, "wikipedia"), optimizer="adamw", compile="off")
     with torch.device("meta"):
         model = GPT(cfg.model)
     optimizer = make_optimizer(model, cfg, torch.device("cpu"), torch.bfloat16)
@@ -104,7 +104,8 @@ def test_a_sequence_is_counted_with_what_its_backward_pass_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for block in model.transformer.h:
             x = block(x)
-    _, sequence = training_bytes(TrainConfig(model=model.config, tokens_per_iter=256, batch_size=8), torch.float32)
+    cfg = TrainConfig(model=model.config, tokens_per_iter=256, batch_size=8, compile="off")
+    _, sequence = training_bytes(cfg, torch.float32)
     measured = sum(storage.nbytes() for storage in kept.values()) / 8
     assert measured < sequence < 1.2 * measured  # a CPU's attention needs no copy of its output
 
@@ -131,16 +132,17 @@ from internals.machine import make_machine
 from internals.optimizer import make_optimizer
 from model import GPT
 
-cfg = dataclasses.replace(with_preset(TrainConfig, sys.argv[1]), batch_size="auto")
+cfg = dataclasses.replace(with_preset(TrainConfig, sys.argv[1]), batch_size="auto", compile=sys.argv[2])
 machine = make_machine(cfg)
 cfg = resolve_batch_size(cfg, machine)
 model = GPT(cfg.model).to(machine.device)
 optimizer = make_optimizer(model, cfg, machine.device, machine.dtype)
+forward = torch.compile(model, dynamic=False) if cfg.compile == "on" else model
 tokens = torch.zeros(cfg.batch_size, cfg.model.block_size, dtype=torch.int64, device=machine.device)
 for iteration in range(2):
     for micro_step in range(2):
         with machine.autocast():
-            loss = model(tokens, tokens)
+            loss = forward(tokens, tokens)
         loss.backward()
         del loss
     optimizer.step()
@@ -152,14 +154,16 @@ print(cfg.batch_size, round(torch.cuda.max_memory_reserved() / 2**20), round(tor
 
 @needs_fake_gpu
 @pytest.mark.parametrize(
-    ("preset", "mib", "expected"),
+    ("preset", "mib", "compile", "expected"),
     [
-        ("wikipedia", 8188, 128), ("wikipedia", 12282, 256),
-        ("wikipedia-150m", 8188, 4), ("wikipedia-150m", 12282, 8), ("wikipedia-150m", 24080, 32),
+        ("wikipedia", 8188, "off", 128), ("wikipedia", 12282, "off", 256), ("wikipedia", 12282, "on", 256),
+        ("wikipedia-150m", 8188, "off", 4), ("wikipedia-150m", 12282, "off", 8), ("wikipedia-150m", 24080, "off", 32),
+        ("wikipedia-150m", 8188, "on", 4), ("wikipedia-150m", 24080, "on", 32),
     ],
 )  # fmt: skip
-def test_what_is_calculated_fits_the_card(preset, mib, expected, tmp_path):
+def test_what_is_calculated_fits_the_card(preset, mib, compile, expected, tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
-    result = run_on_fake_gpu("python", tmp_path / "steps.py", preset, FAKEGPU_MIB=mib, PYTHONPATH=REPO)
+    result = run_on_fake_gpu("python", tmp_path / "steps.py", preset, compile, FAKEGPU_MIB=mib, PYTHONPATH=REPO)
     assert result.returncode == 0, result.stderr
+    print(preset, mib, compile, result.stdout)
     assert int(result.stdout.split()[0]) == expected, result.stdout

@@ -220,7 +220,7 @@ def test_differences_count_what_the_older_side_lacks_as_its_default():
 
 
 def test_the_end_of_the_cosine_follows_the_learning_rate_unless_it_is_given():
-    assert TrainConfig().final_lr == 1e-4
+    assert TrainConfig().final_lr == 4e-4
     for args in (["--lr", "1e-5"], ["--learning-rate=1e-5"]):
         assert parse(TrainConfig, "", args).final_lr == pytest.approx(1e-6)
     assert parse(TrainConfig, "", ["--lr", "1e-2", "--min-lr", "0"]).final_lr == 0.0

@@ -201,7 +201,7 @@ def test_the_exercises_about_model_and_training_print_what_the_page_says():
     rates, groups = exercise(5).splitlines()
     assert f"It prints `{rates}`" in page
     embeddings, vectors, matrices = ast.literal_eval(groups.replace(") (", "), ("))
-    assert vectors[1] == 0 and matrices[2] == 4
+    assert vectors[1] == 0 and embeddings[2] == vectors[2] == matrices[2] == 1
     total = embeddings[0] + vectors[0] + matrices[0]
     assert f"65 %: {embeddings[0] / 1e6:.1f} of {total / 1e6:.1f} million" in page
 

@@ -110,8 +110,8 @@ def test_resume_takes_its_settings_from_last_pt(data_dir, tmp_path):
     settings = {"learning_rate": 1e-2, "muon_lr_scale": 3.0, "weight_decay": 0.3, "batch_size": 4, "max_iters": 6}
     assert {name: saved["config"][name] for name in settings} == settings
     for line in (
-        "kept from last.pt: muon_lr_scale 3 (config.py: 4); --muon-lr-scale 4 changes it",
-        "kept from last.pt: learning_rate 0.01 (config.py: 0.001); --learning-rate 0.001 changes it",
+        "kept from last.pt: muon_lr_scale 3 (config.py: 1); --muon-lr-scale 1 changes it",
+        "kept from last.pt: learning_rate 0.01 (config.py: 0.004); --learning-rate 0.004 changes it",
         "kept from last.pt: n_layer 2 (config.py: 6); a different value needs another --out-dir",
     ):
         assert out.count(line) == 1, out
@@ -159,7 +159,7 @@ def test_flags_of_a_resumed_run_are_checked_against_its_own_settings(data_dir, t
         args = [*out_dir, *how, "--min-lr=5e-3", "--eval-tokens=64", "--tokens-per-iter=48"]
         cfg, kept = resume_settings(parse(TrainConfig, "", args), args)
         assert (cfg.learning_rate, cfg.min_lr, cfg.eval_tokens, cfg.tokens_per_iter) == (1e-2, 5e-3, 64, 48)
-        assert any("learning_rate 0.01 (config.py: 0.001)" in line for line in kept) == (how != config)
+        assert any("learning_rate 0.01 (config.py: 0.004)" in line for line in kept) == (how != config)
     for changes, words in (
         ({"min_lr": 0.02}, "must not be above --learning-rate 0.01"),
         ({"eval_tokens": 8}, "window"),
