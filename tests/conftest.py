@@ -14,6 +14,7 @@ import pytest
 import torch
 import warm
 
+from internals.cli import COMMANDS
 from internals.files import write_json
 from internals.shards import META_FORMAT, ShardWriter
 
@@ -75,9 +76,9 @@ def without_network_settings() -> dict[str, str]:
 def run_script(*args, timeout=300, **kwargs) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ARGS` in the repository's root, as a user would; stdout and stderr are captured as text.
 
-    A command that needs PyTorch, and the environment as it is, gets a process that has PyTorch (tests/warm.py).
+    A command that takes the environment as it is gets a process that has PyTorch and more (tests/warm.py).
     """
-    if sys.platform == "linux" and args[0] in ("train.py", "generate.py", "export.py") and not kwargs:
+    if sys.platform == "linux" and args[0] in COMMANDS and not kwargs:
         return warm.run([str(arg) for arg in args], REPO, timeout)
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=timeout, **kwargs)

@@ -279,7 +279,7 @@ def test_hindi_from_text_to_an_exported_model(tmp_path, capsys):
         return result.stdout
 
     ran(*command(data, tmp_path / "hindi.jsonl", "--tokenizer", "train", "--vocab-size", "400"))
-    length = ["--max-iters", "60", "--learning-rate", "1e-2", "--eval-interval", "30"]
+    length = ["--max-iters", "60", "--learning-rate", "1e-2", "--muon-lr-scale", "4", "--eval-interval", "30"]
     told = ran("train.py", *where, *usual, *shape, *length)
     tokenizer = (data / "tokenizer.json").read_bytes().decode()
     assert f"tokenizer {tokenizer_name(tokenizer)}" in " ".join(told.split())  # a long path moves the line breaks
