@@ -264,8 +264,8 @@ def test_a_tokenizer_that_is_trained_again_is_loaded_before_the_workers_begin(tm
 @posix
 def test_kills_at_random_moments(tmp_path):
     kills = int(os.environ.get("PREPARE_KILLS", "2"))
-    write_parquet(tmp_path / "in" / "a.parquet", make_articles(3000, seed=1), row_group_size=300)
-    write_jsonl(tmp_path / "in" / "b.jsonl", [{**row, "id": "1"} for row in make_articles(3000, seed=2)])
+    write_parquet(tmp_path / "in" / "a.parquet", make_articles(1500, seed=1), row_group_size=150)
+    write_jsonl(tmp_path / "in" / "b.jsonl", [{**row, "id": "1"} for row in make_articles(1500, seed=2)])
     arguments = command(tmp_path / "out", tmp_path / "in", *FLAGS, "--shard-tokens", "100000")
     once = run_script(*command(tmp_path / "once", tmp_path / "in", *FLAGS, "--shard-tokens", "100000"))
     assert once.returncode == 0, once.stderr
