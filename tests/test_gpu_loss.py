@@ -86,11 +86,12 @@ print(json.dumps(figures))
 
 
 MICRO_STEPS = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import counts
 import numpy as np
 import torch
+from torch._inductor import metrics
 from config import TrainConfig
 from internals.machine import make_machine
 from model import GPT
@@ -98,14 +99,25 @@ from model import GPT
 cfg = TrainConfig()
 machine = make_machine(cfg)
 windows = np.zeros((cfg.batch_size, cfg.model.block_size + 1), dtype=np.int64)
+torch._logging.set_logs(inductor_metrics=True)  # without it Inductor does not count bytes
+
+def nanogpt():
+    sys.path.insert(0, os.environ["NANOGPT_DIR"])
+    sys.modules.pop("model")
+    import model
+    shape = {name: getattr(cfg.model, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
+    return model.GPT(model.GPTConfig(vocab_size=50_304, bias=True, **shape))
+
 figures = {}
 for name, options in {
     "default": {},
     "pointwise": {"combo_kernels": True, "combo_kernels_pointwise_only": True},
     "all": {"combo_kernels": True},
+    **({"nanoGPT": {}} if "NANOGPT_DIR" in os.environ else {}),
 }.items():
     torch.compiler.reset()
-    model = GPT(cfg.model).to(machine.device)
+    metrics.reset()
+    model = (nanogpt() if name == "nanoGPT" else GPT(cfg.model)).to(machine.device)
     compiled = torch.compile(model, dynamic=False, options=options)
 
     def micro_step():
@@ -113,13 +125,14 @@ for name, options in {
         counts.reset()
         with machine.autocast():
             loss = compiled(inputs, targets)
-        loss.backward()
+        (loss[1] if name == "nanoGPT" else loss).backward()
         return sum(count for kind in ("kernel", "gemm", "memcpy", "memset") for count, _ in counts.counts()[kind].values())
 
     micro_step()
     model.zero_grad()
     torch.cuda.reset_peak_memory_stats()
     figures[name] = {"first": micro_step(), "second": micro_step()}  # the second adds to the gradients of the first
+    figures[name]["bytes"] = metrics.num_bytes_accessed  # without what autograd adds up outside of the graph
     figures[name]["peak"] = round(torch.cuda.max_memory_allocated() / 2**20)
     figures[name]["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     del model, compiled
@@ -163,10 +176,10 @@ def test_muon_takes_a_fifth_of_the_launches(tmp_path):
 
 @needs_fake_gpu
 def test_the_launches_of_a_compiled_micro_step(tmp_path):
-    """Of the default model, and how many Inductor's combo_kernels would save."""
+    """Of the default model, and how many Inductor's combo_kernels would save. NANOGPT_DIR adds nanoGPT's figures."""
     figures = on_fake_gpu(MICRO_STEPS, tmp_path, timeout=900)
     print(figures, file=sys.stderr)
-    assert [one["graphs"] for one in figures.values()] == [1, 2, 3]  # each is compiled once
+    assert [one["graphs"] for one in figures.values()] == [*range(1, 1 + len(figures))]  # each is compiled once
     default, pointwise = figures["default"], figures["pointwise"]
     assert default["first"] <= 355 and default["second"] <= default["first"] + 76  # gradients to add to
     assert pointwise["first"] <= default["first"] - 40
