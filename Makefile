@@ -1,5 +1,5 @@
 # make demo    prepare, train and generate, on any machine, in minutes
-# make test    all tests, in two processes
+# make test    all tests, in three processes: on two cores too, since many tests wait
 # Both set up .venv first. PYTHON=python3.12 make ... uses another Python. TORCH=cpu, cu126, ... takes the PyTorch build
 # of that name. Without TORCH, a Linux machine without an NVIDIA driver gets the CPU build, which is gigabytes smaller.
 
@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(BIN)/python generate.py --preset demo --prompt "The history of" --temperature 0.6
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 3
 
 lint: .venv/installed-dev
 	$(BIN)/python -m ruff check .
