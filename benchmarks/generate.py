@@ -13,7 +13,7 @@ speed of reading all weights once per token at the bandwidth measured in the sam
 
 The second table shows llama.cpp beside ours, in three formats, both at temperature 1 among all tokens. It reads what
 `export.py --format gguf --dtype ...` writes of the same model. It is there if llama_cpp (llama-cpp-python) and gguf can
-be imported, on a CPU. A CPU has no fast float16 in PyTorch, so llama.cpp's float16 stands beside our bfloat16.
+be imported, on a CPU. Ours has a fast float16 on x86 only.
 
 The third table shows the time per token of longer texts, past the end of the context. The fourth shows the time from
 the command to its first character. Needs transformers and the GPT-2 vocabulary.
@@ -39,7 +39,7 @@ import tyro
 from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
 from internals import checkpoint, gguf, huggingface
-from internals.cpu_kernels import pack_weights
+from internals.cpu_kernels import has_float16_products, pack_weights
 from internals.device import attention_of_any_length, resolve_device, resolve_dtype
 from internals.start import run
 from internals.tokenizer import load_tokenizer
@@ -165,16 +165,15 @@ def first_character(*command: str) -> float:
 def beside_llama_cpp(model: GPT, idx: torch.Tensor, rounds: int) -> None:
     """Tokens/s of ours and of llama.cpp, in turn."""
     engines, prompt = load_llama_cpp(model), idx.tolist()
-    packed = {
-        dtype_name(dtype): pack_weights(copy.deepcopy(model).to(dtype)) for dtype in (torch.float32, torch.bfloat16)
-    }
-    packed["float16"] = packed["bfloat16"]
+    dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if has_float16_products() else [])]
+    packed = {dtype_name(dtype): pack_weights(copy.deepcopy(model).to(dtype)) for dtype in dtypes}
     print(f"\n{'temperature 1':16s} {'ours':>9s} {'llama.cpp':>10s} {'ours is':>9s} {'from':>7s} {'to':>7s}")
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in packed}
     for _ in range(rounds):
-        for name, engine in engines.items():
-            ours = NEW / seconds(lambda name=name: list(generate(packed[name], idx, NEW, Sampling())))
-            pairs[name].append((ours, NEW / seconds(lambda engine=engine: engine.generate(prompt, NEW))))
+        for name, ours in packed.items():
+            our_rate = NEW / seconds(lambda ours=ours: list(generate(ours, idx, NEW, Sampling())))
+            engine = engines[name]
+            pairs[name].append((our_rate, NEW / seconds(lambda engine=engine: engine.generate(prompt, NEW))))
     for name, rates in pairs.items():
         ours, theirs = (statistics.median(rate) for rate in zip(*rates, strict=True))
         ratios = sorted(ours / theirs for ours, theirs in rates)

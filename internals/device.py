@@ -271,10 +271,11 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
     CPU is the speed of large matrix products in training, and the speed of reading a matrix in generating.
 
     Raises:
-        UserError: float16 on a CPU. None gains from it, and most are many times slower.
+        UserError: float16 on a CPU, except for generating on x86.
     """
     if name != "auto":
-        if name == "float16" and device.type == "cpu":
+        reads_float16 = generating and cpu_kernels.has_float16_products()
+        if name == "float16" and device.type == "cpu" and not reads_float16:
             words = "CPUs gain nothing from it, and most are many times slower; use bfloat16 or float32"
             raise UserError(f"--dtype float16: {words}")
         wrong = "; in it some versions of PyTorch let tokens attend to later ones on Apple's GPUs (pytorch#195910)"
@@ -288,6 +289,7 @@ def resolve_dtype(name: str, device: torch.device, generating: bool = False) -> 
         return torch.float16, f"compute capability {major}.{minor} has no bfloat16"
     if device.type == "cpu":
         cpu = cpu_kernels.capabilities()
+        # Not float16, though reading is fastest in it: packing its matrices takes longer than a short text gains.
         # Without AMX, Intel's vector instructions for bfloat16 speed up large products, but not reading (not measured).
         if cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and (cpu_kernels.is_amd() or not generating)):
             return torch.bfloat16, "this CPU has instructions for it"

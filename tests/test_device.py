@@ -46,6 +46,11 @@ def test_auto_dtype_on_a_cpu_follows_from_its_instructions(monkeypatch, processo
     assert device.resolve_dtype("auto", cpu, generating=True)[0] == generating
     with pytest.raises(UserError, match="--dtype float16: CPUs gain nothing from it, and most are many times slower;"):
         device.resolve_dtype("float16", cpu)
+    monkeypatch.setattr(cpu_kernels, "has_float16_products", lambda: True)
+    assert device.resolve_dtype("float16", cpu, generating=True) == (torch.float16, "as requested")
+    monkeypatch.setattr(cpu_kernels, "has_float16_products", lambda: False)  # as on ARM
+    with pytest.raises(UserError, match="--dtype float16: CPUs gain nothing"):
+        device.resolve_dtype("float16", cpu, generating=True)
     assert device.resolve_dtype("bfloat16", cpu) == (torch.bfloat16, "as requested")
 
 

@@ -13,6 +13,7 @@ from generating import BYTES, Forced, command, forced_bytes, random_model, save_
 import generate
 from config import GenerateConfig
 from internals.cli import parse
+from internals.cpu_kernels import has_float16_products
 from internals.start import UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,6 +79,20 @@ def test_seed_0_is_a_seed(best, capsys):
     generate.main(GenerateConfig(checkpoint=str(best), device="cpu", json=True, max_new_tokens=2, seed=0))
     shown = capsys.readouterr()
     assert json.loads(shown.out)["seed"] == 0 and "--seed" not in shown.err
+
+
+@pytest.mark.skipif(not has_float16_products(), reason="needs x86 with AVX2")
+def test_float16_on_a_cpu_writes_nearly_what_float32_writes(best, capsys):
+    texts = {}
+    for dtype in ("float32", "float16"):
+        greedy = GenerateConfig(
+            checkpoint=str(best), device="cpu", json=True, max_new_tokens=20, temperature=0, dtype=dtype
+        )
+        generate.main(greedy)
+        shown = capsys.readouterr()
+        assert f"on cpu in {dtype} (as requested)" in shown.err
+        texts[dtype] = json.loads(shown.out)["text"]
+    assert texts["float16"][:8] == texts["float32"][:8]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
