@@ -68,6 +68,7 @@ def export(cfg: ExportConfig) -> None:
     gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
     too_large = f"--checkpoint {cfg.checkpoint}: too little memory to export it; use a machine with more memory"
     with enough_memory(too_large), files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
+        refuse_overflow(model, dtype)
         parent = files.nearest_folder(out_dir.parent)
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as temporary:
             folder = Path(temporary, "incomplete")
@@ -94,6 +95,13 @@ def export(cfg: ExportConfig) -> None:
     print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
     needs = " (pip install transformers)" if cfg.format == "hf" else ""
     print(f"Load it{needs}: {loading_command(cfg, tokenizer, model.config.block_size)}")
+
+
+def refuse_overflow(model: GPT, dtype: torch.dtype) -> None:
+    """Raise UserError if a weight is beyond the range of `dtype`. A model that is not finite already may be exported."""
+    if any(weight.isfinite().all() and not weight.to(dtype).isfinite().all() for weight in model.parameters()):
+        name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        raise UserError(f"--dtype {name}: holds no weights above {largest:,.0f}, as this model has; use float32")
 
 
 def as_text(path: str) -> str:

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
-import os
 import secrets
 import sys
 from collections import deque
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from config import GenerateConfig, unescape
 from internals.bulk_encoding import pieces
+from internals.cli import utf8_argument
 from internals.cpu_kernels import pack_weights
 from internals.device import attention_of_any_length, device_notice, limit_threads, resolve_device, resolve_dtype
 from internals.html_text import TextPage, check_page_path
@@ -52,7 +52,7 @@ PAGE_TOO_LARGE = "--html {}: does not fit into memory; try --device cpu, or leav
 
 def main(cfg: GenerateConfig) -> None:
     prepare_streams()
-    prompt, stop = read_prompt(cfg), tuple(as_utf8("--stop", unescape(text)) for text in cfg.stop)
+    prompt, stop = read_prompt(cfg), tuple(utf8_argument("--stop", unescape(text)) for text in cfg.stop)
     if cfg.html:
         check_page_path(cfg.html)
     too_large = f"--checkpoint {cfg.checkpoint}: does not fit into memory; close other programs, or use a smaller model"
@@ -95,29 +95,21 @@ def say(message: str) -> None:
 
 def read_prompt(cfg: GenerateConfig) -> str:
     """The prompt from the command line. `--prompt -` is all of stdin, without its last line break."""
-    if cfg.prompt == "-":
-        return read_stdin().removesuffix("\n").removesuffix("\r")
-    return as_utf8("--prompt", cfg.prompt)
+    if cfg.prompt != "-":
+        return utf8_argument("--prompt", cfg.prompt)
+    with reading_stdin("--prompt -"):
+        text = sys.stdin.buffer.read().decode("utf-8-sig")  # without a byte-order mark, as prepare_data.py reads text
+    return text.removesuffix("\n").removesuffix("\r")
 
 
-def as_utf8(flag: str, text: str) -> str:
-    """A text from the command line. Python passes bytes that the locale cannot decode as lone surrogates."""
-    with contextlib.suppress(UnicodeEncodeError):
-        text.encode("utf-8")
-        return text
+@contextlib.contextmanager
+def reading_stdin(flag: str) -> Iterator[None]:
     try:
-        return os.fsencode(text).decode("utf-8")  # the locale is not UTF-8, but the text is
-    except UnicodeError as error:
-        raise UserError(f"{flag}: not UTF-8 text; convert it first") from error
-
-
-def read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")  # without a byte-order mark, as prepare_data.py reads text
+        yield
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt -: stdin is not UTF-8 text (at byte {error.start:,}); convert it first") from error
+        raise UserError(f"{flag}: stdin is not UTF-8 text (at byte {error.start:,}); convert it first") from error
     except OSError as error:
-        raise UserError(f"--prompt -: stdin cannot be read ({error.strerror})") from error
+        raise UserError(f"{flag}: stdin cannot be read ({error.strerror})") from error
 
 
 @dataclass
@@ -136,7 +128,7 @@ class Writer:
         seed, self.seed = self.seed, (self.seed + 1) % 2**63
         generator = torch.Generator(self.device).manual_seed(seed)
         cfg, ids, context = self.cfg, encode(self.tokenizer, prompt), self.model.config.block_size
-        if len(ids) > context:
+        if cfg.max_new_tokens and len(ids) > context:
             say(f"the prompt has {len(ids):,} tokens: the model reads the last {context:,} of them")
         sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.num_samples, generator)
         several = f"--num-samples {cfg.num_samples}: do not fit into memory; use fewer"
@@ -176,7 +168,8 @@ def interact(writer: Writer) -> None:
         say("Enter continues your text, Ctrl-C stops it, Ctrl-D (Windows: Ctrl-Z, Enter) quits.")
     while True:
         try:
-            line = input("> ") + "\n" if terminal else sys.stdin.readline()  # input() would write to a full stdout
+            with reading_stdin("--interactive"):
+                line = input("> ") + "\n" if terminal else sys.stdin.readline()  # input() would write to a full stdout
             if not line:
                 break
             writer.answer(line.removesuffix("\n"))

@@ -277,8 +277,9 @@ class Pipeline:
                 path = Progress.path(self.cfg)
                 raise UserError(f"{path}: was written by another version; give --overwrite to start again")
             if chunk.first >= done:
+                self.source.fetch(number)  # raises if the file has changed by now, before its text is taken
                 yield chunk
-        self.source.fetch(number)  # raises if the file has changed while it was read
+        self.source.fetch(number)
 
     def append(self, work: Work) -> None:
         """Write a chunk's tokens to the shards, up to --max-tokens. Where that ends the text, `progress.end` says so."""

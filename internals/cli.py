@@ -1,5 +1,6 @@
 """The command line, made from the dataclasses of config.py."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig
-from internals.settings import read_settings, with_settings
+from internals.settings import with_settings_of
 from internals.start import UserError
 
 COMMANDS = {
@@ -59,7 +60,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
         preset = flag_value(args, "--preset", Preset.preset)  # for the defaults that --help shows; tyro checks the name
         default = with_preset(cls, preset if preset in PRESETS else Preset.preset)
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
-            default = with_settings(default, read_settings(file))
+            default = with_settings_of(default, file)
     parsed = tyro.cli(
         cls,
         args=args,
@@ -86,6 +87,21 @@ def flag_value(args: Sequence[str], flag: str, default: str) -> str:
 def is_given(flag: str) -> bool:
     """Whether the command line of this process has the flag. `--n_layer` is `--n-layer` to tyro, too."""
     return any(arg.partition("=")[0].replace("_", "-") == flag for arg in sys.argv[1:])
+
+
+def utf8_argument(flag: str, text: str) -> str:
+    """The value of a flag as UTF-8 text. Python decoded its bytes as the locale says, which may name another encoding.
+
+    Raises:
+        UserError: its bytes are not UTF-8, nor text in the locale's encoding.
+    """
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(text).decode("utf-8")
+    try:
+        text.encode("utf-8")  # what the locale could not decode are lone surrogates, which UTF-8 does not have
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag}: not UTF-8 text; convert it first") from error
+    return text
 
 
 def with_preset(cls: Callable[..., C], preset: str) -> C:

@@ -6,6 +6,7 @@ after loading. benchmarks/generate.py measures the gain.
 """
 
 import functools
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Float16Linear(nn.Module):
 
 def has_float16_products() -> bool:
     """Whether this PyTorch and this processor have `Float16Linear`'s products: on x86, with AVX2."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
+    # PyTorch names FBGEMM on ARM, too
+    return platform.machine().lower() in ("x86_64", "amd64") and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def gains_from_packing(dtype: torch.dtype) -> bool:

@@ -75,16 +75,21 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
         paths = [path for path in paths if path not in inside]
     if len(found) > 1:
         try:
-            root = Path(os.path.commonpath([os.path.abspath(part.root) for part in found]))
+            root = Path(os.path.commonpath([absolute(part.root) for part in found]))
         except ValueError as error:  # two drives of Windows have no common folder
             raise UserError("--source: the files are on several drives; copy them to one drive") from error
-        chosen = [Path(os.path.abspath(path)) for path in chosen]
+        chosen = [absolute(path.parent) / path.name for path in chosen]
     result = Found(root, chosen, walk.left_out, walk.folders)
     if not chosen:
         reasons = result.reasons() or "it is empty"
         raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons}); give {KNOWN}")
     refuse_pairs(chosen, root)
     return result
+
+
+def absolute(folder: Path) -> Path:
+    """The absolute path of a folder. Through a link, `..` leads out of the folder that the link names."""
+    return Path(os.path.realpath(folder) if ".." in folder.parts else os.path.abspath(folder))
 
 
 def expanded(path: str) -> Path:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import ModelConfig
-from internals.checkpoint import WithoutInit, reading
+from internals.checkpoint import WithoutInit, fitting, reading
 from internals.files import writing
 from internals.huggingface import ARCHITECTURE, TRANSPOSED
 from internals.network import refuse_local_failure
@@ -210,7 +210,7 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
     head = weights.pop("lm_head.weight", None)
-    with WithoutInit():
+    with fitting(f"{source}: its config.json describes no possible model"), WithoutInit():
         expected = GPT(config).state_dict()
     for problem, names in (
         ("missing", expected.keys() - weights.keys()),

@@ -75,7 +75,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """CUDA and Python have exceptions of their own for it. The CPU and MPS raise a RuntimeError that says so."""
     words = (
         "out of memory", "can't allocate memory", "not enough memory",
-        "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Storage size calculation overflowed",
     )  # fmt: skip
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 

@@ -145,9 +145,10 @@ class HuggingFace:
         config = read_config(self.source)
         found = find_tokenizer(self.source, config.vocab_size)
         tokenizer = load_tokenizer(found)
+        weights = self.weights(found)
         with checkpoint.WithoutInit():
             model = GPT(replace(config, vocab_size=tokenizer.n_vocab)).eval()
-        model.load_state_dict(self.weights(found), assign=True)
+        model.load_state_dict(weights, assign=True)
         return Opened(model, tokenizer, f"{self.source}, in Hugging Face format")
 
     def checkpoint(self) -> Path:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
+from internals.cli import with_preset
 from internals.files import nearest_folder, sha256_of, write_json
 from internals.screen import command_to_train, duration, plural, printable, wrap
 from internals.settings import differences
-from internals.shards import META_FORMAT
+from internals.shards import META_FORMAT, check_fields
 from internals.start import UserError
 from internals.text_files import FEW_DOCUMENTS, Source, listed
 from internals.tokenizer import given_tokenizer, is_json
@@ -115,7 +116,10 @@ class Progress:
             saved = json.loads(path.read_text(encoding="utf-8"))
             check_same_source(cfg, source, saved, "is half done,")
             values = {one.name: saved[one.name] for one in dataclasses.fields(cls)}
+            check_fields("", saved, {name: type(value) for name, value in vars(cls()).items()})
             values["splits"] = {name: Split(**saved["splits"][name]) for name in SPLITS}
+            for name, split in values["splits"].items():
+                check_fields(f"{name}: ", vars(split), dict.fromkeys(vars(split), int))
         except KeyError as error:
             raise UserError(
                 f"{path}: was written by another version (it has no {error}); give --overwrite to start again"
@@ -175,7 +179,7 @@ def check_same_settings(cfg: PrepareConfig, saved: dict[str, Any], state: str) -
     """Raise UserError if the folder was begun with other settings."""
     settings, tokenizer = shard_settings(cfg), tokenizer_settings(cfg)
     others = {name: value for name, value in settings.items() if name not in tokenizer}
-    changes = differences(saved, others, defaults=shard_settings(PrepareConfig()))
+    changes = differences(saved, others, defaults=shard_settings(with_preset(PrepareConfig, cfg.preset)))
     if "chosen_vocab_size" in saved:  # the text yielded fewer tokens than were chosen
         saved = saved | {"vocab_size": saved["chosen_vocab_size"]}
     same_tokenizer = tokenizer.items() <= saved.items()

@@ -38,6 +38,15 @@ def read_chunks(path: Path, name: str, options: ReadOptions) -> Iterator[Chunk]:
         yield from make_reader(path, name, options).chunks()
 
 
+def begins_with_a_value(text: str) -> bool:
+    """Whether a whole JSON value stands at the beginning, whatever follows."""
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class JsonReader(Reader):
     """JSON Lines or, if the first line is not a whole object, other JSON: an array, or pretty-printed values."""
 
@@ -73,7 +82,8 @@ class JsonReader(Reader):
         try:
             return isinstance(json.loads(line), dict)
         except (ValueError, RecursionError):
-            return not text or (not newline and len(head) == reader.CHUNK_BYTES and not text.startswith("["))
+            is_long = not newline and len(head) == reader.CHUNK_BYTES
+            return not text or (is_long and not text.startswith("[") and not begins_with_a_value(text))
 
     def document(self) -> list[Any] | None:
         """The rows of a file of JSON values, arrays taken apart; None if it is not such a file."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import NOT_SETTINGS, TrainConfig
+from internals.cli import with_preset
 from internals.run import describe_data
 from internals.screen import short_loss
 from internals.settings import differences
@@ -54,7 +55,10 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
     if not path.exists():
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
-    if differences(saved["settings"], cfg.settings(), TrainConfig().settings()).keys() - NOT_LEARNING:
+    if (
+        differences(saved["settings"], cfg.settings(), with_preset(TrainConfig, cfg.preset).settings()).keys()
+        - NOT_LEARNING
+    ):
         return None
     same_text, scale = saved["data_sha256"] == describe_data(meta)["sha256"], bits_per_nat(meta)
     losses, bits = ({int(iter): value for iter, value in saved[name].items()} for name in ("val_loss", "bits_per_byte"))

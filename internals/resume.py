@@ -8,7 +8,7 @@ from typing import NamedTuple
 from config import NOT_SETTINGS, PRESETS, TrainConfig
 from internals import checkpoint
 from internals.cli import parse, with_preset
-from internals.settings import as_typed, differences, read_settings, with_settings
+from internals.settings import as_typed, differences, with_settings, with_settings_of
 from internals.start import UserError
 
 
@@ -38,7 +38,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     with checkpoint.fitting(f"{last}: its settings are not those of this version"):
         then = with_settings(defaults, saved)
     if cfg.config:  # --auto-resume, in whose command it stays
-        defaults = with_settings(defaults, read_settings(cfg.config))
+        defaults = with_settings_of(defaults, cfg.config)
     resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, defaults))
     if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
         raise UserError(

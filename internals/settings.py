@@ -58,11 +58,9 @@ def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def read_settings(file: str) -> dict[str, Any]:
-    """The settings in a config.json that a run wrote."""
+def with_settings_of(cfg: TrainConfig, file: str) -> TrainConfig:
+    """`with_settings` for the settings in `file`, a config.json that a run wrote."""
     try:
-        settings = json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
-        with_settings(TrainConfig(), settings)
+        return with_settings(cfg, json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error
-    return settings

@@ -132,8 +132,8 @@ class LocalFiles(Source):
         return True
 
     def summary(self) -> str:
-        text = f"{self.name}: {plural(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
-        text += f"; {self.left_out}" if self.left_out else ""
+        text = f"{printable(self.name)}: {plural(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
+        text += f"; {printable(self.left_out)}" if self.left_out else ""
         if self.without_separator:
             text += (
                 f"\nnote: the --separator does not occur in {listed(self.without_separator)}; "

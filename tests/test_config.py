@@ -180,14 +180,15 @@ def test_every_preset_can_be_shared_out(preset, processes, epoch_tokens):
 
 
 def test_a_batch_size_shrinks_to_what_divides():
-    configs = {preset: resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg for preset in PRESETS}
-    sizes = {preset: [cfg.micro_batch_size(n) for n in (1, 2, 8, 16)] for preset, cfg in configs.items()}
-    assert sizes == {
+    expected = {
         "wikipedia": [64, 64, 32, 16],
         "wikipedia-150m": [8, 8, 8, 8],
         "laptop": [32, 16, 4, 2],
         "demo": [32, 16, 4, 2],
     }
+    configs = {preset: resolve_auto(with_preset(TrainConfig, preset), 10**9).cfg for preset in expected}
+    sizes = {preset: [cfg.micro_batch_size(n) for n in (1, 2, 8, 16)] for preset, cfg in configs.items()}
+    assert sizes == expected
     assert TrainConfig(batch_size=100).micro_batch_size(1) == 64
     assert TrainConfig(batch_size=100).settings()["batch_size"] == 100  # the settings keep the value that the user gave
 

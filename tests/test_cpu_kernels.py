@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import re
 import threading
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from internals import cpu_kernels
 from internals.cpu_kernels import Float16Linear, PackedLinear, pack_weights
+from internals.device import resolve_dtype
 from internals.start import UserError
 from internals.surprise import NOT_FINITE
 from model import GPT, KeyValueCache
@@ -87,6 +89,17 @@ def test_what_is_packed_follows_from_the_processor(monkeypatch, name, float32, b
     assert not is_packed(pack_weights(random_model().to("meta")))  # as on any device but a CPU
     monkeypatch.setattr(torch.ops, "mkldnn", object())  # as in a PyTorch without oneDNN
     assert not is_packed(pack_weights(random_model()))
+
+
+@needs_fbgemm
+def test_on_a_cpu_float16_is_for_generating_on_x86(monkeypatch):
+    cpu = torch.device("cpu")
+    for machine in ("x86_64", "AMD64"):  # Linux's and Windows' name
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert resolve_dtype("float16", cpu, generating=True) == (torch.float16, "as requested")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # where PyTorch 2.11 also names FBGEMM
+    with pytest.raises(UserError, match="--dtype float16: CPUs gain nothing from it"):
+        resolve_dtype("float16", cpu, generating=True)
 
 
 @needs_fbgemm

@@ -110,7 +110,7 @@ def names_of_flags(flags: type) -> set[str]:
 
 @pytest.mark.parametrize(("page", "command", "script", "args"), STARTED, ids=[f"{s[0]}: {s[1]}" for s in STARTED])
 def test_a_command_parses(page, command, script, args, monkeypatch):
-    monkeypatch.setattr(cli, "read_settings", lambda file: TrainConfig().settings())  # the file need not exist
+    monkeypatch.setattr(cli, "with_settings_of", lambda cfg, file: cfg)  # the file need not exist
     assert (REPO / script).exists(), f"{page} names {script}"
     if "--help" in args:
         return

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_user_error, run_script
 from exports import PROMPT, SIZES, save_checkpoint
 
@@ -164,6 +165,20 @@ def test_too_little_memory_is_one_message_and_leaves_nothing(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"--checkpoint .*best\.pt: too little memory"):
         export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out")))
     assert os.listdir(tmp_path) == ["best.pt"]
+
+
+@pytest.mark.parametrize("file_format", ["hf", "gguf"])
+def test_weights_beyond_the_range_of_the_dtype_are_not_exported(tmp_path, file_format):
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    saved["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = 1e5
+    torch.save(saved, tmp_path / "best.pt")
+    config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), format=file_format)
+    with pytest.raises(UserError, match="--dtype float16: holds no weights above 65,504, as this model has"):
+        export.export(dataclasses.replace(config, dtype="float16"))
+    assert os.listdir(tmp_path) == ["best.pt"]
+    export.export(dataclasses.replace(config, dtype="bfloat16"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only here may a path hold any bytes")

@@ -136,6 +136,15 @@ def test_several_sources_keep_their_order(tmp_path):
     assert left_out["already taken under another name"] == 1
 
 
+@posix
+def test_the_parent_of_a_linked_folder_is_that_of_the_folder_itself(tmp_path):
+    make(tmp_path, "here/a.txt", "here/b.txt", "there/b.txt", "there/folder/c.txt")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "folder")
+    names, _ = found(tmp_path / "here" / "link" / ".." / "b.txt", tmp_path / "here" / "a.txt")
+    assert names == ["there/b.txt", "here/a.txt"]
+    assert found(tmp_path / "here" / "link" / "..", tmp_path / "here")[0][:2] == ["there/b.txt", "there/folder/c.txt"]
+
+
 def test_sources_on_two_drives_are_refused(tmp_path, monkeypatch):
     make(tmp_path, "a.txt", "b.txt")
 

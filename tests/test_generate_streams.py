@@ -18,6 +18,7 @@ from generating import command
 
 import generate
 from config import GenerateConfig
+from internals.cli import utf8_argument
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Terminals and Ctrl-C
@@ -173,6 +174,15 @@ def test_closed_and_full_streams_never_end_in_a_traceback(best, ending, status):
     assert run.returncode == status and b"Traceback" not in run.stderr, run.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell")
+@pytest.mark.parametrize("flags", [["--interactive"], ["--prompt", "-"]])
+def test_a_stdin_that_cannot_be_read_is_told(best, flags):
+    """As nohup gives it in place of a terminal."""
+    command = [sys.executable, "generate.py", "--device", "cpu", "--checkpoint", str(best), *flags]
+    run = subprocess.run(["bash", "-c", f"{shlex.join(command)} 0>/dev/null"], cwd=REPO, capture_output=True, text=True)
+    assert_user_error(run, f"{' '.join(flags)}: stdin cannot be read")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Encodings
 
@@ -205,6 +215,15 @@ def test_blanks_around_a_prompt_are_part_of_it(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  one \ntwo\t\n"), newline="\n"))
     generate.interact(types.SimpleNamespace(cfg=GenerateConfig(), answer=prompts.append))
     assert prompts == ["  one ", "two\t"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows passes text, not bytes")
+def test_an_argument_is_utf8_also_where_the_locale_is_latin_1(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("latin-1", "surrogateescape"))
+    decoded = "Größe".encode().decode("latin-1")  # as Python hands over UTF-8 there
+    assert utf8_argument("--prompt", decoded) == "Größe"
+    assert utf8_argument("--prompt", "Größe") == "Größe"  # typed in a terminal that writes Latin-1
+    assert utf8_argument("--prompt", "日本") == "日本"  # from a program, not from the command line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows passes text, not bytes")

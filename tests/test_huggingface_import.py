@@ -95,6 +95,10 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: change_config(f, n_embd=96), "which does not fit its config.json"),
         (lambda f: change_config(f, n_layer=3), "12 tensors are missing: transformer.h.2.attn.c_attn.bias among them"),
         (lambda f: change_config(f, n_layer=1), "12 tensors are unknown: transformer.h.1.attn.c_attn.bias among them"),
+        (
+            lambda f: change_config(f, n_positions=2**62),
+            "the model does not fit into memory .Storage size calculation overflowed",
+        ),
         (lambda f: change_config(f, vocab_size=70_000), "is not the data's"),
         (lambda f: change_config(f, vocab_size=300), r"its tokenizer \(300 tokens\) is not the data's, bytes"),
         (lambda f: (f / "vocab.json").write_text(json.dumps({"a": 0})), "is not the data's"),

@@ -131,6 +131,30 @@ def test_a_setting_that_a_half_done_folder_lacks_had_its_default(tmp_path):
         path.write_text(json.dumps(noted), encoding="utf-8")
 
 
+def test_nothing_is_kept_of_a_file_that_changes_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 10_000)
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, make_articles(3000))
+    prepare(config(tmp_path / "once", path))
+    text, time = path.read_bytes(), path.stat().st_mtime_ns
+    append, calls = Pipeline.append, []
+
+    def append_and_change(self, work):
+        append(self, work)
+        calls.append(work)
+        if len(calls) == 2:
+            path.write_bytes(text.replace(b"a", b"A"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "append", append_and_change)
+        with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
+            prepare(config(tmp_path / "out", path, workers=1))
+    path.write_bytes(text)
+    os.utime(path, ns=(time, time))
+    prepare(config(tmp_path / "out", path))
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
 def test_another_command_is_refused_half_way(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [*make_articles(5000), {"no": "text"}])
     with pytest.raises(UserError, match="line 5001"):
@@ -140,6 +164,11 @@ def test_another_command_is_refused_half_way(tmp_path):
     for other in ({"val_fraction": 0.1}, {"text_column": "x"}, {"shard_tokens": 7}, {"max_tokens": 10**9}):
         with pytest.raises(UserError, match="--" + next(iter(other)).replace("_", "-")):
             prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **other))
+    for change in ({"ids": None}, {"splits": state["splits"] | {"val": {"tokens": 1, "bytes": None, "articles": 1}}}):
+        (tmp_path / "out" / "progress.json").write_text(json.dumps(state | change))
+        with pytest.raises(UserError, match=r"progress\.json.*: is damaged"):
+            prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(state))
     write_jsonl(tmp_path / "a.jsonl", make_articles(5000))  # fixed, but now it is another source
     with pytest.raises(UserError, match="another source"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))

@@ -262,9 +262,11 @@ def test_a_text_too_long_for_one_json_document(tmp_path, text, words, ending, mo
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.zst", ".jsonl.bz2"])
 @pytest.mark.parametrize(
-    "form", ["lines", "array", "pretty array", "pretty objects", "one object", "lines of arrays", "bom"]
+    "form", ["lines", "array", "pretty array", "pretty objects", "one object", "lines of arrays", "one line", "bom"]
 )
-def test_json_in_every_form(tmp_path, form, ending):
+@pytest.mark.parametrize("chunk_bytes", [reader.CHUNK_BYTES, 10_000])
+def test_json_in_every_form(tmp_path, form, ending, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
     rows = make_articles(1 if form == "one object" else 300)
     text = {
         "lines": "".join(json.dumps(row) + "\n" for row in rows),
@@ -273,6 +275,7 @@ def test_json_in_every_form(tmp_path, form, ending):
         "pretty objects": "\n".join(json.dumps(row, indent=4) for row in rows),
         "one object": json.dumps(rows[0], indent=1),
         "lines of arrays": json.dumps(rows[:100]) + "\n" + json.dumps(rows[100:]),
+        "one line": " ".join(json.dumps(row) for row in rows),
         "bom": "\ufeff" + json.dumps(rows, ensure_ascii=False, indent=0),
     }[form].encode()
     pack = {

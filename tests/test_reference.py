@@ -160,3 +160,20 @@ def test_what_is_written_is_found_again(tmp_path, monkeypatch, writer):
     monkeypatch.undo()
     with pytest.raises(UserError, match="does not use the settings of the preset demo \\(max_iters\\)"):
         writer.contents(writer.Reference(str(tmp_path / "run"), "a test"), commit="abc")
+
+
+def test_a_default_that_the_preset_overrides_may_be_wrong_alone(tmp_path, monkeypatch):
+    """config.py is there to be edited: its n_head need not divide its n_embd if the preset has others."""
+    cfg = with_preset(TrainConfig, "demo")
+    ship(monkeypatch, tmp_path, cfg)
+    monkeypatch.setattr(TrainConfig, "__init__", refuse_defaults(TrainConfig.__init__))
+    assert find_reference(cfg, META)
+
+
+def refuse_defaults(init):
+    def wrapped(self, *args, **values):
+        if not values:
+            raise ValueError("--n-head 5: must divide --n-embd 384")
+        init(self, *args, **values)
+
+    return wrapped

@@ -9,7 +9,7 @@ from runs import assert_same_end, flags, run_command
 
 from config import TrainConfig
 from internals.cli import parse
-from internals.settings import as_typed, read_settings
+from internals.settings import as_typed, with_settings_of
 from internals.start import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -46,13 +46,20 @@ def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
 def test_an_edited_config_file_is_checked(tmp_path, name, value, words):
     (tmp_path / "config.json").write_text(json.dumps({**TrainConfig().settings(), name: value}))
     with pytest.raises(UserError, match=f"not the config.json of a run .{re.escape(words)}"):
-        read_settings(str(tmp_path / "config.json"))
+        with_settings_of(TrainConfig(), str(tmp_path / "config.json"))
 
 
 def test_a_config_file_of_brackets_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"not the config.json of a run"):
-        read_settings(str(tmp_path / "config.json"))
+        with_settings_of(TrainConfig(), str(tmp_path / "config.json"))
+
+
+def test_a_config_file_that_does_not_fit_the_preset_is_refused(tmp_path):
+    """It is taken into the preset's values, not into the defaults, where this one would fit."""
+    (tmp_path / "config.json").write_text('{"model": {"n_embd": 510}}')
+    with pytest.raises(UserError, match=r"not the config.json of a run .--n-head 4: must divide --n-embd 510"):
+        parse(TrainConfig, "", ["--preset", "demo", "--config", str(tmp_path / "config.json")])
 
 
 def test_an_edited_config_file_may_leave_min_lr_to_the_learning_rate(tmp_path):

@@ -143,11 +143,15 @@ def test_odd_file_names_and_narrow_outputs(tmp_path, encoding):
 def test_control_characters_in_file_names_do_not_reach_the_terminal(tmp_path):
     name = "a\x1b[2J.txt"
     (tmp_path / name).write_text(f"word {END_OF_TEXT} " * 3000)
-    result = run_script(*command(tmp_path / "out", tmp_path / "*.txt", "--max-tokens", "20_000"))
+    (tmp_path / "b.\x1b[2J").write_text("left out")
+    result = run_script(*command(tmp_path / "out", tmp_path, "--max-tokens", "20_000"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("a\ufffd[2J.txt") == 2  # the note on end-of-text, the document that was cut
+    assert "1 .\ufffd[2j)" in result.stdout  # left out
+    alone = run_script(*command(tmp_path / "alone", tmp_path / name, "--max-tokens", "20_000"))
+    assert "a\ufffd[2J.txt: 1 file of" in alone.stdout and "\x1b" not in alone.stdout
     (tmp_path / name).write_bytes(bytes(1000))
-    damaged = run_script(*command(tmp_path / "out", tmp_path / "*.txt", "--overwrite"))
+    damaged = run_script(*command(tmp_path / "out", tmp_path, "--overwrite"))
     assert_user_error(damaged, "a\ufffd[2J.txt")
     assert "\x1b" not in result.stdout + damaged.stderr
 
