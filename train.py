@@ -257,17 +257,23 @@ def require_finite(val_loss: float, where: str, advice: str) -> None:
 
 def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> None:
     """If a resumed run evaluates on other windows than before, evaluate best.pt on them: only losses on the same
-    windows can be compared. If best.pt is gone, the next evaluation writes it."""
+    windows can be compared. Also if best.pt is newer than last.pt, which does not know its loss then: a full disk may
+    have had room for only one of them. If best.pt is gone, the next evaluation writes it."""
     path, before, block_size = run.out_dir / "best.pt", run.val_windows_before, run.cfg.model.block_size
     if before is None:  # a new run
         return
     if not path.exists():
         state.best_val_loss = math.inf
-    elif before != len(run.val_windows):
-        best = checkpoint.build_model(checkpoint.load(path), str(path)).to(run.machine.device)
+        return
+    saved = checkpoint.load(path)
+    is_newer = saved["iter"] > run.resumed_at
+    if is_newer or before != len(run.val_windows):
+        best = checkpoint.build_model(saved, str(path)).to(run.machine.device)
         state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
         now = len(run.val_windows) * block_size
-        run.machine.print(f"best.pt was chosen on {before * block_size:,} validation tokens;")
+        newer = f"is newer than last.pt (iteration {saved['iter']:,})"
+        chosen = f"was chosen on {before * block_size:,} validation tokens"
+        run.machine.print(f"best.pt {newer if is_newer else chosen};")
         run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
 
 

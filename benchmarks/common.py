@@ -6,11 +6,28 @@ commands and not the benchmarks of the same names. Import it before them.
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+
+
+def training_model(model: Any, cfg: Any, machine: Any) -> Callable:
+    """The function of `train.training_model`.
+
+    Raises:
+        UserError: compiling failed. `train.py` then continues without, but its figures would be taken for compiled ones.
+    """
+    from internals.compilation import training_model  # imported here: only now is the root on the path
+    from internals.start import UserError
+
+    forward, compiling = training_model(model, cfg, machine)
+    if compiling not in ("on", "off"):
+        raise UserError(f"--compile {cfg.compile}: {compiling}")
+    return forward
 
 
 def load_nanogpt(folder: str) -> ModuleType:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import common  # noqa: F401  (puts the root on the path, so it comes first)
+import common  # puts the root on the path, so it comes first
 import numpy as np
 import torch
 
@@ -68,7 +68,7 @@ def bare_loop(cfg: TrainConfig, machine: Machine) -> float:
     model = GPT(cfg.model).to(machine.device)
     optimizer = train.make_optimizer(model, cfg, machine.device, machine.dtype)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    forward, _ = train.training_model(model, cfg, machine)
+    forward = common.training_model(model, cfg, machine)
     steps, batch_size = cfg.accumulation_steps(processes=1), cfg.micro_batch_size(processes=1)
     window = torch.randint(cfg.model.vocab_size, (batch_size, cfg.model.block_size + 1), device=machine.device)
     inputs, targets = window[:, :-1], window[:, 1:]

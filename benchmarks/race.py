@@ -110,7 +110,7 @@ class Ours:
         optimizer = train.make_optimizer(model, cfg, machine.device, machine.dtype)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.state = TrainState(model, optimizer, scaler)
-        self.forward, _ = train.training_model(model, cfg, machine)
+        self.forward = common.training_model(model, cfg, machine)
         self.tokens_per_iter = cfg.tokens_per_iter
 
     def step(self, it: int) -> None:
@@ -311,6 +311,8 @@ def entries(args: Race) -> Iterator[tuple[str, Callable[[str, TrainConfig, Text]
 
 def make_runners(args: Race) -> list[Any]:
     runners = []
+    # PyTorch compiles a function for so many shapes, and then silently no more
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(entries(args)))
     continued = args.state and Path(args.state).exists()
     lengths = torch.load(args.state, map_location="cpu")["lengths"] if continued else {}
     for seed in args.seeds:

@@ -72,7 +72,7 @@ def ours(args: Comparison, shape: ModelConfig, dtype: str, compiled: bool) -> tu
     machine = train.make_machine(cfg)
     gpt = model.GPT(shape).to(machine.device)
     optimizer = train.make_optimizer(gpt, cfg, machine.device, machine.dtype)
-    forward, _ = train.training_model(gpt, cfg, machine)
+    forward = common.training_model(gpt, cfg, machine)
 
     def micro_step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         with machine.autocast():

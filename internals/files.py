@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from filelock import lock_descriptor
 
-from internals.start import UserError, first_line
+from internals.start import CONTROLS, UserError, first_line
 
 try:
     import fcntl
@@ -167,7 +167,7 @@ def locked(folder: str | Path, flag: str, held: str, seconds: float = 0.0) -> It
             time.sleep(0.1)
     except OSError as error:
         text = f"{folder} cannot be locked ({first_line(error)}): do not start a second command on it"
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {text.translate(CONTROLS)}", file=sys.stderr)
     try:
         yield
     finally:

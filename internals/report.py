@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 from tqdm import tqdm
 
@@ -273,7 +274,8 @@ class RunLog:
         except Exception as error:  # a disk, a font, a backend: no such failure is worth an iteration
             if name not in self.failures:
                 self.failures.add(name)
-                tqdm.write(f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues")
+                text = f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues"
+                tqdm.write(printable(text))
 
 
 def window_text(run: Run, window_id: int) -> str:
@@ -306,8 +308,12 @@ def plot(rows: list[dict[str, Any]], path: Path, reference: Reference | None) ->
         right.plot(iters, [row["learning_rate"] for row in steps], color="tab:gray", linestyle=":")
         right.set_ylabel("learning rate (dotted)")
         right.set_ylim(bottom=0)
-        per_iter = steps[-1]["tokens"] / steps[-1]["iter"] / 1e6
-        above = axes.secondary_xaxis("top", functions=(lambda i: i * per_iter, lambda tokens: tokens / per_iter))
+        tokens = [row["tokens"] / 1e6 for row in steps]
+        # A resumed run may have other tokens per iteration. The ends lie beyond the margins of the axis.
+        below, over = [-iters[-1], 0, *iters, 2 * iters[-1]], [-tokens[-1], 0, *tokens, 2 * tokens[-1]]
+        above = axes.secondary_xaxis(
+            "top", functions=(lambda i: np.interp(i, below, over), lambda t: np.interp(t, over, below))
+        )
         above.set_xlabel("million tokens")
     evaluations = [row for row in rows if "val_loss" in row]
     axes.plot(

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from internals import checkpoint
 from internals.files import atomic_write, writing
+from internals.screen import printable
 from internals.start import UserError
 
 # What a new run deletes of an earlier one. It rewrites config.json, and trackers have files of their own
@@ -137,9 +138,9 @@ class Rows:
             aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
             try:
                 os.rename(self.path, aside)
-                tqdm.write(f"{what}; it was renamed to {aside.name}, and a new file is started")
+                tqdm.write(printable(f"{what}; it was renamed to {aside.name}, and a new file is started"))
             except OSError as refusal:
-                tqdm.write(f"{what} and cannot be renamed ({refusal.strerror})")
+                tqdm.write(printable(f"{what} and cannot be renamed ({refusal.strerror})"))
             return b""
 
     def cut(self) -> None:

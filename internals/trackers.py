@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from internals.files import write_json
 from internals.run import Run
+from internals.screen import printable
 from internals.start import UserError, first_line
 
 PROJECT = "wikipedia-transformer"
@@ -86,7 +87,7 @@ class Tracker:
             reason = first_line(error)
             if isinstance(error, ImportError):
                 reason += "; pip install -r requirements-trackers.txt"
-            tqdm.write(f"--tracker {self.name}: {reason}; training continues without it")
+            tqdm.write(printable(f"--tracker {self.name}: {reason}; training continues without it"))
             with contextlib.suppress(UserError):  # the disk is full
                 self._remember(sent=self.sent)  # the rows from here on go to it when it works again
 

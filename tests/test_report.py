@@ -149,6 +149,12 @@ def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
     assert right.lines[0].get_ydata().tolist() == [1e-3] * 10
     (above,) = axes.child_axes  # iteration 10 is 20 million tokens
     assert above.get_xlabel() == "million tokens" and above.get_xlim()[1] == pytest.approx(2 * axes.get_xlim()[1])
+    changed = [*table, {**table[-1], "iter": 20, "tokens": 100_000_000}]  # resumed with more tokens an iteration
+    report.plot(changed, tmp_path / "loss.png", None)
+    axes = figures[-1].axes[0]
+    for iter, tokens in ((10, 20), (20, 100)):
+        below, above = axes.transData.transform((iter, 0)), axes.child_axes[0].transData.transform((tokens, 0))
+        assert above[0] == pytest.approx(below[0], abs=0.5)
     report.plot(table[:1], tmp_path / "loss.png", None)  # before the first iteration
     report.plot(table, tmp_path / "loss.png", dataclasses.replace(reference, same_text=False))
     labels = [line.get_label() for line in figures[-1].axes[0].lines]

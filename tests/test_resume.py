@@ -249,6 +249,22 @@ def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monke
     assert last["best_val_loss"] != pytest.approx(best["val_loss"], abs=1e-4)
 
 
+def test_a_best_model_that_is_newer_than_last_pt_is_not_overwritten_by_a_worse(data_dir, tmp_path, capsys):
+    """A disk with room for only one of the two files leaves them so."""
+    options = {"eval_interval": 4, "warmup_iters": 1}
+    train.train(tiny(data_dir, tmp_path, max_iters=8, **options))
+    best = (tmp_path / "best.pt").read_bytes()
+    assert checkpoint.load(tmp_path / "best.pt")["iter"] == 8
+    train.train(tiny(data_dir, tmp_path / "again", max_iters=4, **options))
+    shutil.copy(tmp_path / "best.pt", tmp_path / "again" / "best.pt")
+    capsys.readouterr()
+    hardly = {"learning_rate": 1e-6, "min_lr": 1e-6}
+    train.train(tiny(data_dir, tmp_path / "again", max_iters=8, resume=True, **options, **hardly))
+    out = capsys.readouterr().out
+    assert "best.pt is newer than last.pt (iteration 8);" in out and "(best)" not in out
+    assert (tmp_path / "again" / "best.pt").read_bytes() == best
+
+
 def test_a_best_model_that_is_gone_is_written_anew(data_dir, tmp_path, monkeypatch):
     stop_at(monkeypatch, data_dir, tmp_path, 8)
     last = checkpoint.load(tmp_path / "last.pt")
