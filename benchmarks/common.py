@@ -21,11 +21,11 @@ def training_model(model: Any, cfg: Any, machine: Any) -> Callable:
     Raises:
         UserError: compiling failed. `train.py` then continues without, but its figures would be taken for compiled ones.
     """
-    from internals.compilation import training_model  # imported here: only now is the root on the path
+    import train  # imported here: only now is the root on the path
     from internals.start import UserError
 
-    forward, compiling = training_model(model, cfg, machine)
-    if compiling not in ("on", "off"):
+    forward, compiling = train.training_model(model, cfg, machine)
+    if compiling.startswith("off, "):  # and a reason
         raise UserError(f"--compile {cfg.compile}: {compiling}")
     return forward
 

@@ -312,7 +312,9 @@ def entries(args: Race) -> Iterator[tuple[str, Callable[[str, TrainConfig, Text]
 def make_runners(args: Race) -> list[Any]:
     runners = []
     # PyTorch compiles a function for so many shapes, and then silently no more
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(entries(args)))
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 2 * len(args.run + args.nanogpt_run)
+    )
     continued = args.state and Path(args.state).exists()
     lengths = torch.load(args.state, map_location="cpu")["lengths"] if continued else {}
     for seed in args.seeds:

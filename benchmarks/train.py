@@ -281,7 +281,10 @@ def compare(args: Comparison) -> dict[str, Result | None]:
     shape = dataclasses.replace(shape, n_layer=args.n_layer or shape.n_layer, vocab_size=args.vocab_size, dropout=0.0)
     names = list(competitors(args))
     if args.device == "cpu":
-        return measure(names, args, shape)
+        try:
+            return measure(names, args, shape)
+        except (EOFError, ConnectionError) as error:
+            raise UserError("a competitor failed, see above") from error
     if args.tokens_per_iter % (args.batch_size * shape.block_size):
         raise UserError(f"--tokens-per-iter: must be a multiple of {args.batch_size} x {shape.block_size}")
     results: dict[str, Result | None] = {}

@@ -135,11 +135,11 @@ def continuing(cfg: TrainConfig, verb: str, **changes: Any) -> str:
     return f"{verb}{others}: {command('train.py', cfg.preset, out_dir=cfg.out_dir, resume=True, **changes)}"
 
 
-def page_status(cfg: TrainConfig, row: dict[str, Any], running: bool) -> str:
-    """How far a run is at this row of metrics.jsonl."""
-    text = f"iteration {row['iter']:,} of {cfg.max_iters:,} · {duration(row['seconds'])} of training"
-    if running and 0 < row["iter"] < cfg.max_iters:
-        left = row["seconds"] / row["iter"] * (cfg.max_iters - row["iter"])
+def page_status(cfg: TrainConfig, state: TrainState, running: bool) -> str:
+    """How far a run is."""
+    text = f"iteration {state.iter:,} of {cfg.max_iters:,} · {duration(state.seconds)} of training"
+    if running and 0 < state.iter < cfg.max_iters:
+        left = state.seconds / state.iter * (cfg.max_iters - state.iter)
         text += f", about {duration(left)} left, not counting evaluations"
     return f"{text} · {datetime.now():%Y-%m-%d %H:%M}"
 
@@ -165,7 +165,7 @@ class RunLog:
     """
 
     def __init__(self, run: Run, state: TrainState):
-        self.run, self.cfg, self.machine = run, run.cfg, run.machine
+        self.run, self.cfg, self.machine, self.state = run, run.cfg, run.machine, state
         self.reference = find_reference(run.cfg, run.meta)
         self.flops_per_token = state.model.flops_per_token()
         self.last: dict[str, float | None] = {"train_loss": None, "learning_rate": None, "grad_norm": None}
@@ -259,7 +259,7 @@ class RunLog:
         def write() -> None:
             last, self.page_time = self.page_time, time.time()
             due = self.page_time + max(NEXT_PAGE, 3 * (self.page_time - last)) if running else None
-            status = page_status(self.cfg, self.metrics.rows[-1], running)
+            status = page_status(self.cfg, self.state, running)
             rows = self.metrics.rows, self.samples.rows
             page = run_page(self.run, self.facts, status, *rows, self.reference, due)
             write_text(self.run.out_dir / "run.html", page)

@@ -78,14 +78,19 @@ def run_page(
         vocab_size=run.cfg.model.vocab_size,
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
-        prompt=f"the prompt “{html.escape(run.cfg.sample_prompt)}”"
-        if run.cfg.sample_prompt
-        else "the beginning of an article",
+        prompt=prompt_of(samples, run.cfg.sample_prompt),
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,
     )
     return html_page.render("run", f"{title}: a training run", body, data)
+
+
+def prompt_of(samples: list[dict[str, Any]], prompt: str) -> str:
+    """What the samples continue, in words."""
+    if any(row["prompt"] != prompt for row in samples):  # the run was resumed with another
+        return "its prompt, which is marked"
+    return f"the prompt “{html.escape(prompt)}”" if prompt else "the beginning of an article"
 
 
 def curve(rows: list[dict[str, Any]], reference: Reference | None) -> dict[str, list[list[float]]]:

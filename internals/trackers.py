@@ -48,7 +48,7 @@ class Tracker:
         if self.name == "none":
             return
         self.path = run.out_dir / "tracker.json"
-        saved = read_record(self.path, self.name)
+        saved = read_records(self.path).get(self.name, {})
         self.id = saved.get("id") or new_id(run.out_dir)
 
         def connect() -> None:
@@ -76,8 +76,12 @@ class Tracker:
             self._attempt(self.store.flush)
 
     def close(self) -> None:
+        def close() -> None:
+            self.store.close()
+            self._remember(sent=self.sent)  # what the run writes without this tracker goes to it later
+
         if self.store:
-            self._attempt(self.store.close)
+            self._attempt(close)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -92,15 +96,20 @@ class Tracker:
                 self._remember(sent=self.sent)  # the rows from here on go to it when it works again
 
     def _remember(self, **values: float) -> None:
-        write_json(self.path, {"tracker": self.name, "id": self.id, **values})
+        write_json(self.path, read_records(self.path) | {self.name: {"id": self.id, **values}})
 
 
-def read_record(path: Path, tracker: str) -> dict[str, Any]:
-    """What OUT_DIR/tracker.json says of this tracker: `id`, and `sent` if it failed. Empty if it says nothing."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """What OUT_DIR/tracker.json says of each tracker: `id`, and `sent` unless the process was killed while it was used.
+    Empty if it says nothing."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         saved = json.loads(path.read_bytes())
-        if saved["tracker"] == tracker:
-            return {"id": str(saved["id"]), **({"sent": float(saved["sent"])} if "sent" in saved else {})}
+        if isinstance(saved.get("tracker"), str):  # until 2026-11-27 it held one tracker
+            saved = {saved["tracker"]: saved}
+        return {
+            name: {"id": str(record["id"]), **({"sent": float(record["sent"])} if "sent" in record else {})}
+            for name, record in saved.items()
+        }
     return {}
 
 

@@ -26,6 +26,7 @@ pytest_plugins = ["runs", "exports", "generating", "hub_commands", "pages", "two
 # The test models are so small that a second thread costs more time than it saves, above all on a busy machine. And sums
 # of several threads may differ in their last bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)  # in this process, too, which imported PyTorch before
 
 # tyro draws boxes around its messages. CI often asks for colours in them, and a small terminal breaks their lines.
 os.environ.pop("FORCE_COLOR", None)

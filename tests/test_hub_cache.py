@@ -175,4 +175,4 @@ def test_at_most_three_downloads_are_on_the_disk(tmp_path, serve, hub_folder):
     result = run_script(*without_pauses(hub_command(tmp_path / "out", "--workers", "1"), COUNT_DOWNLOADS), env=env)
     assert result.returncode == 0, result.stderr
     counts = [int(count) for count in re.findall(r"downloads: (\d+)", result.stdout)]
-    assert len(counts) == 2 * 8 and max(counts) <= 3  # each file is asked for before and after it is read
+    assert len(counts) >= 2 * 8 and max(counts) <= 3  # each file is asked for before, while and after it is read

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import run_script
 from pages import PROMPT, Parsed, parsed, rows
-from runs import assert_same_end, full_disk, tiny
+from runs import assert_same_end, full_disk, stop_at, tiny
 
 import train
 from internals import html_page, report, run_page
@@ -55,6 +55,17 @@ def test_the_head_names_what_is_not_the_presets(run):
         assert words in text
     assert "vocab_size" not in text and "out_dir" not in text
     assert "(temperature 0.8, the 200 likeliest)" in text
+
+
+def test_after_a_change_of_the_prompt_each_sample_is_said_to_have_its_own(text_data, tmp_path):
+    train.train(tiny(text_data, tmp_path, max_iters=8, sample_prompt=PROMPT))
+    train.train(tiny(text_data, tmp_path, max_iters=12, sample_prompt="Another", resume=True))
+    assert "after its prompt, which is marked" in parsed(tmp_path / "run.html").text
+
+
+def test_the_page_of_a_stopped_run_names_the_iteration_that_it_reached(text_data, tmp_path, monkeypatch):
+    stop_at(monkeypatch, text_data, tmp_path, 6, log_interval=100)  # the last row is of an earlier iteration
+    assert "stopped iteration 7 of 20" in parsed(tmp_path / "run.html").text
 
 
 def test_while_it_runs_the_page_says_when_the_next_is_due(text_data, tmp_path, monkeypatch):

@@ -191,6 +191,21 @@ def test_a_tracker_that_joins_later_gets_every_row_and_a_new_run_a_new_name(data
     assert len(stores) == 3 and [row["iter"] for row in list(stores.values())[2].rows] == [0, 1]
 
 
+def test_a_tracker_that_comes_back_gets_the_rows_in_between_once(data_dir, tmp_path, monkeypatch):
+    stores = {}
+
+    def make(run, id):
+        stores.setdefault(id, Recorder()).late = 0.0
+        return stores[id]
+
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(trackers.STORES, name, make)
+    for max_iters, name in ((8, "wandb"), (12, "none"), (14, "wandb"), (16, "trackio"), (20, "wandb")):
+        train.train(tiny(data_dir, tmp_path, max_iters=max_iters, resume=max_iters > 8, tracker=name))
+    first, second = ([row["iter"] for row in store.rows] for store in stores.values())
+    assert (first, second) == (list(range(21)), list(range(17)))
+
+
 def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypatch):
     """It fails at the start of a new run, in the middle of one, and at the start of a resumed one."""
 
