@@ -265,7 +265,10 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
     if not path.exists():
         state.best_val_loss = math.inf
         return
-    saved = checkpoint.load(path)
+    try:
+        saved = checkpoint.load(path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the next evaluation writes a new one") from error
     is_newer = saved["iter"] > run.resumed_at
     if is_newer or before != len(run.val_windows):
         best = checkpoint.build_model(saved, str(path)).to(run.machine.device)

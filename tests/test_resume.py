@@ -257,6 +257,10 @@ def test_a_best_model_that_is_newer_than_last_pt_is_not_overwritten_by_a_worse(d
     assert checkpoint.load(tmp_path / "best.pt")["iter"] == 8
     train.train(tiny(data_dir, tmp_path / "again", max_iters=4, **options))
     shutil.copy(tmp_path / "best.pt", tmp_path / "again" / "best.pt")
+    os.truncate(tmp_path / "again" / "best.pt", 1000)
+    with pytest.raises(UserError, match=r"best\.pt: is damaged.*; delete it, and the next evaluation writes a new one"):
+        train.train(tiny(data_dir, tmp_path / "again", max_iters=8, resume=True, **options))
+    (tmp_path / "again" / "best.pt").write_bytes(best)
     capsys.readouterr()
     hardly = {"learning_rate": 1e-6, "min_lr": 1e-6}
     train.train(tiny(data_dir, tmp_path / "again", max_iters=8, resume=True, **options, **hardly))
