@@ -27,15 +27,16 @@ class Tokens:
     val: np.ndarray  # (articles,) bool: in the validation split
     ends: bool  # False: the next chunk continues the article
     empty: int  # articles without text, left out
+    empty_before: np.ndarray  # (articles,) int64, of those
     characters: int  # in all texts
-    replaced: int  # of those, for invalid bytes
+    replaced: np.ndarray  # (articles,) int64, characters of each, for invalid bytes
     ids: frozenset[bytes]  # the ids or texts that decided the splits, cut short, at most FEW_IDS
 
     def up_to(self, room: int, limit: int, encoding: tiktoken.Encoding) -> tuple["Tokens", bool]:
         """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`.
         A document that continues in the next chunk is always cut.
 
-        What is counted of the chunk as a whole (`empty`, `characters`, `replaced`, `ids`) stays, for messages only.
+        `replaced` is still that of the whole last article, and `ids` are those of the chunk: they are for messages only.
         """
         ends = np.cumsum(self.lengths)
         last = int(np.searchsorted(ends, room))
@@ -50,16 +51,21 @@ class Tokens:
         if is_cut:
             lengths[last], text_bytes[last] = len(text) + 1, len(encoding.decode_bytes(text.tolist()))
         new = dataclasses.replace(
-            self, tokens=kept, lengths=lengths, text_bytes=text_bytes, val=self.val[: last + 1], ends=True
-        )
+            self, tokens=kept, lengths=lengths, text_bytes=text_bytes, val=self.val[: last + 1], ends=True,
+            empty=int(self.empty_before[last]), empty_before=self.empty_before[: last + 1],
+            characters=count_characters(encoding.decode_bytes(kept[kept != encoding.eot_token].tolist())),
+            replaced=self.replaced[: last + 1],
+        )  # fmt: skip
         return new, is_cut
 
 
 def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
     """An article becomes its title, a blank line, its text (without a title: its text), and end-of-text."""
     articles = list(chunk.articles())
-    kept = [article for article in articles if not (chunk.starts and chunk.ends and article.is_blank)]
-    texts, replaced = Texts([(article.heading, article.text) for article in kept]), 0
+    whole = chunk.starts and chunk.ends
+    numbers = [number for number, article in enumerate(articles) if not (whole and article.is_blank)]
+    kept = [articles[number] for number in numbers]
+    texts, replaced = Texts([(article.heading, article.text) for article in kept]), np.zeros(len(kept), np.int64)
     if not is_utf8(texts.data):
         texts, replaced = repair(texts)
     keys = [text if article.id is None else article.id for article, text in zip(kept, texts, strict=True)]
@@ -73,7 +79,8 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
         val=np.array([is_held_out(key, val_fraction) for key in keys], bool),
         ends=chunk.ends,
         empty=len(articles) - len(kept),
-        characters=count_characters(texts),
+        empty_before=np.array(numbers, np.int64) - np.arange(len(kept)),
+        characters=count_characters(texts.data) - len(texts) * len(END_OF_TEXT),
         replaced=replaced,
         ids=frozenset(map(shortened, islice(dict.fromkeys(keys), FEW_IDS))),
     )
@@ -84,16 +91,16 @@ def shortened(key: bytes) -> bytes:
     return key if len(key) <= 40 else key[:28] + b"..." + hashlib.blake2b(key, digest_size=4).hexdigest().encode()
 
 
-def count_characters(texts: Texts) -> int:
-    starts = np.frombuffer(texts.data, np.int8) >= -64  # all bytes but 10xxxxxx, which continue a character
-    return int(np.count_nonzero(starts)) - len(texts) * len(END_OF_TEXT)
+def count_characters(text: bytes) -> int:
+    starts = np.frombuffer(text, np.int8) >= -64  # all bytes but 10xxxxxx, which continue a character
+    return int(np.count_nonzero(starts))
 
 
-def repair(texts: Texts) -> tuple[Texts, int]:
-    """Replace each invalid byte with U+FFFD. Returns the texts, and how many bytes were replaced."""
+def repair(texts: Texts) -> tuple[Texts, np.ndarray]:
+    """Replace each invalid byte with U+FFFD. Returns the texts, and (texts,) int64, how many bytes were replaced."""
     decoded = (text.decode("utf-8", "surrogateescape") for text in texts)
     pairs = [re.subn("[\udc80-\udcff]", "\ufffd", text) for text in decoded]
-    return Texts([(text.encode(),) for text, _ in pairs]), sum(count for _, count in pairs)
+    return Texts([(text.encode(),) for text, _ in pairs]), np.array([count for _, count in pairs], np.int64)
 
 
 def is_held_out(key: bytes, val_fraction: float) -> bool:

@@ -30,8 +30,9 @@ def patiently(
             return action()
         except UserError:
             raise
-        except Exception as error:  # the errors of the libraries, and of their libraries, have no common base
-            refuse_local_failure(what, error)
+        except Exception as raised:  # the errors of the libraries, and of their libraries, have no common base
+            refuse_local_failure(what, raised)
+            error = origin(raised)
             give_up(error)
             if attempt == attempts:
                 raise UserError(
@@ -41,6 +42,14 @@ def patiently(
             message = f"{what}: {first_line(error)}; trying again in {pause} s\n"
             tqdm.write(message, file=sys.stderr, end="")  # in one piece: several threads may print
             time.sleep(pause)
+
+
+def origin(error: Exception) -> Exception:
+    """The server's answer, or else what came first, behind the errors that libraries raised from it: huggingface_hub says
+    only "due to the above error"."""
+    while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def refuse_local_failure(what: str, error: Exception) -> None:

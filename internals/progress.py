@@ -70,8 +70,8 @@ class Progress:
         if name != self.reading:
             self.reading, self.characters = name, 0
         self.characters += new.characters
-        if new.replaced or name in self.repaired_files:
-            bad = self.repaired_files.get(name, [0, 0])[0] + new.replaced
+        if new.replaced.any() or name in self.repaired_files:
+            bad = self.repaired_files.get(name, [0, 0])[0] + int(new.replaced.sum())
             self.repaired_files[name] = [bad, self.characters]
         if len(self.ids) < FEW_IDS:
             found = {id.decode("utf-8", "replace") for id in new.ids}

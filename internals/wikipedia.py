@@ -55,8 +55,10 @@ class HubWikipedia(Source):
         # HTTP asks again after 10 s of silence and continues the download. Set this before the first import.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
-        if endpoint := os.environ.get("HF_ENDPOINT"):
-            os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")  # huggingface_hub would ask for //api
+        if endpoint := os.environ.pop("HF_ENDPOINT", "").rstrip("/"):  # with the slash, it would ask for //api
+            os.environ["HF_ENDPOINT"] = endpoint
+        if forbidden := os.environ.get("HF_DATASETS_OFFLINE"):  # of which huggingface_hub knows nothing
+            os.environ.setdefault("HF_HUB_OFFLINE", forbidden)
         self.commit, self.files, self.current = "", [], 0
         self.bytes = 0  # of all files
         self._futures: dict[int, Future] = {}
@@ -82,14 +84,20 @@ class HubWikipedia(Source):
         import datasets
         from huggingface_hub import HfApi, constants
 
-        if is_offline():
+        if constants.HF_HUB_OFFLINE:
             return self._find_cached(Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}")
         commit = HfApi().dataset_info(REPOSITORY, revision=self.identity["revision"]).sha
-        self._check_config(datasets.get_dataset_config_names(REPOSITORY, revision=commit))
-        builder = datasets.load_dataset_builder(REPOSITORY, self.config, revision=commit)
+        # `hf://`, or a folder wikimedia/wikipedia here would be taken for it. An empty cache, or where the hub fails, one
+        # that load_dataset has filled would answer with its own names
+        with tempfile.TemporaryDirectory() as empty:
+            ask = {"path": f"hf://datasets/{REPOSITORY}", "revision": commit, "cache_dir": empty}
+            self._check_config(datasets.get_dataset_config_names(**ask))
+            builder = datasets.load_dataset_builder(name=self.config, **ask)
         prefix = f"hf://datasets/{REPOSITORY}@{commit}/"
         names = [str(name).removeprefix(prefix) for name in builder.config.data_files["train"]]
         infos = HfApi().get_paths_info(REPOSITORY, names, revision=commit, repo_type="dataset")
+        if not names or len(infos) != len(names):
+            raise OSError(f"the hub names {len(names)} files, and knows {len(infos)} of them")
         files = [{"name": i.path, "bytes": i.size, "sha256": i.lfs.sha256 if i.lfs else None} for i in infos]
         return {"commit": commit, "files": mixed(files)}
 
@@ -194,12 +202,15 @@ class HubWikipedia(Source):
         return ask_hub(file.name, functools.partial(self._download, file), self.download_folder)
 
     def _download(self, file: SourceFile) -> Path:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
         cached = self._cached(file)
         for path in (self.downloads.folder / file.name, cached):
             if path and path.exists() and is_whole(path, file):
                 return path
+        if constants.HF_HUB_OFFLINE:
+            state = f"is damaged ({cached})" if cached else "is not on this machine"
+            raise UserError(f"{file.name}: {state}, and {OFFLINE} is set; go online and unset it")
         start, folder = time.monotonic(), None if self.keep else self.downloads.folder
         path = Path(
             hf_hub_download(**self._where(file), local_dir=folder, force_download=not self.keep or bool(cached))
@@ -247,30 +258,18 @@ def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None) -> T
     """
     from huggingface_hub import constants
 
-    advice = "try again when the network is back"
+    advice = "try again when the network is back; or check HF_ENDPOINT, HF_TOKEN and the variables of your proxy"
     # Only a full disk gets here: `patiently` explains every other failure
-    with writing(str(folder or constants.HF_HOME), "finished work is kept"):
+    with writing(str(folder or constants.HF_HUB_CACHE), "finished work is kept"):
         return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
-
-
-def is_offline() -> bool:
-    """Whether the user forbids the network, by one of the two variables."""
-    import datasets
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE  # HF_DATASETS_OFFLINE sets only the second
 
 
 def check_retryable(what: str, error: Exception) -> None:
     """Raise UserError if asking again cannot help."""
-    import datasets
     from huggingface_hub import constants
 
-    for folder in (constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE):
+    for folder in (constants.HF_HOME, constants.HF_HUB_CACHE):
         check_writable(what, folder)
-
-    if is_offline():
-        raise UserError(f"{what}: is not on this machine, and {OFFLINE} is set; go online and unset it") from error
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if 400 <= status < 500 and status not in (408, 429):
         hint = "is HF_TOKEN right?" if status in (401, 403) else "is --revision right?"

@@ -34,6 +34,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     commit = SHA  # of every branch
     faults: collections.deque = collections.deque()  # noqa: RUF012
     unanswered = 0  # this many requests about the repository get no answer
+    head_status = 200  # of HEAD requests for a parquet file
+    tree_failures = 0  # this many requests for a folder's files get status 500
     downloads: list = []  # noqa: RUF012  (file, revision) of each request
 
     def files(self):
@@ -113,6 +115,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 }
             )  # fmt: skip
         tree = re.fullmatch(rf"/api/datasets/{self.repo}/tree/[^/]+(?:/(.*))?", path)
+        if tree and self.tree_failures:
+            type(self).tree_failures -= 1
+            return self.answer(500, b'{"error": "Internal Server Error"}')
         if tree:
             return self.tree(have, tree[1] + "/" if tree[1] else "", query)
         blob = re.fullmatch(rf"/datasets/{self.repo}/resolve/([^/]+)/(.*)", path)
@@ -149,6 +154,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             # Like the real hub, offer Xet, its newer protocol. A client that uses it fails.
             headers += [("X-Xet-Hash", entry["lfs"]["oid"]), ("X-Xet-Refresh-Route", "/no-xet-here")]
         fault = "ok"
+        if self.command == "HEAD" and "lfs" in entry and self.head_status != 200:
+            return self.answer(self.head_status, b'{"error": "no"}')
         if self.command == "GET" and "lfs" in entry:
             self.downloads.append((name, revision))
             fault = self.faults.popleft() if self.faults else "ok"

@@ -1,5 +1,6 @@
 """Wikipedia's files in the Hugging Face cache and on the disk: found, counted, kept, downloaded again if damaged."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from hub_commands import hub_command, without_pauses
 from internals.progress import Display, Progress
 from internals.start import UserError
 from internals.text_files import SourceFile
-from internals.wikipedia import HubWikipedia
+from internals.wikipedia import HubWikipedia, ask_hub
 
 
 def test_files_in_the_hugging_face_cache_are_used_and_left_there(tmp_path, serve):
@@ -45,6 +46,11 @@ def test_offline_with_the_dataset_in_the_cache(tmp_path, serve, by):
     assert files(tmp_path / "out") == files(tmp_path / "once")
     cached = list((tmp_path / "home1" / "hub").rglob("train-00002*"))
     assert cached
+    blob, whole = cached[0].resolve(), cached[0].read_bytes()
+    blob.write_bytes(bytes(len(whole)))
+    result = run_script(*hub_command(tmp_path / "damaged"), env=offline)
+    assert_user_error(result, "train-00002", "is damaged", str(cached[0]), "HF_HUB_OFFLINE")
+    blob.write_bytes(whole)
     for path in cached:
         path.unlink()
     assert_user_error(
@@ -130,7 +136,7 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path, serve):
 
 
 @pytest.mark.parametrize(
-    "variables", [{"HF_HOME": "/proc/nowhere"}, {"HF_HOME": "{}/file/x"}, {"HF_DATASETS_CACHE": "/proc/x"}]
+    "variables", [{"HF_HOME": "/proc/nowhere"}, {"HF_HOME": "{}/file/x"}, {"HF_HUB_CACHE": "/proc/x"}]
 )
 @posix
 def test_a_cache_that_cannot_be_written_is_named_and_not_retried(tmp_path, serve, variables):
@@ -140,6 +146,18 @@ def test_a_cache_that_cannot_be_written_is_named_and_not_retried(tmp_path, serve
     result = run_script(*hub_command(tmp_path / "out"), env={**env, **variables})
     assert_user_error(result, "HF_HOME", *variables.values())
     assert "trying again" not in result.stderr
+
+
+def test_a_full_cache_is_named(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def fill():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=rf"^{tmp_path}: could not be written \(No space left on device\)"):
+        ask_hub("a file", fill)
 
 
 def test_the_users_own_downloads_stay(tmp_path, serve, hub_folder):

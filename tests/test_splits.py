@@ -173,6 +173,20 @@ def test_max_tokens_never_cuts_a_character(tmp_path):
         assert limit - 3 < len(train) + len(val) <= limit
 
 
+def test_max_tokens_counts_only_what_comes_before_the_cut(tmp_path):
+    """All in one chunk. An empty article and invalid characters before the cut, more of them behind it."""
+    texts = [b"a" * 3000, b"", b"caf\xe9 " + "café ".encode() * 500, b"b" * 3000, b"", b"caf\xe9 " * 60 + b"c" * 3000]
+    (tmp_path / "a.txt").write_bytes(b"----".join(texts))
+    result = run_script(*command(tmp_path / "out", tmp_path / "a.txt", "--separator", "----", "--max-tokens", "8000"))
+    assert result.returncode == 0, result.stderr
+    assert "left out 1 article without text" in result.stdout
+    meta = read_meta(tmp_path / "out")
+    assert meta["end"] == "max_tokens" and meta["empty"] == 1
+    [[replaced, characters]] = meta["repaired_files"].values()
+    held = sum(split["bytes"] for split in meta["splits"].values())
+    assert replaced == 1 and characters == held - 2 - 500  # U+FFFD has three bytes, é two
+
+
 def test_max_tokens_above_the_whole_source_says_nothing_false(tmp_path):
     text = prose(9_000)
     (tmp_path / "a.txt").write_text(text)

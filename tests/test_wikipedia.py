@@ -19,17 +19,16 @@ from hub_commands import hub_command, without_pauses
 from internals.shards import read_meta
 from internals.source_size import vocab_size_for
 from internals.start import UserError
-from internals.wikipedia import TEXT_PER_BYTE, check_retryable, mixed
+from internals.wikipedia import TEXT_PER_BYTE, HubWikipedia, check_retryable, mixed
 
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """The Hugging Face libraries of this process write into a folder of the test."""
-    import datasets
     from huggingface_hub import constants
 
-    for module, name in ((constants, "HF_HOME"), (constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
-        monkeypatch.setattr(module, name, str(tmp_path))
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setattr(constants, name, str(tmp_path))
 
 
 def test_the_hub(tmp_path, serve, hub_folder):
@@ -194,12 +193,7 @@ def test_what_the_hub_does_not_have(tmp_path, serve):
     ("status", "hint"),
     [(408, ""), (429, ""), (500, ""), (503, ""), (401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "--revision")],
 )
-def test_which_answers_of_the_hub_are_worth_another_try(own_cache, monkeypatch, status, hint):
-    import datasets
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+def test_which_answers_of_the_hub_are_worth_another_try(own_cache, status, hint):
     error = OSError(f"{status} Client Error")
     error.response = SimpleNamespace(status_code=status)
     if hint:
@@ -209,19 +203,83 @@ def test_which_answers_of_the_hub_are_worth_another_try(own_cache, monkeypatch, 
         check_retryable("a file", error)
 
 
-def test_both_variables_that_forbid_the_network_are_known(own_cache, monkeypatch):
-    import datasets
+@pytest.mark.parametrize("keep", [[], ["--keep-downloads"]])
+@pytest.mark.parametrize(
+    ("status", "words"), [(403, ["the hub refuses it (403", "HF_TOKEN"]), (500, ["500", "6 times"])]
+)
+def test_the_hubs_answer_is_told_when_it_refuses_to_describe_a_file(tmp_path, serve, keep, status, words):
+    """huggingface_hub asks with HEAD first, and hides the answer in the cause of another error."""
+    handler, env = serve()
+    handler.head_status = status
+    result = run_script(*without_pauses(hub_command(tmp_path / "out", *keep)), env=env)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    [message] = re.findall(r"error: 20231101.*", result.stderr)
+    assert all(word in message for word in words), message
 
-    check_retryable("a file", ConnectionError())
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as HF_DATASETS_OFFLINE sets it
-    with pytest.raises(UserError, match=r"a file: is not on this machine, and .*HF_DATASETS_OFFLINE is set"):
-        check_retryable("a file", ConnectionError())
+
+def test_a_cache_of_load_dataset_does_not_answer_for_a_failing_hub(tmp_path, serve):
+    handler, env = serve()
+    code = "from datasets import load_dataset; load_dataset('wikimedia/wikipedia', '20231101.simple', split='train')"
+    assert run_script("-c", code, env={**env, "HF_HUB_DISABLE_XET": "1"}).returncode == 0
+    handler.tree_failures = 8
+    result = run_script(*without_pauses(hub_command(tmp_path / "out")), env=env)
+    assert result.returncode == 0 and not handler.tree_failures, result.stderr
+    assert "trying again" in result.stderr
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_both_variables_that_forbid_the_network_are_known(tmp_path, serve, variable):
+    handler, env = serve()
+    result = run_script(*without_pauses(hub_command(tmp_path / "new")), env={**env, variable: "1"})
+    assert_user_error(result, "is incomplete in the cache", variable)
+    assert run_script(*without_pauses(hub_command(tmp_path / "out"), STOP_BEFORE_THE_END), env=env).returncode != 0
+    progress = json.loads((tmp_path / "out" / "progress.json").read_text())
+    (tmp_path / "out" / "progress.json").write_text(json.dumps(progress | {"file": 2, "row": 0, "end": ""}, indent=2))
+    handler.downloads.clear()
+    result = run_script(*without_pauses(hub_command(tmp_path / "out")), env={**env, variable: "1"})
+    assert_user_error(result, "is not on this machine", variable)
+    assert not handler.downloads
 
 
 def test_an_endpoint_with_a_slash_at_its_end(tmp_path, serve):
     _, env = serve()
     result = run_script(*hub_command(tmp_path / "out"), env={**env, "HF_ENDPOINT": env["HF_ENDPOINT"] + "/"})
     assert result.returncode == 0, result.stderr
+
+
+def test_an_empty_endpoint_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    HubWikipedia("simple", "20231101", "main", tmp_path)
+    assert "HF_ENDPOINT" not in os.environ
+
+
+def test_a_folder_named_like_the_repository_is_not_taken_for_the_hub(tmp_path, serve):
+    """As `hf download` leaves it, or a clone of the dataset."""
+    handler, env = serve()
+    (tmp_path / "wikimedia" / "wikipedia").mkdir(parents=True)
+    (tmp_path / "wikimedia" / "wikipedia" / "train.jsonl").write_text('{"text": "no Wikipedia"}\n')
+    there = f"import os, sys; sys.path.insert(0, os.getcwd()); os.chdir({str(tmp_path)!r})"
+    result = run_script(*without_pauses(hub_command(tmp_path / "out"), there), env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(handler.downloads) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "faults", "words"),
+    [
+        (["--text-column", "body"], [], "has no column 'body'"),
+        ([], ["error"] * 1000, "tried 6 times"),
+    ],
+)
+def test_a_mistake_or_a_failing_hub_does_not_cost_the_old_shards(tmp_path, serve, flags, faults, words):
+    handler, env = serve()
+    assert run_script(*hub_command(tmp_path / "out"), env=env).returncode == 0
+    before = files(tmp_path / "out")
+    handler.faults.extend(faults)
+    result = run_script(*without_pauses(hub_command(tmp_path / "out", "--overwrite", *flags)), env=env)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert before.items() <= files(tmp_path / "out").items()
 
 
 @posix
