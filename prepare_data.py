@@ -123,7 +123,6 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     if not progress.tokens:
         refuse_short_source(cfg, source, tokenizer)
     if cfg.overwrite:
-        next(source.chunks(0, ReadOptions.of(cfg, tokenizer)), None)  # the hub's, too: nobody has looked at it yet
         folder.delete()  # only now: a mistake in the flags, the files' form or the length must not cost the old shards
     write_tokenizer(tokenizer, cfg, source, progress)
     pipeline = Pipeline(cfg, source, progress, tokenizer)

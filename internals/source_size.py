@@ -70,13 +70,14 @@ def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[i
     """The tokens of the text, counted until they are enough, and the articles without text among them.
 
     It reads about a megabyte, unless --val-fraction is extreme. A Wikipedia from the hub counts as long, so only
-    --max-tokens can make it too short.
+    --max-tokens can make it too short. Where old shards will be deleted, its first file must be readable, too.
     """
-    most = cfg.max_tokens or LONG
+    most, options = cfg.max_tokens or LONG, ReadOptions.of(cfg, tokenizer)
     if source.counts_as_long:
+        if cfg.overwrite:
+            next(source.chunks(0, options), None)
         return most, 0
     tokens = empty = 0
-    options = ReadOptions.of(cfg, tokenizer)
     for chunk in (chunk for number in range(len(source.files)) for chunk in source.chunks(number, options)):
         new = tokenize(chunk, tokenizer, val_fraction=0.0)
         tokens, empty = tokens + len(new.tokens), empty + new.empty
