@@ -48,6 +48,7 @@ from internals.resume import resume_settings
 from internals.run import (
     Run,
     TrainState,
+    check_same_everywhere,
     check_tokenizer,
     complete_config,
     initial_model,
@@ -296,8 +297,7 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         machine.print(notice)
     meta = read_meta(cfg.data_dir)
     if cfg.init_from:
-        name = cfg.init_from
-        tokenizer = read_tokenizer(cfg.data_dir, meta)
+        name, tokenizer = cfg.init_from, read_tokenizer(cfg.data_dir, meta)
         sizes = dataclasses.replace(complete_config(cfg, meta, None).model, dropout=0.0)
         model = pretrained.initial_model(name, tokenizer, sizes)
     else:
@@ -305,13 +305,13 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         saved = checkpoint.load(name)
         check_tokenizer(saved, cfg, meta, f"--eval-only: {name}")
         name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved, name)
-    model.to(machine.device)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
     tokens = len(windows) * model.config.block_size
     cfg = dataclasses.replace(cfg, model=model.config)
-    tokens_per_iter = iteration_tokens(cfg, tokens, machine.processes)
-    cfg = resolve_batch_size(dataclasses.replace(cfg, tokens_per_iter=tokens_per_iter), machine)
-    micro_batch = MicroBatch(cfg.batch_size, model, machine)
+    check_same_everywhere(cfg, meta, machine)
+    machine.share_weights(model.to(machine.device))
+    cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, tokens, machine.processes))
+    micro_batch = MicroBatch(resolve_batch_size(cfg, machine).batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")
     row = validation_row(val_loss, meta)

@@ -68,6 +68,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
         registry=numbers,
+        console_outputs=os.environ.get("LOCAL_RANK", "0") in ("0", ""),  # process 0 of a machine speaks for all
     )
     paths = [name for name, kind in get_type_hints(cls, include_extras=True).items() if PATH in get_args(kind)]
     return dataclasses.replace(parsed, **{name: os.path.expanduser(getattr(parsed, name)) for name in paths})

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from internals.device import limit_threads, resolve_device, resolve_dtype
-from internals.processes import any_process, join_processes, place_among_processes
+from internals.processes import any_process, join_processes, place_among_processes, require_same
 from internals.screen import plural, printable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # numbers of mallopt's parameters, from glibc's malloc.h
@@ -151,12 +151,13 @@ def make_machine(cfg: TrainConfig) -> Machine:
     """This process's machine. Under torchrun, also joins the other processes.
 
     Raises:
-        UserError: there is no such device, or fewer GPUs than processes.
+        UserError: there is no such device, or fewer GPUs than processes, or some train and some only evaluate.
     """
     device = resolve_device(cfg.device)
     rank, processes = place_among_processes()
     if processes > 1:
         device = join_processes(device)
+        require_same({"eval_only": cfg.eval_only})  # which exchanges other things than training
     limit_threads()
     if device.type == "cpu":
         keep_freed_memory()

@@ -16,30 +16,38 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from internals.settings import as_typed
 from internals.start import FIRST_PROCESS_ENDED, UserError
 
-LOST_PROCESS = "another process of this run ended, so this one ends too; continue with --resume"
+LOST_PROCESS = (
+    "another process of this run ended, so this one ends too. What it printed, perhaps on another machine, says why; if "
+    "training had begun, continue with --resume"
+)
 # Seconds for a process to end by itself after another one has ended. More than the seconds for which a process lets
 # process 0 speak first (internals/start.py).
 GRACE = 5
+LAST_PORT = 65535
 WRITING = threading.Lock()  # held while checkpoints are written; the end of another process must not interrupt that
 
 
 def place_among_processes() -> tuple[int, int]:
     """(rank, number of processes), from torchrun's environment variables; (0, 1) without torchrun."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(given):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return 0, 1
-    missing = [name for name in names if name not in given]
-    numbers = [os.environ.get(name, "") for name in names[:3]]
-    if missing or not all(number.isdecimal() for number in numbers):
+    faults = [f"no {name}" for name in names if not given.get(name)]
+    faults += [f"{name} is no number" for name in names[:4] if given.get(name) and not given[name].isdecimal()]
+    if not faults and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        faults.append("RANK is not below WORLD_SIZE")
+    if not faults and int(given["MASTER_PORT"]) > LAST_PORT:
+        faults.append(f"MASTER_PORT is above {LAST_PORT}")
+    if faults:
         raise UserError(
-            f"the environment has {' '.join(f'{name}={os.environ[name]}' for name in given)}"
-            + (f", but no {' and no '.join(missing)}" if missing else "")
-            + "; start several processes with torchrun, or unset these for one"
+            f"the environment has {' '.join(f'{name}={value}' for name, value in given.items())}, but "
+            f"{' and '.join(faults)}; start several processes with torchrun, or unset these for one"
         )
-    return int(numbers[0]), int(numbers[1])
+    return int(given["RANK"]), int(given["WORLD_SIZE"])
 
 
 def join_processes(device: torch.device) -> torch.device:
@@ -64,6 +72,17 @@ def join_processes(device: torch.device) -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     Watch.start()
     return device
+
+
+def require_same(values: dict[str, Any]) -> None:
+    """Raise UserError if another process has other values. Each machine has its own command line, config.py and data.
+    Their gradients would be added up, but every process would go its own way, or wait for ever."""
+    everyone = [values] * dist.get_world_size()
+    dist.all_gather_object(everyone, values)
+    for other in everyone:
+        if changed := [name for name, value in values.items() if value != other[name]]:
+            found = ", ".join(f"{name}: {as_typed(values[name])} and {as_typed(other[name])}" for name in changed)
+            raise UserError(f"the processes differ ({found}); give all machines the same command, config.py and data")
 
 
 def leave_processes() -> None:

@@ -25,10 +25,10 @@ from internals.files import locked, writing
 from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
-from internals.processes import WRITING
+from internals.processes import WRITING, require_same
 from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
-from internals.settings import as_typed, differences, upgrade, with_settings
+from internals.settings import differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
@@ -141,19 +141,13 @@ def check_together(cfg: TrainConfig, machine: Machine) -> None:
 
 
 def check_same_everywhere(cfg: TrainConfig, meta: dict[str, Any], machine: Machine) -> None:
-    """Raise UserError if a process has other settings or text than process 0: each machine has its own command line,
-    config.py and data. Their gradients would be added up, but every process would go its own way, or wait for ever."""
+    """Raise UserError if another process has other settings or another text."""
     if machine.processes == 1:
         return
-    may_differ = {"preset", "data_dir", "out_dir", "overwrite", "eval_only", "config", "device", "dtype"}
+    may_differ = {"preset", "data_dir", "out_dir", "overwrite", "config", "device", "dtype"}
     settings = {name: value for name, value in cfg.settings().items() if name not in may_differ}
     settings |= {**settings.pop("model"), "device": machine.device.type, "data": describe_data(meta)["sha256"]}
-    everyone = [settings] * machine.processes
-    dist.all_gather_object(everyone, settings)
-    for other in everyone:
-        if changed := [name for name, value in settings.items() if value != other[name]]:
-            values = ", ".join(f"{name}: {as_typed(settings[name])} and {as_typed(other[name])}" for name in changed)
-            raise UserError(f"the processes differ ({values}); give all machines the same command, config.py and data")
+    require_same(settings)
 
 
 def complete_config(cfg: TrainConfig, meta: dict[str, Any], saved: dict[str, Any] | None) -> TrainConfig:
@@ -187,9 +181,12 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         UserError: there is nothing to resume, or a new run would overwrite an old one or its own source.
     """
     last, saved = Path(cfg.out_dir, "last.pt"), None
-    if cfg.resume and not last.exists():
+    resumes = (cfg.resume or cfg.auto_resume) and last.exists()
+    if len(machine.gather(torch.tensor([resumes])).unique()) > 1:
+        raise different_folders(cfg)
+    if cfg.resume and not resumes:
         raise UserError(f"--resume: there is no run in {cfg.out_dir} (no last.pt); leave --resume out to start one")
-    if cfg.resume or (cfg.auto_resume and last.exists()):
+    if resumes:
         saved = checkpoint.load_last(last)
         if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
             raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
@@ -201,8 +198,12 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         check_source_stays(cfg.init_from, Path(cfg.out_dir))
     seen = torch.tensor([saved["iter"] if saved else -1])
     if len(machine.gather(seen).unique()) > 1:
-        raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
+        raise different_folders(cfg)
     return saved
+
+
+def different_folders(cfg: TrainConfig) -> UserError:
+    return UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
 
 
 def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:

@@ -23,7 +23,9 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if machine.is_main and not stop.is_set():
             with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
-                os.write(2, b"\nStopping after this iteration, which is saved. Ctrl-C stops at once.\n")
+                # torchrun passes on the first one only
+                at_once = b"" if "TORCHELASTIC_RUN_ID" in os.environ else b" Ctrl-C stops at once."
+                os.write(2, b"\nStopping after this iteration, which is saved." + at_once + b"\n")
         stop.set()
 
     with handling(handler, "SIGINT", "SIGTERM", "SIGHUP"):

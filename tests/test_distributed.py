@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, run_script
 from runs import assert_same_end, metrics, tiny
 from two_processes import flags, run_both, torchrun, with_fault
 
@@ -88,12 +88,39 @@ def test_machines_may_have_other_processors(data_dir, tmp_path):
     assert len(weights) == 2 and len(set(weights)) == 1
 
 
-def test_machines_must_share_the_folder_of_the_run(data_dir, tmp_path, two):
+@pytest.mark.parametrize("flag", ["--auto-resume", "--resume"])
+def test_machines_must_share_the_folder_of_the_run(data_dir, tmp_path, two, flag):
     shutil.copytree(two[0], tmp_path / "run")
     elsewhere = f"sys.argv += ['--out-dir={tmp_path / 'other'}'] * RANK"
-    result = run_both(*flags(data_dir, tmp_path / "run"), "--auto-resume", script=with_fault(tmp_path, elsewhere))
+    result = run_both(*flags(data_dir, tmp_path / "run"), flag, script=with_fault(tmp_path, elsewhere))
     assert result.returncode != 0
     assert result.stderr.count("the processes see different files there; all machines must share it") == 1
+
+
+OTHER_WEIGHTS = """
+if RANK == 1:
+    build_model = train.checkpoint.build_model
+    def other_weights(*args):
+        model = build_model(*args)
+        model.transformer.wte.weight.data *= 2
+        return model
+    train.checkpoint.build_model = other_weights"""
+
+
+def test_machines_evaluate_the_same_model_on_the_same_windows(data_dir, tmp_path, two):
+    """What process 0 has: the others may hold another best.pt in a folder of the same name. All else is refused."""
+    evaluate = [*flags(data_dir, two[0]), "--eval-only"]
+    alone = run_script("train.py", *evaluate)
+    assert alone.returncode == 0, alone.stderr
+    [loss] = re.findall(r"loss .*", alone.stdout)
+    together = run_both(*evaluate, script=with_fault(tmp_path, OTHER_WEIGHTS))
+    assert together.returncode == 0 and loss in together.stdout, together.stderr
+    for fault, words in (
+        ("sys.argv += ['--eval-tokens=128'] * RANK", "eval_tokens: 256 and 128"),
+        ("sys.argv = sys.argv[: len(sys.argv) - RANK]", "eval_only: True and False"),
+    ):
+        refused = run_both(*evaluate, script=with_fault(tmp_path, fault))
+        assert refused.returncode != 0 and f"error: the processes differ ({words})" in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])

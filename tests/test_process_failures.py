@@ -61,6 +61,11 @@ def test_a_dead_process_waits_for_what_is_being_written(monkeypatch):
     assert not watch.thread.is_alive() and not ended.is_set()
 
 
+def test_a_mistyped_flag_is_told_once(data_dir, tmp_path):
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), "--max-itersx", "3"))
+    assert result.returncode != 0 and result.stderr.count("--max-itersx") == 1, result.stderr
+
+
 def test_a_signal_to_one_process_stops_all(data_dir, tmp_path):
     one = "train.get_lr = lambda it, cfg: (os.kill(os.getpid(), 15) if (RANK, it) == (1, 3) else 0, get_lr(it, cfg))[1]"
     result = run_both(*flags(data_dir, tmp_path / "run"), script=with_fault(tmp_path, one))

@@ -154,6 +154,15 @@ start.run(lambda: train.main(cli.parse(TrainConfig, "")), "Stopped.")
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iter"] == 0
 
 
+def test_under_torchrun_no_second_ctrl_c_is_promised(monkeypatch, capfd):
+    """torchrun passes on only the first."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with stopping.catch_signals(SimpleNamespace(is_main=True)) as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.is_set()
+    assert capfd.readouterr().err == "\nStopping after this iteration, which is saved.\n"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_scheduler_may_signal_twice(data_dir, tmp_path, monkeypatch, capfd, name):
     """It signals every process of a job, and a launcher passes its own signal on."""

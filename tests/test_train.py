@@ -17,6 +17,7 @@ import train
 from config import TrainConfig
 from internals import checkpoint
 from internals.machine import make_machine
+from internals.processes import place_among_processes
 from internals.run import Run, TrainState
 from internals.start import UserError
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -192,6 +193,29 @@ def test_mistakes_end_in_a_short_message(data_dir, tmp_path):
 def test_a_leftover_of_torchrun_is_one_message(data_dir, tmp_path, environment):
     result = run_script("train.py", *flags(data_dir, tmp_path / "run"), env={**os.environ, **environment})
     assert_user_error(result, "the environment has", "start several processes with torchrun, or unset")
+
+
+WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29998"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"MASTER_PORT": "abc"}, "but MASTER_PORT is no number; start"),
+        ({"MASTER_PORT": "99999"}, "but MASTER_PORT is above 65535; start"),
+        ({"MASTER_PORT": "", "MASTER_ADDR": ""}, "but no MASTER_PORT and no MASTER_ADDR; start"),
+        ({"WORLD_SIZE": "0"}, "but RANK is not below WORLD_SIZE; start"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "but RANK is not below WORLD_SIZE; start"),
+    ],
+)
+def test_places_that_cannot_be_are_a_message(monkeypatch, changed, words):
+    for name, value in (WHOLE | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        place_among_processes()
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert place_among_processes() == (0, 2)
 
 
 def test_every_field_is_read():
