@@ -38,6 +38,7 @@ Positive = Annotated[float, Range("above 0, and finite", lambda value: 0 < value
 Auto = Literal["auto"]
 CountOrAuto = Annotated[int | Auto, Range("at least 1, below 2^63, or auto", lambda n: n == "auto" or 1 <= n < 2**63)]
 FractionOrAuto = Annotated[float | Auto, Range("at least 0 and below 1, or auto", lambda n: n == "auto" or 0 <= n < 1)]
+Samples = Annotated[int, Range("from 1 to 65,536", lambda value: 1 <= value <= 65_536)]
 Workers = Annotated[int, Range("from 1 to 256", lambda value: 1 <= value <= 256)]
 ShardTokens = Annotated[int, Range("from 1 to 2^31 - 1", lambda value: 1 <= value < 2**31)]  # an int32 in the header
 VocabSize = Annotated[int, Range("from 257 (bytes, end-of-text) to 65,536", lambda value: 257 <= value <= 65_536)]
@@ -338,7 +339,7 @@ class GenerateConfig(Compute, CheckpointFile):
     temperature: Rate = 0.8  # below 1 favours likely tokens, above 1 unlikely ones; 0: always the likeliest token
     top_k: Count | None = 200  # sample among the k likeliest tokens; None: all
     top_p: Probability = 1.0  # sample among the likeliest tokens that together have this probability; 1: all
-    num_samples: Count = 1  # continuations of the prompt
+    num_samples: Samples = 1  # continuations of the prompt
     seed: Natural | None = None  # the same seed on the same device makes the same text; None: a new one each time
     ignore_eot: bool = False  # keep generating after <|endoftext|>
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text ('\n': a line break); may be repeated

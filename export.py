@@ -23,11 +23,13 @@ import math
 import os
 import string
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
@@ -58,7 +60,7 @@ def export(cfg: ExportConfig) -> None:
     """Write the model of a checkpoint to the folder `out_dir`, which appears whole or not at all."""
     out_dir = Path(cfg.out_dir)
     name = as_text(out_dir.name)
-    if os.path.lexists(out_dir):
+    if os.path.lexists(out_dir) or name == "..":
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
     full_path = str(out_dir.absolute())
     if cfg.format == "hf" and full_path != as_text(full_path):
@@ -68,7 +70,7 @@ def export(cfg: ExportConfig) -> None:
     gpt2_reference.check_tensors(set(model.state_dict()), model.config.n_layer)
     too_large = f"--checkpoint {cfg.checkpoint}: too little memory to export it; use a machine with more memory"
     with enough_memory(too_large), files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
-        refuse_overflow(model, dtype)
+        refuse_overflow(model.parameters() if cfg.format == "hf" else gguf.matrices(model), dtype)
         parent = files.nearest_folder(out_dir.parent)
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as temporary:
             folder = Path(temporary, "incomplete")
@@ -97,9 +99,9 @@ def export(cfg: ExportConfig) -> None:
     print(f"Load it{needs}: {loading_command(cfg, tokenizer, model.config.block_size)}")
 
 
-def refuse_overflow(model: GPT, dtype: torch.dtype) -> None:
+def refuse_overflow(weights: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Raise UserError if a weight is beyond the range of `dtype`. A model that is not finite already may be exported."""
-    if any(weight.isfinite().all() and not weight.to(dtype).isfinite().all() for weight in model.parameters()):
+    if any(weight.isfinite().all() and not weight.to(dtype).isfinite().all() for weight in weights):
         name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
         raise UserError(f"--dtype {name}: holds no weights above {largest:,.0f}, as this model has; use float32")
 
@@ -119,7 +121,10 @@ def example(tokenizer: tiktoken.Encoding, context: int) -> tuple[str, int]:
 def how_to_load(usage: str, name: str, tokenizer: tiktoken.Encoding, context: int) -> str:
     """`usage` with an example."""
     prompt, new_tokens = example(tokenizer, context)
-    return string.Template(usage).substitute(name=name, prompt=prompt, new_tokens=new_tokens, context=f"{context:,}")
+    path, quoted = shell_join([f"{name}/model.gguf"]), json.dumps(name, ensure_ascii=False)
+    return string.Template(usage).substitute(
+        path=path, quoted=quoted, prompt=prompt, new_tokens=new_tokens, context=f"{context:,}"
+    )
 
 
 def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: int) -> str:

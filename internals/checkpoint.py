@@ -23,6 +23,7 @@ from model import GPT
 
 FORMAT = 1
 
+NO_CHECKPOINT = "not a checkpoint written by this project; name a run's best.pt, last.pt or folder"
 REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_loss"}
 
 
@@ -42,10 +43,10 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """
     path = Path(path)
     check_file(path)
-    with reading(path, "is damaged, or not a checkpoint written by this project"):
+    with reading(path, f"is damaged, or {NO_CHECKPOINT}"):
         checkpoint = read(path, mmap)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: is not a checkpoint written by this project")
+        raise UserError(f"{path}: is {NO_CHECKPOINT}")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: has checkpoint format {checkpoint['format']}, but this version reads {FORMAT}")
     if missing := REQUIRED - checkpoint.keys():
@@ -111,17 +112,23 @@ def check_file(path: Path) -> None:
             f"{path}: is a GGUF file, which only llama.cpp reads; give the checkpoint that it was made from"
         )
     if head[:4] == SHARD_MAGIC.to_bytes(4, "little"):
-        raise UserError(f"{path}: is a shard of tokens, not a checkpoint; its folder is for --data-dir")
+        raise UserError(f"{path}: is a shard of tokens, {NO_CHECKPOINT}")
 
 
 def no_checkpoint(path: Path) -> str:
     """What to do about a checkpoint that does not exist: `there is no checkpoint; ADVICE`."""
-    advice = "train one first (train.py), or name another file or folder"
     if (path.parent / "model.safetensors").exists():
-        advice = f"{path.parent} is in Hugging Face format: give it to --init-from, or to generate.py --checkpoint"
-    elif models := sorted(str(best.parent) for best in path.parent.parent.glob("*/best.pt")):
-        advice += f": there are models in {', '.join(models[:5])}{', ...' if len(models) > 5 else ''}"
-    return f"there is no checkpoint; {advice}"
+        what = f"{path.parent} is in Hugging Face format: give it to --init-from, or to generate.py --checkpoint"
+    else:
+        what = advice(path.parent.parent)
+    return f"there is no checkpoint; {what}"
+
+
+def advice(folder: Path) -> str:
+    """What to do where there is no model. Names the runs in the folder."""
+    models = sorted(str(best.parent) for best in folder.glob("*/best.pt"))
+    known = f": there are models in {', '.join(models[:5])}{', ...' if len(models) > 5 else ''}" if models else ""
+    return f"train one first (train.py), or name another file or folder{known}"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,15 @@ INVALID = re.compile("[\udc80-\udcff]")  # bytes that `surrogateescape` could no
 WESTERN = ("cp1250", "cp1252", "cp1254", "cp1257", "cp1258", "latin_1", "mac_roman")  # guesses mix them up
 SAMPLE_BYTES = 1 << 16  # at the beginning of a file, from which to guess its encoding
 
-codecs.register_error("mark", lambda error: ("\udcff", error.end))  # one surrogate for each invalid sequence
+
+def mark(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Decodes each invalid sequence to a surrogate, and encodes it, and those that a text spells out, as byte 0xFF."""
+    if isinstance(error, UnicodeEncodeError):
+        return b"\xff" * (error.end - error.start), error.end
+    return "\udcff", error.end
+
+
+codecs.register_error("mark", mark)
 
 
 def check_encoding(name: str) -> None:
@@ -65,10 +73,10 @@ def as_utf8(blocks: Iterable[Block], given: str) -> Iterator[Block]:
             encoding = encoding_of(block.data, given)
             decoder = None if encoding.startswith("utf-8") else codecs.getincrementaldecoder(encoding)("mark")
         if decoder:
-            block = Block(decoder.decode(block.data).encode("utf-8", "surrogateescape"), block.position)
+            block = Block(decoder.decode(block.data).encode("utf-8", "mark"), block.position)
         yield block
     if decoder and (rest := decoder.decode(b"", final=True)):
-        yield Block(rest.encode("utf-8", "surrogateescape"), block.position)
+        yield Block(rest.encode("utf-8", "mark"), block.position)
 
 
 @dataclass

@@ -82,7 +82,9 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
     result = Found(root, chosen, walk.left_out, walk.folders)
     if not chosen:
         reasons = result.reasons() or "it is empty"
-        raise UserError(f"--source {' '.join(sources)}: holds no text files ({reasons}); give {KNOWN}")
+        raise UserError(
+            f"--source {' '.join(sources)}: holds no text files ({reasons}); give {KNOWN}, and rename other plain text to .txt"
+        )
     refuse_pairs(chosen, root)
     return result
 

@@ -14,7 +14,7 @@ from model import GPT
 USAGE = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
 
 ```sh
-llama-server -m $name/model.gguf
+llama-server -m $path
 curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens": $new_tokens}'
 ```"""
 
@@ -24,14 +24,19 @@ NUMBERS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 
 
-def round_matrices(model: GPT, dtype: torch.dtype) -> GPT:
-    """Round the tensors that llama.cpp takes in another dtype than float32: the embedding of tokens and the
-    projections.
+def matrices(model: GPT) -> list[nn.Parameter]:
+    """The tensors that llama.cpp takes in another dtype than float32: the embedding of tokens and the projections."""
+    projections = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    return [model.transformer.wte.weight, *projections]
 
-    Changes the model. Its norms, biases and embedding of positions stay in float32, as in llama.cpp's own conversion.
+
+def round_matrices(model: GPT, dtype: torch.dtype) -> GPT:
+    """Round the matrices. Changes the model.
+
+    Its norms, biases and embedding of positions stay in float32, as in llama.cpp's own conversion.
     """
-    for module in (model.transformer.wte, *(module for module in model.modules() if isinstance(module, nn.Linear))):
-        module.weight.data = module.weight.data.to(dtype)
+    for matrix in matrices(model):
+        matrix.data = matrix.data.to(dtype)
     return model
 
 

@@ -33,7 +33,7 @@ ARCHITECTURE = {
 USAGE = """```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", model="$name")
+generate = pipeline("text-generation", model=$quoted)
 print(generate("$prompt", max_new_tokens=$new_tokens)[0]["generated_text"])
 ```
 

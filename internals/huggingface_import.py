@@ -24,8 +24,8 @@ from internals.files import writing
 from internals.huggingface import ARCHITECTURE, TRANSPOSED
 from internals.network import refuse_local_failure
 from internals.start import UserError
-from internals.tokenizer import load_tokenizer, tokenizer_name
-from internals.tokenizer_json import OWN_PRE_TOKENIZER, canonical, vocabulary
+from internals.tokenizer import PREPARE_ANEW, is_json, load_tokenizer, tokenizer_name
+from internals.tokenizer_json import BYTE_LEVEL, OWN_PRE_TOKENIZER, canonical, vocabulary
 from model import GPT
 
 SMALL_FILES = ("config.json", "tokenizer.json", "vocab.json")  # read first: gigabytes follow only if the model fits
@@ -110,7 +110,10 @@ def read_config(source: str) -> ModelConfig:
         found["activation_function"] = ARCHITECTURE["activation_function"]
     for key, value in ARCHITECTURE.items():
         if found.get(key, value) != value:
-            raise UserError(f"{source}: its config.json says {key} = {found[key]!r}; only {value!r} is supported")
+            known = TANH_GELU if key == "activation_function" else (value,)
+            raise UserError(
+                f"{source}: its config.json says {key} = {found[key]!r}; only {' or '.join(map(repr, known))} is supported"
+            )
     sizes = {name: read_size(source, found, names, default) for name, (names, default) in SIZES.items()}
     if sizes["n_inner"] is None:
         sizes["n_inner"] = 4 * sizes["n_embd"]
@@ -163,31 +166,40 @@ def find_tokenizer(source: str, rows: int) -> str:
     if theirs is None:
         ask_hub_for(source, "tokenizer.json")
         raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
-    for name, size in TOKENIZERS.items():
-        if len(theirs) == size and theirs == vocabulary(load_tokenizer(name)):
-            return name
     path = fetch(source, SMALL_FILES) / "tokenizer.json"
-    if path.exists() and read_json(path).get("pre_tokenizer") == OWN_PRE_TOKENIZER:
+    settings = read_json(path) if path.exists() else {}
+    if settings.get("pre_tokenizer") == OWN_PRE_TOKENIZER:
         return canonical(path.read_text(encoding="utf-8"), str(path))
+    for name, size in TOKENIZERS.items():
+        if len(theirs) == size and leaves_text_as_it_is(settings) and theirs == vocabulary(load_tokenizer(name)):
+            return name
     raise UserError(
         f"{source}: its tokenizer ({len(theirs):,} tokens) is not one of this project's: {', '.join(TOKENIZERS)}, or one "
         "that prepare_data.py trained"
     )
 
 
+def leaves_text_as_it_is(settings: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json has the pieces of GPT-2's pattern encoded, all of a text and nothing else."""
+    cut = {"add_prefix_space": False, "use_regex": True, **(settings.get("pre_tokenizer") or BYTE_LEVEL)}
+    return settings.get("normalizer") is None and cut | {"trim_offsets": True} == BYTE_LEVEL
+
+
 def check_tokenizer(source: str, rows: int, tokenizer: str) -> int:
     """Refuse a model whose tokens are not those of `tokenizer`. Returns their number; later rows are unused.
 
-    Without a tokenizer among its files, the number of rows decides: it must be the number of tokens, or that padded to
-    a multiple of 64 or 128.
+    Without a tokenizer among its files, the number of rows decides for one that everybody has (`TOKENIZERS`): it must be
+    the number of tokens, or that padded to a multiple of 64 or 128.
     """
     ours, theirs = vocabulary(load_tokenizer(tokenizer)), read_vocabulary(source, rows)
     usual = {math.ceil(len(ours) / multiple) * multiple for multiple in (1, 64, 128)}
-    if (rows not in usual) if theirs is None else (theirs != ours):
+    if theirs is None and is_json(tokenizer):
+        find_tokenizer(source, rows)  # raises
+    if (rows not in usual) if theirs is None else (theirs != ours or find_tokenizer(source, rows) != tokenizer):
         tokens = rows if theirs is None else len(theirs)
         raise UserError(
             f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {tokenizer_name(tokenizer)} ({len(ours):,} tokens); "
-            "prepare the data with the model's tokenizer (prepare_data.py --tokenizer)"
+            f"{PREPARE_ANEW}"
         )
     return len(ours)
 
@@ -218,7 +230,7 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
     ):
         if names:
             raise UserError(f"{source}: {len(names)} tensors are {problem}: {min(names)} among them")
-    if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
+    if head is not None and not is_same(head, weights["transformer.wte.weight"]):
         raise UserError(f"{source}: its output head is not tied to its embedding; only tied heads are supported")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     shapes["transformer.wte.weight"] = torch.Size([rows, config.n_embd])
@@ -228,8 +240,15 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
     return fitted | {"transformer.wte.weight": torch.cat([embedding, padding])}
 
 
+def is_same(head: Tensor, embedding: Tensor) -> bool:
+    """Whether a head is a copy of the embedding, perhaps in another dtype."""
+    return head.shape == embedding.shape and torch.allclose(
+        head, embedding.to(head.dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def fit_tensor(source: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    fitted = tensor.T if name.endswith(TRANSPOSED) else tensor
+    fitted = tensor.T if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
     if fitted.shape != shape or not fitted.is_floating_point():
         raise UserError(
             f"{source}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, which does not fit its config.json"

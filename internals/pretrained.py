@@ -29,7 +29,7 @@ from internals.huggingface_import import (
     without_weights,
 )
 from internals.start import UserError
-from internals.tokenizer import load_tokenizer, tokenizer_name
+from internals.tokenizer import PREPARE_ANEW, load_tokenizer, tokenizer_name
 from model import GPT
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class Checkpoint:
         if saved["tokenizer"] != tokenizer:
             raise UserError(
                 f"{self.path}: was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but the data is prepared "
-                f"with {tokenizer_name(tokenizer)}; prepare it with the model's (prepare_data.py --tokenizer)"
+                f"with {tokenizer_name(tokenizer)}; {PREPARE_ANEW}"
             )
         return checkpoint.model_config(saved, str(self.path))
 
@@ -194,7 +194,7 @@ def find(source: str) -> Checkpoint | HuggingFace:
         raise without_weights(source)
     raise UserError(
         f"{source}: holds no model: neither best.pt, which train.py writes, nor the config.json and model.safetensors of a "
-        "GPT-2"
+        f"GPT-2; {checkpoint.advice(path)}"
     )
 
 

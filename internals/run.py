@@ -260,7 +260,8 @@ def check_tokenizer(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any
     if saved["tokenizer"] != tokenizer:
         raise UserError(
             f"{name} was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but {cfg.data_dir} is prepared with "
-            f"{tokenizer_name(tokenizer)}; give the --data-dir of that run"
+            f"{tokenizer_name(tokenizer)}; give the --data-dir of that run, or if its text has been replaced since, prepare the "
+            "old one again, or start a new run in another --out-dir"
         )
 
 

@@ -37,7 +37,9 @@ def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
         try:
             return from_json(tokenizer)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the tokenizer {short_name(tokenizer)} is damaged ({first_line(error)})") from error
+            raise UserError(
+                f"the tokenizer {short_name(tokenizer)} is damaged, or of another version ({first_line(error)})"
+            ) from error
     if tokenizer == "bytes":
         return tiktoken.Encoding(
             "bytes",
@@ -54,6 +56,12 @@ def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
             raise UserError(f"{VOCABULARY}: could not be read or stored ({error}); {VOCABULARY_ADVICE}") from error
         return tiktoken.Encoding(**{**encoding, "pat_str": GPT2_PATTERN})
     raise UserError(f"there is no tokenizer {tokenizer!r}; give gpt2, bytes or a tokenizer.json")
+
+
+# What to do if a model and data have different tokenizers
+PREPARE_ANEW = (
+    "prepare the data with prepare_data.py --tokenizer FILE, the model's tokenizer.json (export.py writes it, too)"
+)
 
 
 def is_json(tokenizer: str) -> bool:

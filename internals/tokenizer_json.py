@@ -63,10 +63,20 @@ def to_json(tokenizer: tiktoken.Encoding) -> str:
 
 
 def from_json(text: str) -> tiktoken.Encoding:
-    """The tokenizer whose `to_json` this is. A BPE's ids, in the order of its merges, are the ranks of tiktoken."""
+    """The tokenizer whose `to_json` this is. A BPE's ids, in the order of its merges, are the ranks of tiktoken.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not such a text, or it cuts text by another pattern than ours.
+    """
     byte = {character: value for value, character in enumerate(byte_alphabet())}
-    vocab = json.loads(text)["model"]["vocab"]
-    tokens = [bytes(byte[character] for character in token) for token in vocab if token != END_OF_TEXT]
+    value = json.loads(text)
+    if value["pre_tokenizer"] != OWN_PRE_TOKENIZER:
+        raise ValueError("it cuts text by another pattern")
+    tokens = [
+        bytes(byte[character] for character in token) for token in value["model"]["vocab"] if token != END_OF_TEXT
+    ]
+    if b"" in tokens or not {bytes([value]) for value in range(256)} <= set(tokens):
+        raise ValueError("a token is empty, or a byte has none")
     return own_tokenizer(short_name(text), tokens)
 
 

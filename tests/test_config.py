@@ -127,6 +127,7 @@ def test_a_configuration_cannot_be_changed():
         (TrainConfig, ["--tokens-per-iter", "1e308"], ["--tokens-per-iter 1", "below 2^63"]),
         (TrainConfig, ["--warmup-iters", "1e308"], ["--warmup-iters 1", "below 2^63"]),
         (TrainConfig, ["--muon-lr-scale", "1e308"], ["--muon-lr-scale 1e+308", "from 0 to 1e12"]),
+        (GenerateConfig, ["--num-samples", "65537"], ["--num-samples 65537", "from 1 to 65,536"]),
         (PrepareConfig, ["--val-fraction", "1"], ["--val-fraction 1.0"]),
         (PrepareConfig, ["--source", ""], ["--source"]),
         (PrepareConfig, ["--max-tokens", "0"], ["--max-tokens 0"]),

@@ -115,6 +115,14 @@ def test_an_unknown_encoding_is_a_message(tmp_path, name):
         prepare(config(tmp_path / "out", tmp_path, encoding=name))
 
 
+@pytest.mark.parametrize(("encoding", "half"), [("unicode_escape", r"\ud83d"), ("utf-7", "+2D0-")])
+def test_half_a_character_that_a_text_spells_out_is_replaced(tmp_path, encoding, half):
+    (tmp_path / "a.txt").write_text("A long enough text. " * 1000 + half + " and more." * 100)
+    prepare(config(tmp_path / "out", tmp_path / "a.txt", encoding=encoding))
+    assert whole_text(tmp_path / "out") == "A long enough text. " * 1000 + "\ufffd" + " and more." * 100
+    assert read_meta(tmp_path / "out")["repaired_files"]["a.txt"][0] == 1
+
+
 def test_repaired_files_are_listed_with_their_share(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(60):

@@ -1,8 +1,10 @@
 """export.py: the model card says what the checkpoint knows, and an export is whole or not there at all."""
 
+import ast
 import dataclasses
 import math
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,37 @@ def test_weights_beyond_the_range_of_the_dtype_are_not_exported(tmp_path, file_f
         export.export(dataclasses.replace(config, dtype="float16"))
     assert os.listdir(tmp_path) == ["best.pt"]
     export.export(dataclasses.replace(config, dtype="bfloat16"))
+
+
+def test_only_what_gguf_rounds_must_be_in_range(tmp_path):
+    pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    saved["model"]["transformer.ln_f.bias"][0] = 1e5  # stays in float32
+    torch.save(saved, tmp_path / "best.pt")
+    config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), dtype="float16")
+    with pytest.raises(UserError, match="--dtype float16: holds no weights above 65,504"):
+        export.export(config)
+    export.export(dataclasses.replace(config, format="gguf"))
+
+
+@pytest.mark.parametrize("name", ["my model", "a$b", 'a"b', "it's"])
+def test_the_card_loads_a_folder_of_any_name(name):
+    tokenizer = load_tokenizer("bytes")
+    code = export.how_to_load(export.USAGE["hf"], name, tokenizer, 128).split("```python")[1].split("```")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "model"]
+    assert [call.value.value for call in calls] == [name]
+    [line] = [
+        line for line in export.how_to_load(export.USAGE["gguf"], name, tokenizer, 128).splitlines() if "-m" in line
+    ]
+    assert shlex.split(line) == ["llama-server", "-m", f"{name}/model.gguf"]
+
+
+def test_the_folder_above_a_new_one_is_no_new_one(tmp_path):
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    with pytest.raises(UserError, match="exists already"):
+        export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "new" / "..")))
+    assert os.listdir(tmp_path) == ["best.pt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only here may a path hold any bytes")

@@ -153,7 +153,7 @@ def test_help_and_mistakes_need_no_pytorch_and_generating_needs_no_compiler(best
         (["--max-new-tokens", "-1"], ["--max-new-tokens -1", "0 or more"]),
         (["--temperature", "-1"], ["--temperature -1", "from 0"]),
         (["--temperature", "nan"], ["--temperature nan"]),
-        (["--num-samples", "0"], ["--num-samples 0", "at least 1"]),
+        (["--num-samples", "0"], ["--num-samples 0", "from 1 to 65,536"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--seed", "99999999999999999999"], ["--seed 99999999999999999999", "below"]),
         (["--stop", ""], ["--stop", "empty"]),

@@ -110,6 +110,12 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: change_weights(f, lambda w: w.pop("transformer.wpe.weight")), "transformer.wpe.weight"),
         (lambda f: change_weights(f, lambda w: w.update({"score.weight": torch.ones(2)})), "score.weight"),
         (lambda f: change_weights(f, lambda w: w.update({"lm_head.weight": torch.ones(257, 48)})), "not tied"),
+        (lambda f: change_weights(f, lambda w: w.update({"lm_head.weight": torch.ones(1)})), "not tied"),
+        (
+            lambda f: change_weights(f, lambda w: w.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(5)})),
+            r"c_fc.weight is torch.float32 of shape \(5,\), which does not fit",
+        ),
+        (lambda f: change_config(f, activation_function="relu"), "only 'gelu_new' or 'gelu_pytorch_tanh' or "),
         (
             lambda f: change_weights(f, lambda w: w.update({"transformer.ln_f.bias": torch.ones(48).to(torch.int8)})),
             "torch.int8",
@@ -246,6 +252,30 @@ def test_a_damaged_index_is_a_message(foreign, tmp_path, spoil, words):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(UserError, match=r"index.json: is (damaged|not a JSON object)"):
             import_gpt2(tmp_path, 64)
+
+
+def test_a_tied_head_may_have_another_dtype(foreign, tmp_path):
+    foreign.save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].half()}))
+    assert import_gpt2(tmp_path, 64).config.n_layer == 2
+
+
+def test_a_tokenizer_that_changes_the_text_is_not_the_datas(tmp_path):
+    """Its vocabulary alone does not tell."""
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out")))
+    path = tmp_path / "out" / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    del saved["pre_tokenizer"]["use_regex"]  # as older files lack it
+    path.write_text(json.dumps(saved))
+    assert import_gpt2(tmp_path / "out", 64).config.vocab_size == 257
+    for change in (
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+    ):
+        path.write_text(json.dumps(saved | change))
+        with pytest.raises(UserError, match=r"its tokenizer \(257 tokens\) is not one of this project's"):
+            import_gpt2(tmp_path / "out", 64)
 
 
 def test_names_of_one_size_that_disagree(foreign, tmp_path):

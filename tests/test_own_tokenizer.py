@@ -19,7 +19,7 @@ from exports import gguf_tokenizer
 
 import train
 from config import ModelConfig, TrainConfig
-from internals import checkpoint
+from internals import checkpoint, tokenizer_json
 from internals.bulk_encoding import Texts, TiktokenEncoder, bulk_encoder, encode
 from internals.cli import parse
 from internals.start import UserError
@@ -239,6 +239,13 @@ def test_another_tokenizer_is_not_taken_for_one_of_ours(own, tmp_path):
     ):
         with pytest.raises(UserError, match=r"is not a tokenizer that prepare_data\.py trained"):
             canonical(json.dumps(value | changes), "x")
+    vocab = value["model"]["vocab"]
+    without_a = {
+        token: id for token, id in vocab.items() if token != "a"
+    }  # as where `tokenizers` had no initial alphabet
+    for other in (without_a, {**vocab, "": len(vocab)}):
+        with pytest.raises(UserError, match="is not a tokenizer"):
+            canonical(json.dumps(value | {"model": {**value["model"], "vocab": other}}), "x")
     for text in ("", "{}", "[]", "{"):
         with pytest.raises(UserError, match="is not a tokenizer"):
             canonical(text, "x")
@@ -250,6 +257,16 @@ def test_another_tokenizer_is_not_taken_for_one_of_ours(own, tmp_path):
     ):
         with pytest.raises(UserError, match=word):
             given_tokenizer(str(tmp_path / name))
+
+
+def test_a_tokenizer_of_another_pattern_is_refused_where_it_was_stored(own, monkeypatch):
+    """As after an edit of OWN_PATTERN. It would give other tokens than those that the model has learned."""
+    edited = json.loads(json.dumps(tokenizer_json.OWN_PRE_TOKENIZER).replace("rR", "r"))
+    assert edited != tokenizer_json.OWN_PRE_TOKENIZER
+    monkeypatch.setattr(tokenizer_json, "OWN_PRE_TOKENIZER", edited)
+    load_tokenizer.cache_clear()
+    with pytest.raises(UserError, match=r"is damaged, or of another version \(it cuts text by another pattern\)"):
+        load_tokenizer(own)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def test_generate_opens_all_that_hold_the_model(places):
 
 
 NO_MODEL = {
+    "": "neither best.pt, which train.py writes, nor the config.json and model.safetensors of a GPT-2; train one first "
+    "(train.py), or name another file or folder: there are models in ",
     "empty": "holds no model",
     "begun": "holds no model",
     "data": "is a data folder",
