@@ -3,7 +3,7 @@
 const { text, heads, weights } = data.attention, size = text.length;
 // The attention of token i to token j, of a head that is packed as one byte for each pair: rows of 1, 2, 3, ... bytes
 const weight = (head, i, j) => (j > i ? 0 : head.charCodeAt((i * (i + 1)) / 2 + j) / 255);
-const words = text.map((part) => add($("looks"), "span", { class: "a" }, part));
+const words = text.map((part) => fill(add($("looks"), "span", { class: "a" }), part));
 let shown = size - 1; // the token whose attention the text shows
 
 function look(head) {
@@ -17,10 +17,10 @@ function choose(button, head) {
   for (const other of $("heads").querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
   $("head").textContent = button.title;
   $("looks").onpointerover = $("looks").onclick = (event) => {
-    if (!event.target.matches(".a")) return;
-    shown = words.indexOf(event.target);
-    look(head);
+    const word = event.target.closest(".a");
+    if (word) look(head, (shown = words.indexOf(word)));
   };
+  $("looks").onkeydown = (event) => walk(event, words, shown, (word) => look(head, (shown = words.indexOf(word))));
   look(head);
 }
 

@@ -45,7 +45,7 @@ def render(kind: str, title: str, body: str, data: dict[str, Any]) -> str:
 </head>
 <body>
 {body}
-<div id="tip" hidden></div>
+<div id="tip" role="status" hidden></div>
 <noscript>This page needs its own script to show pictures and texts. The script is in this file and loads nothing.</noscript>
 <script type="application/json" id="data">{as_json(data)}</script>
 {"".join(f"<script>{script}</script>" for script in scripts)}
@@ -81,10 +81,10 @@ def facts(rows: dict[str, str]) -> str:
 
 # A text in the colours of its surprise, for the body of a page
 EXPECTED = """<h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
-<p class="text" id="passage"></p>
+<p class="text" id="passage" tabindex="0" role="application" aria-label="the text; arrow keys go from token to token"></p>
 <p class="legend" aria-hidden="true">sure <span class="scale"></span> guessing blindly</p>
 <p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
-chance, 10 bits where it gave it 1 in 1,024. Point at a token, or tap it, to read its probability and the likeliest other
-tokens.</p>
+chance, 10 bits where it gave it 1 in 1,024. Point at a token, tap it, or go there with the arrow keys, to read its
+probability and the likeliest other tokens.</p>
 <p class="note">Bits per byte are all the surprise divided by the length of the text in bytes. They are what
 the text would take if the model compressed it, so models with different tokenizers can be compared.</p>"""

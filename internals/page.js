@@ -9,6 +9,19 @@ function add(parent, name, attributes, text) {
   return parent.appendChild(node);
 }
 
+// Arrow keys, Home and End in a list: calls act(item) with the item that the key leads to from list[at]
+function walk(event, list, at, act) {
+  const last = list.length - 1, to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  act(list[Math.max(0, Math.min(last, to))]);
+}
+
+function fill(span, text) { // line breaks can be seen, and pointed at
+  text.split("\n").forEach((part, n) => (n && add(span, "small", {}, "\u21b5\n"), span.append(part)));
+  return span;
+}
+
 // ---- The curves: data.curve has [iteration, value] points for each name
 
 const nearest = (points, iter) => points.reduce((a, b) => (Math.abs(b[0] - iter) < Math.abs(a[0] - iter) ? b : a));
@@ -32,12 +45,13 @@ function chart() {
   const peak = Math.max(1e-12, ...data.curve.rate.map((point) => point[1])) * 1.05;
   const x = (iter) => left + (iter / end) * (right - left), yRate = (rate) => bottom - (rate / peak) * (bottom - top);
   const y = (loss) => bottom - ((loss - lowest) / (highest - lowest)) * (bottom - top);
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`); // paper is narrower than the screen
   svg.replaceChildren();
   for (const loss of ticks(lowest, highest, 5)) {
     add(svg, "path", { class: "grid", d: `M${left},${y(loss)}H${right}` });
     add(svg, "text", { x: left - 8, y: y(loss) + 4, "text-anchor": "end" }, loss);
   }
-  for (const iter of ticks(0, end, width / 110))
+  for (const iter of ticks(0, end, Math.min(end, width / 110)))
     add(svg, "text", { x: x(iter), y: bottom + 18, "text-anchor": "middle" }, iter.toLocaleString("en"));
   add(svg, "text", { x: (left + right) / 2, y: height - 2, "text-anchor": "middle" }, "iteration");
   add(svg, "text", { x: 0, y: 10 }, "loss, nats per token");
@@ -54,7 +68,7 @@ function chart() {
   const cross = add(svg, "path", { class: "cross" });
   const iterAt = (event) => ((event.clientX - svg.getBoundingClientRect().left - left) / (right - left)) * end;
   chart.read = (iter) => {
-    const at = nearest(losses, iter)[0];
+    const at = (chart.at = nearest(losses, iter)[0]);
     cross.setAttribute("d", `M${x(at)},${top}V${bottom}`);
     $("reading").replaceChildren();
     add($("reading"), "li", {}, `iteration ${at.toLocaleString("en")}`);
@@ -67,6 +81,8 @@ function chart() {
   svg.onpointermove = (event) => chart.read(iterAt(event));
   svg.onpointerleave = () => chart.read(data.views[place]?.iter ?? end);
   svg.onclick = (event) => data.views.length && show(nearest(data.views.map((v, n) => [v.iter, n]), iterAt(event))[1]);
+  const stops = [...new Set(losses.map((point) => point[0]))].sort((a, b) => a - b);
+  svg.onkeydown = (event) => walk(event, stops, stops.indexOf(chart.at), chart.read);
   svg.onpointerleave();
 }
 
@@ -83,7 +99,7 @@ function colour(into, tokens) { // tokens that share a character are shown as on
     if (!text && i + 1 < tokens.text.length) return;
     const known = group.filter((n) => tokens.bits[n] !== null), bits = known.reduce((a, n) => a + tokens.bits[n], 0);
     const span = add(into, "span", { class: known.length ? "t" : "t first" });
-    text.split("\n").forEach((part, n) => (n && add(span, "small", {}, "\u21b5\n"), span.append(part)));
+    fill(span, text);
     span.style.setProperty("--a", Math.min(1, bits / data.scale));
     Object.assign(span, { tokens, group });
     group = [];
@@ -109,10 +125,19 @@ function tip(span) {
   });
   const at = span.getClientRects()[0], room = document.documentElement.clientWidth - $("tip").offsetWidth - 12;
   $("tip").style.left = `${Math.max(12, Math.min(at.left, room)) + scrollX}px`;
-  $("tip").style.top = `${at.bottom + 8 + scrollY}px`;
+  const below = at.bottom + 8, above = at.top - 8 - $("tip").offsetHeight;
+  $("tip").style.top = `${(below + $("tip").offsetHeight > innerHeight && above > 0 ? above : below) + scrollY}px`;
 }
 document.addEventListener("pointerover", (event) => event.pointerType === "mouse" && tip(event.target.closest(".t")));
 for (const tap of ["click", "pointerup"]) document.addEventListener(tap, (event) => tip(event.target.closest(".t"))); // iOS sends no click
+$("passage").onkeydown = (event) => {
+  const spans = [...$("passage").children];
+  walk(event, spans, spans.indexOf($("passage").querySelector(".on")), (span) => {
+    span.scrollIntoView({ block: "nearest" });
+    tip(span);
+  });
+};
+$("passage").onblur = () => tip(null);
 document.addEventListener("keydown", (event) => event.key === "Escape" && tip(null));
 
 // ---- The slider: its place is in the address, so that reloading keeps it; the newest view is always #latest
@@ -124,6 +149,7 @@ function show(number) {
   if ($("slider")) {
     $("slider").value = place;
     $("label").textContent = view.label;
+    $("slider").setAttribute("aria-valuetext", view.label);
   }
   if ($("sample")) {
     const prompt = view.sample.startsWith(view.prompt) ? view.prompt : "";
@@ -139,11 +165,17 @@ function show(number) {
 
 const hash = location.hash.slice(1), found = data.views.findIndex((view) => String(view.iter) === hash);
 let place = found >= 0 ? found : $("chart") || hash === "latest" ? data.views.length - 1 : 0;
-if ($("chart")) { chart(); addEventListener("resize", chart); addEventListener("beforeprint", chart); }
+if ($("chart")) { chart(); addEventListener("resize", chart); }
 if ($("slider")) $("slider").oninput = () => show(+$("slider").value);
+const focused = history.state; // of the page before it reloaded itself
 show(place);
+if (focused) $(focused)?.focus({ preventScroll: true });
 if (data.due) (function follow() { // a killed run writes no new page, but the next may also be hours away
   const wait = Date.now() > 1000 * data.due ? 300000 : 10000; // milliseconds
   if (wait > 10000) $("state").textContent = "no news, perhaps killed";
-  setTimeout(() => ($("tip").hidden ? location.reload() : follow()), wait);
+  setTimeout(() => {
+    if (!$("tip").hidden || document.querySelector("#slider:active")) return follow();
+    try { history.replaceState(document.activeElement.id, "", location.hash); } catch {}
+    location.reload();
+  }, wait);
 })();

@@ -12,6 +12,8 @@ from internals.samples import SAMPLE
 NAMES = {"training": "training", "validation": "validation", "rate": "learning rate"}  # of the curves
 UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
 POINTS = 2_000  # of the training curve, at most
+VIEWS = 200  # evaluations, at most: each has 17 KB
+RISING = "It rises at first, when gradients are large and erratic, and then falls"
 
 OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared only in bits per byte, so it is
 drawn at the loss that gives the same bits per byte on this run's text."""
@@ -20,13 +22,13 @@ BODY = """<header><h1>{title}</h1>
 <p class="status"><b id="state">{state}</b> {status}</p></header>
 <section><h2>The run</h2>{facts}</section>
 <section><h2>Loss</h2>
-<svg id="chart" role="img" aria-label="Losses and learning rate over the iterations"></svg>
+<svg id="chart" tabindex="0" role="application" aria-label="losses and learning rate; arrow keys go from iteration to iteration">
+</svg>
 <ul id="reading" aria-live="polite"></ul>
 <p class="note">The loss is the mean surprise at the next token, in nats: training measures it on the text of the step,
 validation on text that the model never trains on. Guessing among all {vocab_size:,} tokens gives {blind:.2f}; lower is
 better.{reference}</p>
-<p class="note">The learning rate is how far each step moves the weights. It rises at first, when gradients are large and
-erratic, and then falls, so that the model settles.</p></section>
+<p class="note">The learning rate is how far each step moves the weights. {rate}, so that the model settles.</p></section>
 <section class="slider"><output id="label" for="slider"></output>
 <input id="slider" type="range" min="0" max="{last}" value="{last}" step="1" aria-label="evaluation"></section>
 <div class="columns">
@@ -60,6 +62,7 @@ def run_page(
             then. None: training has ended.
     """
     title = run.out_dir.resolve().name
+    samples = samples[:: -(math.ceil(len(samples) / VIEWS) or 1)][::-1]  # with the newest
     finished = rows[-1]["iter"] >= run.cfg.max_iters
     data = {
         "due": None if finished else due,
@@ -79,6 +82,7 @@ def run_page(
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
         prompt=prompt_of(samples, run.cfg.sample_prompt),
+        rate=RISING if run.cfg.warmup else "It falls",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,

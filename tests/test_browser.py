@@ -165,6 +165,58 @@ def test_values_can_be_read_off_the_curves(browser, run):
     assert f"validation {loss:.4f}, {bits:.3f} bits per byte (at 8)" in text
 
 
+def test_all_values_can_be_read_by_keyboard(browser, run):
+    browser.open((run / "run.html").as_uri())
+    order = []
+    for _ in range(3):
+        browser.key("Tab", 9)
+        order.append(browser.run("document.activeElement.id"))
+        if order[-1] == "chart":
+            browser.key("Home", 36)
+            assert browser.run("reading.innerText").startswith("iteration 0")
+            browser.key("ArrowRight", 39)
+            assert browser.run("reading.innerText").startswith("iteration 1\n")
+    assert order == ["chart", "slider", "passage"]
+    assert browser.run("slider.getAttribute('aria-valuetext')") == "iteration 20"
+    for _ in range(4):
+        browser.key("ArrowRight", 39)
+    assert not browser.run("$('tip').hidden")
+    token, passage = browser.run("document.querySelector('#passage .on').group[0]"), rows(run)[-1]["passage"]
+    assert f"{passage['bits'][token]:.1f} bits" in browser.run("$('tip').innerText")
+    browser.key("Tab", 9)
+    assert browser.run("$('tip').hidden")
+
+
+def test_the_tip_of_the_lowest_token_is_in_the_window(browser, run):
+    browser.open((run / "run.html").as_uri())
+    lowest = f"[...{TOKEN}].reduce((a, b) => (b.getBoundingClientRect().bottom <= innerHeight ? b : a))"
+    browser.run(f"{TOKEN}[60].scrollIntoView({{ block: 'end' }}), window.lowest = {lowest}")
+    browser.point("lowest")
+    browser.wait_until("!$('tip').hidden")
+    top, bottom, height = browser.run(
+        "[...['top', 'bottom'].map((side) => $('tip').getBoundingClientRect()[side]), innerHeight]"
+    )
+    assert 0 <= top < bottom <= height
+
+
+def test_a_printed_chart_is_whole(browser, run):
+    """It is drawn for the screen, and scaled to the paper."""
+    browser.open((run / "run.html").as_uri())
+    width = browser.run("$('chart').clientWidth")
+    assert browser.run("$('chart').getAttribute('viewBox')").split()[2] == f"{width}"
+    browser.run("$('chart').style.width = '300px'")
+    right = "Math.max(...[...$('chart').querySelectorAll('text')].map((text) => text.getBoundingClientRect().right))"
+    assert browser.run(right) <= browser.run("$('chart').getBoundingClientRect().right") + 1
+
+
+def test_a_page_that_reloads_itself_keeps_the_focus(browser, waits, run, tmp_path):
+    page = with_data((run / "run.html").read_text(encoding="utf-8"), 4, due=time.time() + 3600)
+    (tmp_path / "run.html").write_text(page)
+    browser.open((tmp_path / "run.html").as_uri())
+    browser.run("window.before = true, slider.focus()")
+    browser.wait_until("!window.before && document.readyState === 'complete' && document.activeElement.id === 'slider'")
+
+
 def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):
     """It is the one whose attention is shown. A place that the reader chose is kept."""
     path = tmp_path / "text.html"
@@ -194,6 +246,21 @@ def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):
     browser.wait_until("looks.children[0].classList.contains('on')")
     strength = "[...looks.children].map((word) => +word.style.getPropertyValue('--a'))"
     assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first token sees only itself
+    browser.run("looks.focus()")
+    browser.key("ArrowRight", 39)
+    assert browser.run("looks.children[1].classList.contains('on')")
+
+
+def test_a_line_break_can_be_chosen_among_the_words_that_heads_look_at(browser, run, tmp_path):
+    path = tmp_path / "text.html"
+    options = ["--max-new-tokens", 0, "--html", path]
+    made = run_script("generate.py", "--checkpoint", run, "--prompt", "a\n\nb", *options)
+    assert made.returncode == 0, made.stderr
+    browser.open(path.as_uri())
+    words = browser.run("[...looks.children].map((word) => word.textContent)")
+    number = next(n for n, word in enumerate(words) if "↵" in word)
+    browser.point(f"looks.children[{number}].querySelector('small')")
+    browser.wait_until(f"looks.children[{number}].classList.contains('on')")
 
 
 def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, tmp_path):
