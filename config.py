@@ -372,7 +372,7 @@ class ExportConfig(CheckpointFile):
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults above: 30.0 million parameters, 1.05 billion tokens, 53 minutes of an RTX 4090 (calculated).
     "wikipedia": {},
-    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; 24 GB and 20 hours of an RTX 4090 (calculated).
+    # GPT-2's width and context, about 150 million parameters, 4.2 billion tokens; 7.3 GiB and 20 hours of an RTX 4090 (calculated).
     "wikipedia-150m": {
         "n_layer": 16, "n_head": 12, "n_embd": 768, "n_inner": 3072, "block_size": 1024,
         "batch_size": 8, "tokens_per_iter": 262_144, "learning_rate": 6e-4, "muon_lr_scale": 4.0,

@@ -143,7 +143,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, or_fewer: bool = Fals
     if len(tokens) < vocab_size - 1 and not or_fewer:
         raise UserError(
             f"--vocab-size {vocab_size}: the training text has pairs for {len(tokens) + 1:,} tokens; give --vocab-size "
-            f"{len(tokens) + 1}, or more text"
+            f"{len(tokens) + 1}, or more text (a larger --max-tokens, if that cut it)"
         )
     return to_json(own_tokenizer("trained", tokens))
 
