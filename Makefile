@@ -43,7 +43,7 @@ clean:
 	$(PYTHON) -m venv .venv || { echo "No virtual environment. On Debian and Ubuntu, first: sudo apt install python3-venv"; exit 1; }
 
 .venv/installed: .venv/bin/python requirements.txt constraints.txt
-	@$(BIN)/python $(NEW_ENOUGH) || { echo "The Python in .venv is older than 3.10 or does not run. Delete .venv first: make clean"; exit 1; }
+	@$(BIN)/python $(NEW_ENOUGH) && $(BIN)/python -m pip --version > /dev/null || { echo "The Python in .venv is older than 3.10, has no pip or does not run. Delete .venv first: make clean"; exit 1; }
 	$(if $(TORCH_FROM),$(INSTALL) --no-deps torch $(TORCH_FROM))
 	$(INSTALL) -r requirements.txt
 	touch $@

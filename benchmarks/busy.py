@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import common  # noqa: F401  (puts the root on the path, so it comes first)
 import tyro
 
+from internals.start import UserError, run
+
 MODELS = ("demo", "wikipedia")
 WORK = ("training", "generating")
 
@@ -94,6 +96,8 @@ def main() -> None:
     if args.measure:
         print(measure(*args.measure, args.seconds))
         return
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: give at least 1")
     rates: dict[tuple, list[float]] = {}
     for _ in range(args.rounds):
         for case in itertools.product(WORK, MODELS, args.spins, (False, True)):
@@ -107,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

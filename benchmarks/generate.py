@@ -33,7 +33,6 @@ from pathlib import Path
 
 import common  # puts the root on the path, so it comes first
 import torch
-import transformers
 import tyro
 
 from config import GenerateConfig, ModelConfig
@@ -41,7 +40,7 @@ from generate import Sampling, generate, sample
 from internals import checkpoint, gguf, huggingface
 from internals.cpu_kernels import has_float16_products, pack_weights
 from internals.device import attention_of_any_length, resolve_device, resolve_dtype
-from internals.start import run
+from internals.start import UserError, run
 from internals.tokenizer import load_tokenizer
 from model import GPT
 
@@ -49,6 +48,10 @@ try:
     import llama_cpp
 except ImportError:
     llama_cpp = None
+try:
+    import transformers
+except ImportError:
+    transformers = None
 
 NEW, PROMPT = 200, 8
 DEFAULTS = GenerateConfig()
@@ -257,6 +260,8 @@ def ours(model: GPT, idx: torch.Tensor, new: int = NEW, samples: int = 1) -> Non
 
 def main() -> None:
     rounds = tyro.cli(Generating, description=__doc__).rounds
+    if transformers is None:
+        raise UserError("needs transformers: pip install -r requirements-dev.txt")
     load_tokenizer("gpt2")  # to fail now rather than after minutes: the command that is timed at the end needs it
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import model
 from config import ModelConfig
+from internals.device import resolve_device
 from internals.start import run
 
 
@@ -79,6 +80,7 @@ def measure(
 
 def main() -> None:
     args = tyro.cli(Loss, description=__doc__)
+    resolve_device(args.device)  # raises if there is none
     torch.manual_seed(0)
     padded = ModelConfig(vocab_size=args.vocab_size).padded_vocab_size
     x = torch.randn(args.rows, args.n_embd).to(args.device).requires_grad_()

@@ -123,7 +123,7 @@ class Stopwatch:
 
 
 def main() -> None:
-    cfg = parse(TrainConfig, "train.py beside a bare loop; every flag of train.py")
+    cfg = parse(TrainConfig, __doc__)
     machine = train.make_machine(cfg)
     dtype = str(machine.dtype).removeprefix("torch.")
     stopwatch = Stopwatch()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import common
 
@@ -28,7 +29,7 @@ import tiktoken
 import tyro
 
 import prepare_data
-from config import PrepareConfig, TrainConfig
+from config import PRESETS, PrepareConfig, TrainConfig
 from internals import report, samples
 from internals.cli import with_preset
 from internals.machine import make_machine
@@ -42,7 +43,7 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Page:
-    preset: str = "wikipedia"
+    preset: Literal[tuple(PRESETS)] = "wikipedia"
     evaluations: int = 30
 
 
@@ -97,4 +98,4 @@ def main(args: Page) -> None:
 
 
 if __name__ == "__main__":
-    start.run(lambda: main(tyro.cli(Page)))
+    start.run(lambda: main(tyro.cli(Page, description=__doc__)))

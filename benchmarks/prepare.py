@@ -19,6 +19,7 @@ import importlib.util
 import multiprocessing
 import os
 import platform
+import queue
 import shutil
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,7 +67,8 @@ def run_ours(source: Path, workers: int, folder: Path, script: tuple[str, ...] =
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"prepare_data.py ended with {process.returncode}"
+    if process.returncode:
+        raise UserError(f"prepare_data.py ended with status {process.returncode}, see above")
     tokens = sum(split["tokens"] for split in read_meta(folder)["splits"].values())
     # In KB, on Linux. It counts from the fork on, so it is never less than what this process takes (0.1 GB).
     peak_bytes = 1024 * used.ru_maxrss
@@ -100,14 +102,31 @@ def run_alone(way: str, source: Path, workers: int, with_titles: bool = True) ->
     ]
     for process in processes:
         process.start()
-    timings = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
+    timings = answers(processes, results)
     return Timing(
         sum(timing.tokens for timing in timings),
         max(timing.seconds for timing in timings),
         sum(timing.cpu_seconds for timing in timings),
     )
+
+
+def answers(processes: list[Any], results: Any) -> list[Timing]:
+    """What the processes put into the queue `results`, one each.
+
+    Raises:
+        UserError: one of them failed; the others are ended, since they may wait for it.
+    """
+    found: list[Timing] = []
+    while len(found) < len(processes):
+        with contextlib.suppress(queue.Empty):
+            found.append(results.get(timeout=1))
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
+            raise UserError("a process failed, see above")
+    for process in processes:
+        process.join()
+    return found
 
 
 def encode_all(texts: list[bytes], workers: int, vocabulary: bytes, results) -> None:
@@ -133,9 +152,7 @@ def run_gigatoken(source: Path, workers: int, folder: Path) -> Timing:
     texts = [text.encode() for text in read_texts(source, with_titles=True)]
     process = context.Process(target=encode_all, args=(texts, workers, rank_lines(load_tokenizer("gpt2")), results))
     process.start()
-    timing = results.get()
-    process.join()
-    return timing
+    return answers([process], results)[0]
 
 
 def usual(source: Path, workers: int, folder: Path) -> None:
@@ -173,7 +190,8 @@ def run_usual(source: Path, workers: int, folder: Path) -> Timing:
     start, cpu = time.perf_counter(), cpu_seconds_of_children()
     result = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
     seconds, cpu = time.perf_counter() - start, cpu_seconds_of_children() - cpu
-    assert result.returncode == 0, result.stderr
+    if result.returncode:
+        raise UserError(f"the usual way failed:\n{result.stderr}")
     return Timing(int(result.stdout.split()[-1]), seconds, cpu)
 
 
@@ -212,6 +230,8 @@ def main() -> None:
     if not folder:
         raise UserError("--source: give a folder of .parquet files, or set WIKIPEDIA_SAMPLE_DIR")
     args = replace(args, source=Path(folder).resolve())
+    if not list(args.source.glob("*.parquet")):
+        raise UserError(f"--source {folder}: holds no .parquet files")
     if args.usual:
         usual(args.source, args.workers, args.usual)
         return

@@ -381,6 +381,8 @@ def main() -> None:
     args = tyro.cli(Race, description=__doc__)
     if bool(args.nanogpt) != bool(args.nanogpt_run):
         raise UserError("--nanogpt and --nanogpt-run: give both or neither")
+    if not (args.run or args.nanogpt_run):
+        raise UserError('--run: give one at least; --run="" is the shape with its own settings')
     runners = make_runners(args)
     curves = compete(runners, args)
     texts = {runner.name: runner.text for runner in runners}

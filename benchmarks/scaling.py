@@ -7,6 +7,7 @@ docs/training.md has the table and the formulas.
 
 import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
+import tyro
 from torch import Tensor
 
 from config import TrainConfig
@@ -53,7 +54,12 @@ def rows(preset: str, flops: float) -> list[str]:
     return table
 
 
-with torch.device("meta"):
-    default = GPT(TrainConfig().model)
-for preset in ("wikipedia", "wikipedia-150m"):
-    print(*rows(preset, TOKENS_PER_SECOND * default.flops_per_token()), sep="\n")
+def main() -> None:
+    with torch.device("meta"):
+        default = GPT(TrainConfig().model)
+    for preset in ("wikipedia", "wikipedia-150m"):
+        print(*rows(preset, TOKENS_PER_SECOND * default.flops_per_token()), sep="\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -22,7 +22,7 @@ from internals import tokenizer_json
 from internals.file_walk import find_files
 from internals.reader import ReadOptions
 from internals.readers import read_chunks
-from internals.start import run
+from internals.start import UserError, run
 from internals.text_files import SAMPLE
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_training import learn_tokens
@@ -91,6 +91,8 @@ def measure(language: str, name: str, encoding: tiktoken.Encoding, documents: li
 
 def main() -> None:
     args = tyro.cli(Tokenizers, description=__doc__)
+    if wrong := [text for text in args.text if "=" not in text]:
+        raise UserError(f"--text {wrong[0]}: give LANGUAGE=SOURCE")
     print("| language | tokenizer | tokens | trained in | bytes a token | characters a token | MB/s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for language, _, source in (text.partition("=") for text in args.text):

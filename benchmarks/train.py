@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import common  # puts the root on the path, so it comes first
 import torch
@@ -33,7 +33,7 @@ import tyro
 
 import model
 import train
-from config import ModelConfig, TrainConfig
+from config import PRESETS, ModelConfig, TrainConfig
 from internals.cli import with_preset
 from internals.device import resolve_device
 from internals.files import write_json
@@ -50,7 +50,7 @@ class Comparison:
     batch_size: int = 16  # sequences in a micro-step
     tokens_per_iter: int = 65_536  # tokens per step of the optimizer
     rounds: int = 5  # steps of each competitor, after one to warm up
-    preset: str = "wikipedia"  # its shape is used
+    preset: Literal[tuple(PRESETS)] = "wikipedia"  # its shape is used
     n_layer: int | None = None  # number of layers, if not the preset's
     vocab_size: int = ModelConfig.vocab_size  # tokens of the vocabulary
     out: str | None = None  # file for the figures, as JSON
