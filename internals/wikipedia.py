@@ -87,8 +87,8 @@ class HubWikipedia(Source):
         if constants.HF_HUB_OFFLINE:
             return self._find_cached(Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}")
         commit = HfApi().dataset_info(REPOSITORY, revision=self.identity["revision"]).sha
-        # `hf://`, or a folder wikimedia/wikipedia here would be taken for it. An empty cache, or where the hub fails, one
-        # that load_dataset has filled would answer with its own names
+        # With hf://, a folder wikimedia/wikipedia on this machine is not taken for the hub. With an empty cache, an old one
+        # of load_dataset does not answer where the hub fails
         with tempfile.TemporaryDirectory() as empty:
             ask = {"path": f"hf://datasets/{REPOSITORY}", "revision": commit, "cache_dir": empty}
             self._check_config(datasets.get_dataset_config_names(**ask))
