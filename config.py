@@ -180,14 +180,10 @@ class PrepareConfig(DataDir):
         require("" not in self.sources, "--source: is empty; give wikipedia, sample, or a file, folder or glob")
         require(all(self.source), "--source: names nothing; give wikipedia, sample, or a file")
         several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
-        require(
-            not several_with_hub, "--source wikipedia: cannot be combined with files; prepare each into its own folder"
-        )
+        require(not several_with_hub, "--source wikipedia: cannot be combined with files; give each its own folder")
         require(self.tokenizer != "", "--tokenizer: is empty; give gpt2, bytes, train or a tokenizer.json")
-        require(
-            self.vocab_size is None or self.tokenizer == "train",
-            f"--vocab-size {self.vocab_size}: only for --tokenizer train; other tokenizers have a fixed size",
-        )
+        has_choice = self.vocab_size is None or self.tokenizer == "train"
+        require(has_choice, f"--vocab-size {self.vocab_size}: only for --tokenizer train; others have a fixed size")
         require(all(self.show), "--show: names no token; give token numbers, counted from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)
@@ -251,7 +247,9 @@ class TrainConfig(Compute, DataDir):
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 4e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 1.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
+    lr_decay_share: Probability = 1.0  # of the run, at its end: the cosine; before it the peak is held (1: not at all)
     warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
+    muon_momentum: Fraction = 0.95  # Muon: decay of the mean of gradients
     weight_decay: Rate = 0.1  # on matrices only, times their learning rate: Muon's decay muon_lr_scale times as fast
     beta1: Fraction = 0.9  # AdamW: decay of the mean of gradients
     beta2: Fraction = 0.95  # AdamW: decay of the mean of squared gradients
@@ -382,7 +380,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": "auto", "n_inner": "auto", "block_size": 256, "dropout": "auto",
         "batch_size": 32, "tokens_per_iter": "auto", "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
-        "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
+        "learning_rate": 8e-3, "muon_lr_scale": 0.5, "muon_momentum": 0.9, "lr_decay_share": 0.4,
+        "eval_interval": "auto", "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, with its own tokenizer. Downloads nothing.
     "demo": {

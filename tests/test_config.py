@@ -12,7 +12,7 @@ from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareCo
 from internals import screen
 from internals.cli import parse, with_preset
 from internals.run_length import resolve_auto
-from internals.settings import differences, upgrade
+from internals.settings import differences, upgrade, with_settings
 from internals.start import UserError
 
 COMMANDS = {
@@ -262,10 +262,16 @@ def test_seeds_are_refused_alike(cls, seed, capsys):
 
 
 def test_settings_of_an_earlier_version_get_their_names_of_today():
-    """Muon's learning rate was a number of its own; now it is a multiple of the learning rate."""
+    """Muon's learning rate was a number of its own; now it is a multiple of the learning rate. Before there was a choice
+    of momentum and plateau, all runs did the same."""
     old = {"learning_rate": 3e-3, "muon_learning_rate": 0.012, "optimizer": "muon"}
-    assert upgrade(old) == {"learning_rate": 3e-3, "muon_lr_scale": pytest.approx(4), "optimizer": "muon"}
-    assert upgrade({"learning_rate": 3e-3}) == {"learning_rate": 3e-3, "optimizer": "adamw"}
+    same = {"learning_rate": 3e-3, "muon_momentum": 0.95, "lr_decay_share": 1.0}
+    assert upgrade(old) == {**same, "muon_lr_scale": pytest.approx(4), "optimizer": "muon"}
+    assert upgrade({"learning_rate": 3e-3}) == {**same, "optimizer": "adamw"}
+    now = with_preset(TrainConfig, "laptop")
+    before = {name: value for name, value in now.settings().items() if name not in same}
+    run = with_settings(now, before)
+    assert (run.muon_momentum, run.lr_decay_share) == (0.95, 1.0) != (now.muon_momentum, now.lr_decay_share)
 
 
 def test_the_folders_follow_from_the_preset():

@@ -58,6 +58,11 @@ def test_adamws_betas_are_those_of_the_settings(name):
     assert {group["betas"] for group in optimizer.param_groups if "betas" in group} == {(0.8, 0.99)}
 
 
+def test_muons_momentum_is_that_of_the_settings():
+    _, _, optimizer = make(muon_momentum=0.8)
+    assert [group["momentum"] for group in optimizer.param_groups if "ns_steps" in group] == [0.8]
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_size_of_the_moments_is_known_before_the_first_step(name):
     """`--check` needs it: in float16 the first steps may be skipped."""

@@ -16,6 +16,7 @@ from pages import PROMPT, Parsed, parsed, rows
 from runs import assert_same_end, full_disk, stop_at, tiny
 
 import train
+from config import TrainConfig
 from internals import html_page, report, run_page
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -66,6 +67,13 @@ def test_after_a_change_of_the_prompt_each_sample_is_said_to_have_its_own(text_d
 def test_the_page_of_a_stopped_run_names_the_iteration_that_it_reached(text_data, tmp_path, monkeypatch):
     stop_at(monkeypatch, text_data, tmp_path, 6, log_interval=100)  # the last row is of an earlier iteration
     assert "stopped iteration 7 of 20" in parsed(tmp_path / "run.html").text
+
+
+def test_the_page_says_what_the_learning_rate_does():
+    rises = "It rises at first, when gradients are large and erratic, then "
+    assert run_page.schedule(TrainConfig()) == f"{rises}falls"
+    assert run_page.schedule(TrainConfig(lr_decay_share=0.4)) == f"{rises}stays at its peak, then falls"
+    assert run_page.schedule(TrainConfig(warmup_iters=0)) == "It falls"
 
 
 def test_while_it_runs_the_page_says_when_the_next_is_due(text_data, tmp_path, monkeypatch):

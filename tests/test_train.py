@@ -40,6 +40,16 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert train.get_lr(20, short) == 1.0 and train.get_lr(19, short) == pytest.approx(20 / 21)
 
 
+def test_the_peak_can_be_held_until_the_last_part_of_the_run():
+    cfg = TrainConfig(max_iters=1_000, warmup_iters=100, learning_rate=1.0, min_lr=0.1, lr_decay_share=0.4)
+    assert [train.get_lr(it, cfg) for it in (99, 100, 350, 600)] == [pytest.approx(100 / 101), 1.0, 1.0, 1.0]
+    assert [train.get_lr(it, cfg) for it in (700, 800, 1_000)] == pytest.approx(
+        [0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1]
+    )
+    late = dataclasses.replace(cfg, lr_decay_share=0.95)  # the cosine waits for the end of warm-up
+    assert [train.get_lr(it, late) for it in (99, 100, 550)] == pytest.approx([100 / 101, 1.0, 0.55])
+
+
 def test_rows_are_written_every_log_interval(data_dir, tmp_path, monkeypatch):
     """And after the first iteration, and at each evaluation. Iteration n takes n seconds here."""
     clock = itertools.chain.from_iterable((0.0, float(n)) for n in itertools.count(1))
