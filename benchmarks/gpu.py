@@ -53,6 +53,11 @@ BATCH = {"wikipedia": 64, "wikipedia-150m": 8}  # sequences that all competitors
 EPOCHS = 4  # at most; with more, the loss falls less than with new text
 EVALUATIONS = 8  # of a training run
 SHARES = {"race-ours-half": 2, "race-ours-third": 3}  # races on a share of the iterations of `race-ours`
+TRIALS = {  # races with other settings
+    "race-ours-1e-3": ("--learning-rate", "1e-3", "--muon-lr-scale", "4"),  # another rate for AdamW, the same for Muon
+    "race-ours-8e-3": ("--learning-rate", "8e-3", "--muon-lr-scale", "0.5"),
+    "race-ours-plateau": ("--muon-momentum", "0.9", "--lr-decay-share", "0.4"),  # as preset laptop
+}
 SMALL_RUN = (
     "--device cpu --n-layer 1 --n-head 2 --n-embd 32 --n-inner 64 --block-size 64 --tokens-per-iter 1024 "
     "--eval-tokens 2048 --batch-size 4"
@@ -142,9 +147,8 @@ def parts(args: Gpu, folder: Path) -> dict[str, Callable[[], Figures]]:
         found[f"race-nanogpt-{rate}"] = partial(nanogpt_run, args, folder, f"race-nanogpt-{rate}", rate)
     for name in ("race-ours", *SHARES):
         found[name] = partial(training_run, args, folder, name)
-    for rate, scale in (("1e-3", "4"), ("8e-3", "0.5")):  # other rates for AdamW, the same 4e-3 for Muon
-        flags = ("--learning-rate", rate, "--muon-lr-scale", scale)
-        found[f"race-ours-{rate}"] = partial(training_run, args, folder, f"race-ours-{rate}", *flags)
+    for name, flags in TRIALS.items():
+        found[name] = partial(training_run, args, folder, name, *flags)
     prepared = (args.data_dir / "meta.json").exists()
     if not prepared or length(args, "default-run") > length(args, "race-ours"):  # else it is race-ours
         found["default-run"] = partial(training_run, args, folder, "default-run")

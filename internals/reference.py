@@ -10,7 +10,7 @@ from config import NOT_SETTINGS, TrainConfig
 from internals.cli import with_preset
 from internals.run import describe_data
 from internals.screen import short_loss
-from internals.settings import differences
+from internals.settings import differences, upgrade
 
 REFERENCES = Path(__file__).resolve().parents[1] / "sample"
 # Settings that do not change how the loss falls: where and how a run computes, what it shows and when. The seed changes
@@ -56,7 +56,7 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
     if (
-        differences(saved["settings"], cfg.settings(), with_preset(TrainConfig, cfg.preset).settings()).keys()
+        differences(upgrade(saved["settings"]), cfg.settings(), with_preset(TrainConfig, cfg.preset).settings()).keys()
         - NOT_LEARNING
     ):
         return None

@@ -69,6 +69,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
     warmup = plural(cfg.warmup, "iteration")
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
+    plateau = f", then the full learning rate until the last {cfg.lr_decay_share:.0%}" if cfg.lr_decay_share < 1 else ""
     return {
         "device": f"{machine.name}, {machine.describe()['dtype']} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
@@ -80,7 +81,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{plural(cfg.max_iters, 'iteration')}, {tokens:,} tokens, "
-        f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
+        f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}{plateau}",
         **({"chosen": "; ".join(run.chosen)} if run.chosen else {}),
     }
 

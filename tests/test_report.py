@@ -162,11 +162,12 @@ def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
 
 
 def test_the_startup_counts_the_parameters_and_the_run():
-    for preset, words in (
-        ("wikipedia", ["30,044,544 parameters: 10,647,552 in the blocks", "65,536 tokens = 64 sequences x 256 tokens x 4 micro-steps x 1 process ", "1,048,576,000 tokens, 10.49 epochs; warm-up 500 iterations "]),
-        ("wikipedia-150m", ["262,144 tokens = 8 sequences x 1024 tokens x 32 micro-steps x 1 process "]),
+    plateau = TrainConfig(lr_decay_share=0.4)
+    for cfg, words in (
+        (TrainConfig(), ["30,044,544 parameters: 10,647,552 in the blocks", "65,536 tokens = 64 sequences x 256 tokens x 4 micro-steps x 1 process ", "1,048,576,000 tokens, 10.49 epochs; warm-up 500 iterations "]),
+        (plateau, ["epochs; warm-up 500 iterations, then the full learning rate until the last 40%"]),
+        (with_preset(TrainConfig, "wikipedia-150m"), ["262,144 tokens = 8 sequences x 1024 tokens x 32 micro-steps x 1 process "]),
     ):  # fmt: skip
-        cfg = with_preset(TrainConfig, preset)
         with torch.device("meta"):
             model = GPT(cfg.model)
         split = {"tokens": 100_000_000, "articles": 1_000, "bytes": 1, "shards": []}
