@@ -47,7 +47,7 @@ FilePath = Annotated[str, PATH]
 Folder = Annotated[str, PATH, Range("a path, not empty", lambda value: value != "")]
 Strings = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # --flag a b --flag c -> (("a", "b"), ("c",))
 Numbers = tyro.conf.UseAppendAction[tuple[tuple[int, ...], ...]]
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
 
 
 def require(condition: bool, message: str) -> None:
@@ -62,7 +62,7 @@ def unescape(text: str) -> str:
 
 
 def parts(annotation: Any) -> Iterator[Any]:
-    """What a type consists of: types, words and ranges. `CountOrAuto` has int, "auto" and its range."""
+    """The pieces of a type: types, allowed words and ranges. `list(parts(CountOrAuto))` is `[int, "auto", Range(...)]`."""
     kind, inside = get_origin(annotation), get_args(annotation)
     if kind is Literal:
         yield from inside
@@ -81,8 +81,8 @@ def rules(cls: type) -> dict[str, list[Any]]:
 
 
 class Checked:
-    """A dataclass whose numbers, texts and choices have their types, and its values their ranges. Raises ValueError
-    otherwise. The command line makes sure of the types, but somebody may edit a default here, or a config.json."""
+    """Base of the configurations: checks the type and the range of each field, and raises ValueError. The command line
+    checks types, too, but somebody may edit a default here, or a config.json."""
 
     def __post_init__(self):
         for name, found in rules(type(self)).items():
@@ -90,6 +90,7 @@ class Checked:
             limits = [part for part in found if isinstance(part, Range)]
             allowed = [part for part in found if part not in limits]
             words = [kind for kind in allowed if isinstance(kind, str)]
+            # Other types, such as tuples, are left to tyro. An int will do for a float, but a bool is no int here
             if set(allowed) <= {*words, *KINDS} and value is not tyro.MISSING:
                 fits = value in words or type(value) in allowed or (type(value) is int and float in allowed)
                 require(fits, f"{flag} {value!r}: must be {' or '.join(KINDS.get(kind, kind) for kind in allowed)}")
@@ -247,7 +248,7 @@ class TrainConfig(Compute, DataDir):
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 4e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 1.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
-    lr_decay_share: Probability = 1.0  # of the run, at its end: the cosine; before it the peak is held (1: not at all)
+    lr_decay_share: Probability = 1.0  # share of the run that the cosine takes, at its end; until then the peak is held
     warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
     muon_momentum: Fraction = 0.95  # Muon: decay of the mean of gradients
     weight_decay: Rate = 0.1  # on matrices only, times their learning rate: Muon's decay muon_lr_scale times as fast

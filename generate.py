@@ -124,7 +124,7 @@ class Writer:
     page: TextPage | None = None
 
     def answer(self, prompt: str) -> None:
-        """Continue a prompt and print the samples. Each prompt has its own seed, so that --seed makes its text again."""
+        """Continue a prompt and print the samples. Prompt n has the seed `--seed` + n, counted from 0."""
         seed, self.seed = self.seed, (self.seed + 1) % 2**63
         generator = torch.Generator(self.device).manual_seed(seed)
         cfg, ids, context = self.cfg, encode(self.tokenizer, prompt), self.model.config.block_size
@@ -316,8 +316,7 @@ class Context:
 
     def logits(self) -> Tensor:
         """The logits of the next token, (R, V)."""
-        # Not model(...): a compiled model would compile once more for every length of the cache.
-        return self.model.forward(self.new, cache=self.cache)[:, -1]
+        return self.model(self.new, cache=self.cache)[:, -1]
 
     def append(self, next_ids: Tensor) -> None:
         """Add a token to each sequence, (R,)."""

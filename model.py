@@ -28,9 +28,9 @@ from config import ModelConfig
 # on a CPU (benchmarks/loss.py, docs/experiments.md). With torch.compile no float32 copy of them exists, so there may be
 # more: this saves a GPU half the launches and 6 % of the bytes (counted, tests/test_gpu_loss.py).
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_COMPILED = 2**27, 2**28
-# Of these, the logits that a CPU turns into probabilities at a time: few enough to stay in its cache (also measured).
+# Of these, the logits that a CPU turns into probabilities at a time: few enough to stay in its cache.
 LOGITS_IN_CACHE = 2**20
-# The longest context whose attention a CPU trains faster written out than in PyTorch's fused kernel (also measured)
+# The longest context whose attention a CPU trains faster written out than in PyTorch's fused kernel (docs/experiments.md).
 WRITTEN_OUT_UP_TO = 512
 
 
@@ -203,7 +203,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tensor:
-    """The cross-entropy of each row in nats, float32. Replaces the logits with the gradient of the sum of all rows.
+    """The cross-entropy of each row in nats, float32. Overwrites the logits: with `with_gradient`, by the gradient of
+    the sum of all rows.
 
     Args:
         logits: (rows, padded V).
@@ -322,7 +323,7 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, forward and backward (PaLM, Chowdhery et al., 2022, appendix
         B): 6 for each weight in a matrix product (the output head counts, embedding look-ups do not), and 12 T C in
-        each layer for attention's own products."""
+        each layer for attention's own products. Biases and norms count as well: 0.3 % of the default's blocks."""
         c = self.config
         weights = self.num_parameters()["blocks"] + c.vocab_size * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size

@@ -175,7 +175,7 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
 
 
 def refuse_flags(cfg: PrepareConfig, names: tuple[str, ...], reason: str) -> None:
-    """Raise UserError if one of these flags was given. `reason` says why it would be ignored."""
+    """Raise UserError if one of these flags has another value than its default. `reason` says why it would be ignored."""
     usual = with_preset(PrepareConfig, cfg.preset)
     for name in names:
         if getattr(cfg, name) != getattr(usual, name):
@@ -259,7 +259,9 @@ class Pipeline:
         try:
             for number in range(self.progress.file, len(self.source.files)):
                 for chunk, following in pairwise(chain(self.chunks(number), [None])):
-                    file, row = (number, chunk.first + chunk.count) if following else (number + 1, 0)
+                    file, row = (
+                        (number, chunk.first + chunk.count) if following else (number + 1, 0)
+                    )  # None: the file is done
                     tokens = pool.submit(tokenize, chunk, self.tokenizer, val_fraction)
                     waiting.append(Work(tokens, chunk.reader.name, file, row, positions[number] + chunk.position))
                     if len(waiting) == in_flight:
@@ -284,11 +286,11 @@ class Pipeline:
     def append(self, work: Work) -> None:
         """Write a chunk's tokens to the shards, up to --max-tokens. Where that ends the text, `progress.end` says so."""
         new = work.tokens.result()
-        whole, room = len(new.tokens), (self.cfg.max_tokens or math.inf) - self.progress.tokens
-        if whole and whole >= room:
+        count, room = len(new.tokens), (self.cfg.max_tokens or math.inf) - self.progress.tokens
+        if count and count >= room:
             limit = max(self.cfg.max_tokens // 10, LEAST_CUT)
             new, is_cut = new.up_to(int(room), limit, load_tokenizer(self.tokenizer))
-            is_all = len(new.tokens) == whole and work.file == len(self.source.files)
+            is_all = len(new.tokens) == count and not any(file.bytes for file in self.source.files[work.file :])
             self.progress.end = "source" if is_all else "max_tokens"
             self.progress.cut = as_utf8_name(work.name) if is_cut else ""
         for split_name, chosen in (("train", ~new.val), ("val", new.val)):
@@ -348,14 +350,14 @@ class Pipeline:
         train, val = self.progress.splits["train"], self.progress.splits["val"]
         tokenizer, sizes = load_tokenizer(self.tokenizer), token_bytes(self.tokenizer)
         held_out = int(train.tokens * self.cfg.held_out)
-        before = next(self.shards["train"].tail(held_out + 1))[0]
+        before_cut = next(self.shards["train"].tail(held_out + 1))[0]  # end-of-text if it falls between two articles
         ends = 0
         for part in self.shards["train"].tail(held_out):
             self.shards["val"].write(part)
             val.bytes += int(sizes[part].sum())
             ends += int(np.count_nonzero(part == tokenizer.eot_token))
         # An article counts where it begins, and the first end may be that of an article which began before the cut.
-        val.tokens, val.articles = held_out, ends - int(before != tokenizer.eot_token)
+        val.tokens, val.articles = held_out, ends - int(before_cut != tokenizer.eot_token)
         train.tokens, train.bytes, train.articles = (
             train.tokens - held_out, train.bytes - val.bytes, train.articles - val.articles,
         )  # fmt: skip

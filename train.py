@@ -199,14 +199,14 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     rescued = state.scaler.is_enabled() and state.scaler.get_scale() >= 1
     if not bad and (math.isfinite(outcome.grad_norm) or rescued):
         return
-    block_size, tokens = run.cfg.model.block_size, batch_size * run.cfg.model.block_size
-    micro_steps = [state.tokens + n * tokens for n in bad or range(len(outcome.losses))]
-    window_ids = [first // block_size + n for first in micro_steps for n in range(batch_size)]
+    block_size, first = run.cfg.model.block_size, state.tokens // run.cfg.model.block_size
+    micro_steps = bad or range(len(outcome.losses))  # of all processes, in the order of their windows
+    window_ids = [first + step * batch_size + n for step in micro_steps for n in range(batch_size)]
     starts = [str(run.train_windows.start(number)) for number in window_ids]
     shown = ", ".join(starts[:8]) + (f" and {len(starts) - 8} more" if len(starts) > 8 else "")
     what = f"the loss of micro-step {bad[0] + 1} of {len(outcome.losses)}" if bad else "the gradient"
     advice = f"Continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
-    if run.resumed_at and state.iter == run.resumed_at:  # that is what stopped here
+    if run.resumed_at and state.iter == run.resumed_at:  # resuming would fail again
         advice = (
             f"Begin a new run with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
         )

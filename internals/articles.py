@@ -27,14 +27,14 @@ class Tokens:
     val: np.ndarray  # (articles,) bool: in the validation split
     ends: bool  # False: the next chunk continues the article
     empty: int  # articles without text, left out
-    empty_before: np.ndarray  # (articles,) int64, of those
+    empty_before: np.ndarray  # (articles,) int64, empty articles left out before each
     characters: int  # in all texts
-    replaced: np.ndarray  # (articles,) int64, characters of each, for invalid bytes
+    replaced: np.ndarray  # (articles,) int64, characters in each that replace an invalid byte
     ids: frozenset[bytes]  # the ids or texts that decided the splits, cut short, at most FEW_IDS
 
     def up_to(self, room: int, limit: int, encoding: tiktoken.Encoding) -> tuple["Tokens", bool]:
-        """The articles up to `room` tokens, and whether the last is cut: it would exceed that by more than `limit`.
-        A document that continues in the next chunk is always cut.
+        """The articles up to the one that reaches `room` tokens, and whether that one is cut. It stays whole if it exceeds
+        `room` by at most `limit`. A document that continues in the next chunk is always cut.
 
         `replaced` is still that of the whole last article, and `ids` are those of the chunk: they are for messages only.
         """
@@ -44,7 +44,7 @@ class Tokens:
             kept, is_cut = self.tokens[: ends[last]], False
         else:
             start = ends[last] - self.lengths[last]
-            text = cut_tokens(encoding, self.tokens[start : ends[last]], max(0, room - start - 1))
+            text = cut_tokens(encoding, self.tokens[start : ends[last]], room - start - 1)
             end = np.array([encoding.eot_token], np.uint16)
             kept, is_cut = np.concatenate([self.tokens[:start], text, end]), True
         lengths, text_bytes = self.lengths[: last + 1].copy(), self.text_bytes[: last + 1].copy()

@@ -77,7 +77,7 @@ def check_sums(path: Path) -> None:
 
 
 def load_last(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The content of last.pt. If it cannot be read, the message says how to go on without it."""
+    """The content of last.pt. If it cannot be read, the message says how to continue without it."""
     try:
         return load(path, mmap)
     except UserError as error:
@@ -162,7 +162,7 @@ def refusal_to_read(path: Path, error: Exception) -> OSError | None:
     except OSError as refusal:
         return refusal
     cause = system_error(error)
-    damaged = cause is None or cause.errno == errno.EINVAL  # a seek before the beginning, to find a zip file's end
+    damaged = cause is None or cause.errno == errno.EINVAL  # too short: the search for a zip file's end left the file
     return None if damaged else cause
 
 

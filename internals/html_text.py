@@ -149,7 +149,7 @@ def attention_weights(model: GPT, ids: Sequence[int]) -> Tensor:
         ids: T tokens, at most `block_size`.
     """
     with AttentionWeights() as seen:
-        model.forward(torch.tensor([list(ids)], device=model.transformer.wte.weight.device))
+        model(torch.tensor([list(ids)], device=model.transformer.wte.weight.device))
     return torch.stack(seen.layers)
 
 

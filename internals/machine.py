@@ -176,8 +176,8 @@ def make_machine(cfg: TrainConfig) -> Machine:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensors, unless an environment variable for its malloc is set.
 
-    It would return large tensors to Linux, and get their successors of the next iteration page by page, each filled with
-    zeros first. That took a tenth of the time (docs/experiments.md).
+    It would return large tensors to Linux. Those of the next iteration would then come page by page, each filled with zeros
+    first. That took a tenth of the time (docs/experiments.md).
     """
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)

@@ -28,14 +28,16 @@ class Muon(torch.optim.Muon):
         params: list[dict[str, Any]],
         in_three: Iterable[Tensor] = (),
         dtype: torch.dtype = torch.bfloat16,
-        **settings: Any,
+        momentum: float = 0.95,
     ):
         """
         Args:
             in_three: those of the parameters whose rows are three matrices of equal size.
-            settings: of torch.optim.Muon.
+            dtype: of the products.
+            momentum: how much of the mean of gradients each step keeps.
         """
-        super().__init__(params, **settings)
+        # The name of Liu et al.'s step size in torch.optim.Muon; `step` has no other
+        super().__init__(params, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.in_three, self.dtype = set(in_three), dtype
 
     @torch.no_grad()
@@ -65,12 +67,13 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:
-    """Roughly the nearest (matrices, rows, columns) with orthogonal rows or columns: Newton-Schulz in their dtype."""
+    """The matrices, (matrices, rows, columns), with all singular values moved close to 1: Newton-Schulz iteration in their
+    dtype. The result is roughly the nearest matrix with orthogonal rows or columns."""
     a, b, c = group["ns_coefficients"]
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # the products are smaller with few rows
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])  # no singular value above 1
-    for _ in range(group["ns_steps"]):
+    for _ in range(group["ns_steps"]):  # x <- a x + b (x x^T) x + c (x x^T)^2 x changes singular values, no directions
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

@@ -45,8 +45,8 @@ def patiently(
 
 
 def origin(error: Exception) -> Exception:
-    """The server's answer, or else what came first, behind the errors that libraries raised from it: huggingface_hub says
-    only "due to the above error"."""
+    """The server's answer, or else the first error, from which libraries raised others: huggingface_hub says only
+    "due to the above error"."""
     while getattr(error, "response", None) is None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error

@@ -16,6 +16,7 @@ def get_lr(it: int, cfg: TrainConfig) -> float:
     if it < cfg.warmup:
         return cfg.learning_rate * (it + 1) / (cfg.warmup + 1)
     begin = max(cfg.warmup, (1 - cfg.lr_decay_share) * cfg.max_iters)  # of the cosine
+    begin = min(begin, cfg.max_iters - 1)  # the cosine takes at least one iteration
     progress = min(max((it - begin) / (cfg.max_iters - begin), 0.0), 1.0)
     return cfg.final_lr + (cfg.learning_rate - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -43,8 +44,7 @@ def make_optimizer(
     group = {"params": muon, "lr_scale": cfg.muon_lr_scale, "weight_decay": cfg.weight_decay}
     in_three = [block.attn.c_attn.weight for block in model.transformer.h]
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    settings = {"momentum": cfg.muon_momentum, "adjust_lr_fn": "match_rms_adamw"}
-    return JoinedOptimizer(adamw, Muon([group], in_three, dtype, **settings))
+    return JoinedOptimizer(adamw, Muon([group], in_three, dtype, cfg.muon_momentum))
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -52,7 +52,7 @@ class Timing(NamedTuple):
         """Seconds of a new run, from building the model to the last evaluation."""
 
         def between_evaluations(interval: int) -> int:
-            """How often something falls due that is due at every evaluation, too."""
+            """How often something with this interval is due without an evaluation. With one, `telling` includes it."""
             return cfg.max_iters // interval - cfg.max_iters // math.lcm(interval, cfg.eval_interval)
 
         saves, rows = between_evaluations(cfg.checkpoint_interval), between_evaluations(cfg.log_interval)

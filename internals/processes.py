@@ -37,7 +37,7 @@ def place_among_processes() -> tuple[int, int]:
     if not given.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
         return 0, 1
     faults = [f"no {name}" for name in names if not given.get(name)]
-    faults += [f"{name} is no number" for name in names[:4] if given.get(name) and not given[name].isdecimal()]
+    faults += [f"{name} is not a number" for name in names[:4] if given.get(name) and not given[name].isdecimal()]
     if not faults and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         faults.append("RANK is not below WORLD_SIZE")
     if not faults and int(given["MASTER_PORT"]) > LAST_PORT:

@@ -183,7 +183,7 @@ class RunLog:
         self.bar = TrainingBar(run.cfg, state.iter, self.machine.is_main)
 
     def begin(self) -> None:
-        """Begin to write. A new run deletes the files of an earlier one here, so it does this after its first evaluation."""
+        """Begin to write. For a new run this deletes an earlier run's files, so it comes after the first evaluation."""
         run = self.run
         if not self.machine.is_main:
             return

@@ -40,7 +40,7 @@ from model import GPT
 class Run:
     """Everything that stays the same from the first iteration to the last."""
 
-    cfg: TrainConfig  # with the data's vocab_size, and the sizes of --init-from
+    cfg: TrainConfig  # complete: a number for each `auto`, the data's vocab_size, the sizes of --init-from
     meta: dict[str, Any]  # the data's meta.json
     machine: Machine
     train_windows: TrainingWindows
@@ -78,7 +78,8 @@ class Run:
 
 @dataclass
 class TrainState:
-    """Everything that a run changes, and so all that resuming needs. The place in the data follows from `tokens`."""
+    """Everything that a run changes, except the random state, which `save` stores beside it. The place in the data follows
+    from `tokens`."""
 
     model: GPT
     optimizer: torch.optim.Optimizer

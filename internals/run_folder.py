@@ -57,7 +57,7 @@ def has_checkpoint(out_dir: Path) -> bool:
 def check_unused(out_dir: Path) -> None:
     """Raise UserError if a new run would delete what an earlier one made.
 
-    Call `check_own` first: files that no run wrote can neither be resumed nor overwritten, as the advice here has it.
+    Call `check_own` first: files that no run wrote cannot be resumed or overwritten, so the advice here would be wrong.
     A run that was killed before its first last.pt may leave the untrained best.pt of iteration 0, and rows of it: no loss.
     """
     last, best = out_dir / "last.pt", out_dir / "best.pt"

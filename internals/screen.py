@@ -42,8 +42,10 @@ def duration(seconds: float) -> str:
 
 def about(seconds: float) -> str:
     """A long duration that is only roughly known."""
-    days = round(seconds / 86_400)
-    return plural(days, "day") if days > 1 else plural(round(seconds / 3600), "hour")
+    days, hours = round(seconds / 86_400), round(seconds / 3600)
+    if not hours:
+        return plural(round(seconds / 60), "minute")
+    return plural(days, "day") if days > 1 else plural(hours, "hour")
 
 
 def size(count: float) -> str:

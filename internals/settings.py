@@ -13,7 +13,7 @@ from internals.start import UserError, first_line
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that changed: `{"max_iters": (600, 1200)}`. A newer one, which `then` lacks, had its default.
+    """Settings that changed: `{"max_iters": (600, 1200)}`. One that `then` lacks did not exist yet, and counts as its default.
 
     A number in place of `auto` is not a change: a run stores the number that `auto` stood for.
     """
@@ -33,7 +33,7 @@ def stands_for_auto(old: Any, new: Any) -> bool:
 
 
 def as_typed(value: Any) -> str:
-    """A setting as it is typed in a command. A number has all its digits: typed, it must be the same number."""
+    """A setting as you would type it in a command. A number keeps all its digits."""
     return shell_join([str(value).removesuffix(".0") if isinstance(value, float) else str(value)])
 
 

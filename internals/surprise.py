@@ -26,7 +26,8 @@ class Surprise(NamedTuple):
 
 @torch.inference_mode()
 def surprise(model: GPT, ids: list[int]) -> Surprise:
-    """The surprise of all tokens but the first, in float32 and without dropout. Draws no random number.
+    """The surprise of all tokens but the first, in float32 and without dropout. Draws no random number. (In train.py on a
+    GPU, the products of float32 matrices are TF32.)
 
     A text may be longer than the context. The model then reads it as `generate.Context` does: once the context is full,
     its newest half is kept and computed again from position 0.
@@ -48,7 +49,7 @@ def surprise(model: GPT, ids: list[int]) -> Surprise:
     try:
         while begin + known < len(ids) - 1:
             window = idx[begin : begin + block_size + 1]
-            logits = model.forward(window[None, :-1])[0, known:].float()  # (n, V)
+            logits = model(window[None, :-1])[0, known:].float()  # (n, V)
             parts.append(read_off(logits, window[known + 1 :]))
             begin, known = begin + block_size + 1 - keep, keep - 1
     finally:

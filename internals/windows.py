@@ -38,7 +38,7 @@ class TokenStream:
         return self.starts[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length - 1`, (length,) uint16, across the borders of shards. Not to be changed."""
+        """Tokens `start` to `start + length - 1`, (length,) uint16, across the borders of shards. Read-only."""
         parts = []
         shard = bisect.bisect_right(self.starts, start) - 1
         while length > 0:

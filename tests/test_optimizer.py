@@ -132,8 +132,8 @@ def test_a_stack_of_the_default_models_matrices_moves_as_they_do_one_by_one(shap
     alone = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
     stacked = [torch.nn.Parameter(p.detach().clone()) for p in alone]
     muons = [
-        cls([{"params": ps}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        for cls, ps in ((torch.optim.Muon, alone), (Muon, stacked))
+        torch.optim.Muon([{"params": alone}], adjust_lr_fn="match_rms_adamw"),
+        Muon([{"params": stacked}]),
     ]
     for _ in range(2):
         for a, b in zip(alone, stacked, strict=True):
@@ -179,7 +179,7 @@ def test_in_float32_muon_moves_as_the_published_method_does(shape):
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     expected, momentum = [p.detach().double() for p in weights], [torch.zeros(shape).double() for _ in weights]
-    muon = Muon([{"params": weights}], (), torch.float32, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([{"params": weights}], (), torch.float32)
     for _ in range(3):
         for n, parameter in enumerate(weights):
             parameter.grad = torch.randn(shape)

@@ -49,6 +49,7 @@ def test_durations(seconds, text):
 
 def test_rough_durations():
     assert [screen.about(hours * 3600) for hours in (1, 30, 523)] == ["1 hour", "30 hours", "22 days"]
+    assert screen.about(1_020) == "17 minutes"
 
 
 def test_sizes():

@@ -37,9 +37,9 @@ def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
         ("max_iters", 1e4, "--max-iters 10000.0: must be a whole number"),
         ("batch_size", "all", "--batch-size 'all': must be a whole number or auto"),
         ("learning_rate", "high", "--learning-rate 'high': must be a number"),
-        ("sample_prompt", 5, "--sample-prompt 5: must be a text"),
-        ("init_from", None, "--init-from None: must be a text"),
-        ("init_from", ["x"], "--init-from ['x']: must be a text"),
+        ("sample_prompt", 5, "--sample-prompt 5: must be text"),
+        ("init_from", None, "--init-from None: must be text"),
+        ("init_from", ["x"], "--init-from ['x']: must be text"),
         ("learning_rate", 10**400, ""),  # more than a float holds
     ],
 )

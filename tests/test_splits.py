@@ -196,6 +196,16 @@ def test_max_tokens_above_the_whole_source_says_nothing_false(tmp_path):
         assert read_meta(tmp_path / f"{limit}")["end"] == "source"
 
 
+@pytest.mark.parametrize(("second", "end"), [("", "source"), (prose(100), "max_tokens")], ids=["empty", "text"])
+def test_empty_files_after_the_limit_leave_nothing_out(tmp_path, second, end):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.txt").write_text(prose(9_000))
+    (source / "b.txt").write_text(second)
+    prepare(config(tmp_path / "out", source, max_tokens=9_001))
+    assert read_meta(tmp_path / "out")["end"] == end
+
+
 def test_a_kill_between_the_last_two_saves(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", make_articles(200))
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))

@@ -46,6 +46,8 @@ def test_the_peak_can_be_held_until_the_last_part_of_the_run():
     assert [train.get_lr(it, cfg) for it in (700, 800, 1_000)] == pytest.approx(
         [0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1]
     )
+    last = dataclasses.replace(cfg, lr_decay_share=1e-17)
+    assert [train.get_lr(it, last) for it in (100, 999, 1_000)] == pytest.approx([1.0, 1.0, 0.1])
     late = dataclasses.replace(cfg, lr_decay_share=0.95)  # the cosine waits for the end of warm-up
     assert [train.get_lr(it, late) for it in (99, 100, 550)] == pytest.approx([100 / 101, 1.0, 0.55])
 
@@ -211,7 +213,7 @@ WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"MASTER_PORT": "abc"}, "but MASTER_PORT is no number; start"),
+        ({"MASTER_PORT": "abc"}, "but MASTER_PORT is not a number; start"),
         ({"MASTER_PORT": "99999"}, "but MASTER_PORT is above 65535; start"),
         ({"MASTER_PORT": "", "MASTER_ADDR": ""}, "but no MASTER_PORT and no MASTER_ADDR; start"),
         ({"WORLD_SIZE": "0"}, "but RANK is not below WORLD_SIZE; start"),
