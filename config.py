@@ -248,7 +248,6 @@ class TrainConfig(Compute, DataDir):
     learning_rate: Annotated[Rate, tyro.conf.arg(aliases=("--lr",))] = 4e-3  # the peak, reached when warm-up ends
     muon_lr_scale: Rate = 1.0  # Muon's learning rate, as a multiple of learning_rate
     min_lr: Rate | None = None  # the end of the cosine, reached at max_iters; None: a tenth of learning_rate
-    lr_decay_share: Probability = 1.0  # share of the run that the cosine takes, at its end; until then the peak is held
     warmup_iters: Natural = 500  # iterations of linear warm-up; at most a tenth of the run
     muon_momentum: Fraction = 0.95  # Muon: decay of the mean of gradients
     weight_decay: Rate = 0.1  # on matrices only, times their learning rate: Muon's decay muon_lr_scale times as fast
@@ -294,7 +293,7 @@ class TrainConfig(Compute, DataDir):
         """Sequences of an iteration that each process reads. Raises ValueError if it is not a whole number."""
         unit = self.model.block_size * processes
         count, rest = divmod(self.tokens_per_iter, unit)
-        numbers = " or ".join(f"{n * unit:,}" for n in (count, count + 1) if n)
+        numbers = " or ".join(f"{n * unit}" for n in (count, count + 1) if n)
         require(
             rest == 0,
             f"--tokens-per-iter {self.tokens_per_iter:,}: must be a multiple of {unit:,} (--block-size "
@@ -381,8 +380,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokenizer": "train", "by_size": True, "max_tokens": 60_000_000, "data_dir": "data/laptop",
         "n_layer": 4, "n_head": 4, "n_embd": "auto", "n_inner": "auto", "block_size": 256, "dropout": "auto",
         "batch_size": 32, "tokens_per_iter": "auto", "max_iters": 4_800, "max_epochs": 30.0, "warmup_iters": 200,
-        "learning_rate": 8e-3, "muon_lr_scale": 0.5, "muon_momentum": 0.9, "lr_decay_share": 0.4,
-        "eval_interval": "auto", "eval_tokens": 262_144,
+        "learning_rate": 8e-3, "muon_lr_scale": 0.5, "eval_interval": "auto", "eval_tokens": 262_144,
     },
     # Minutes on two CPU cores: the embedded sample, with its own tokenizer. Downloads nothing.
     "demo": {

@@ -62,6 +62,9 @@ def export(cfg: ExportConfig) -> None:
     name = as_text(out_dir.name)
     if os.path.lexists(out_dir) or name == "..":
         raise UserError(f"--out-dir {out_dir}: exists already; name a new folder (or delete that one)")
+    above = next(path for path in out_dir.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"--out-dir {out_dir}: {above} is not a folder; name another one")
     full_path = str(out_dir.absolute())
     if cfg.format == "hf" and full_path != as_text(full_path):
         raise UserError(f"--out-dir {out_dir}: is not UTF-8, so safetensors cannot open it; name another folder")
@@ -103,7 +106,9 @@ def refuse_overflow(weights: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Raise UserError if a weight is beyond the range of `dtype`. A model that is not finite already may be exported."""
     if any(weight.isfinite().all() and not weight.to(dtype).isfinite().all() for weight in weights):
         name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-        raise UserError(f"--dtype {name}: holds no weights above {largest:,.0f}, as this model has; use float32")
+        raise UserError(
+            f"--dtype {name}: cannot hold weights above {largest:,.0f}, and this model has some; use float32"
+        )
 
 
 def as_text(path: str) -> str:

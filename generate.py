@@ -152,6 +152,8 @@ class Writer:
 
     def drawn(self, seed: int) -> str:
         """How the samples were drawn: `temperature 0.8, top-k 200, seed 7`. Filters that are off are left out."""
+        if not self.cfg.temperature:
+            return "temperature 0: always the likeliest token"
         top_k = f", top-k {self.cfg.top_k}" if self.cfg.top_k else ""
         top_p = f", top-p {self.cfg.top_p:g}" if self.cfg.top_p < 1 else ""
         return f"temperature {self.cfg.temperature:g}{top_k}{top_p}, seed {seed}"

@@ -133,14 +133,14 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         if not progress.end:
             pipeline.tokenize_source()
         pipeline.finish()
-        DataFolder(data_dir).delete_unfinished()
+        DataFolder(data_dir).delete_unfinished()  # read again: meta.json exists only now
         print_result(cfg, progress)
 
 
 @contextlib.contextmanager
 def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
-    """End a stop or a failure inside the block with the command that continues, without the --overwrite that it began
-    with: once the old shards are deleted, that would delete the new ones."""
+    """After a stop or a failure inside the block, name the command that continues. It omits --overwrite: once the old
+    shards are deleted, that would delete the new ones."""
     again = f"Continue: {given_command(without='--overwrite')}"
     with writing(f"--data-dir {data_dir}", f"finished work is kept. {again}"):
         try:
@@ -151,7 +151,8 @@ def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
             if not progress.tokens:
                 raise
             kept = "Finished work is kept for the same source and flags; changed ones need --overwrite"
-            raise UserError(f"{error}. {kept}. {again}") from error
+            # With all text done, the same command would end here again
+            raise UserError(f"{error}. {kept}" + ("" if progress.end else f". {again}")) from error
 
 
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
@@ -259,9 +260,8 @@ class Pipeline:
         try:
             for number in range(self.progress.file, len(self.source.files)):
                 for chunk, following in pairwise(chain(self.chunks(number), [None])):
-                    file, row = (
-                        (number, chunk.first + chunk.count) if following else (number + 1, 0)
-                    )  # None: the file is done
+                    is_last = following is None
+                    file, row = (number + 1, 0) if is_last else (number, chunk.first + chunk.count)
                     tokens = pool.submit(tokenize, chunk, self.tokenizer, val_fraction)
                     waiting.append(Work(tokens, chunk.reader.name, file, row, positions[number] + chunk.position))
                     if len(waiting) == in_flight:

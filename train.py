@@ -63,7 +63,7 @@ from internals.samples import SAMPLE, load_sample_tokenizer
 from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
 from internals.start import UserError, first_line
-from internals.stopping import catch_signals, end_like_ctrl_c
+from internals.stopping import catch_signals, end_like_ctrl_c, keep_earlier_run
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
@@ -79,6 +79,7 @@ def train(cfg: TrainConfig) -> None:
     saved = load_resumable(cfg, machine)  # None: a new run
     run = open_run(cfg, machine, saved)
     if cfg.max_minutes and not saved:
+        refuse_long_run_on_cpu(run)
         with end_like_ctrl_c():
             cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
         run = open_run(cfg, machine, saved)
@@ -120,6 +121,7 @@ def train(cfg: TrainConfig) -> None:
                     val_loss = micro_batch.retry_smaller(evaluate, model, run.val_windows, machine)
                     best = record_validation(val_loss, run, state)
                 if state.iter == 0:
+                    keep_earlier_run(run, stop)
                     log.begin()  # deletes an earlier run's files, now that this one has passed an evaluation
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
                     log.write_row(state, evaluating)
@@ -207,9 +209,7 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     what = f"the loss of micro-step {bad[0] + 1} of {len(outcome.losses)}" if bad else "the gradient"
     advice = f"Continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
     if run.resumed_at and state.iter == run.resumed_at:  # resuming would fail again
-        advice = (
-            f"Begin a new run with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
-        )
+        advice = f"Start anew with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
         f"norm {outcome.grad_norm:.3g}). last.pt is from before that. The batch: windows of {block_size} tokens of the "
@@ -266,10 +266,7 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
     if not path.exists():
         state.best_val_loss = math.inf
         return
-    try:
-        saved = checkpoint.load(path)
-    except UserError as error:
-        raise UserError(f"{error}; delete it, and the next evaluation writes a new one") from error
+    saved = checkpoint.load_best(path)
     is_newer = saved["iter"] > run.resumed_at
     if is_newer or before != len(run.val_windows):
         best = checkpoint.build_model(saved, str(path)).to(run.machine.device)

@@ -69,7 +69,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def as_transformers(model: GPT) -> transformers.GPT2LMHeadModel:
+def as_transformers(model: GPT) -> torch.nn.Module:
     """The same weights in transformers' GPT-2, without the padded rows of the embedding."""
     c = model.config
     config = transformers.GPT2Config(

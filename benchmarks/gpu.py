@@ -56,7 +56,7 @@ SHARES = {"race-ours-half": 2, "race-ours-third": 3}  # races on a share of the 
 TRIALS = {  # races with other settings
     "race-ours-1e-3": ("--learning-rate", "1e-3", "--muon-lr-scale", "4"),  # another rate for AdamW, the same for Muon
     "race-ours-8e-3": ("--learning-rate", "8e-3", "--muon-lr-scale", "0.5"),
-    "race-ours-plateau": ("--muon-momentum", "0.9", "--lr-decay-share", "0.4"),  # as preset laptop
+    "race-ours-momentum": ("--muon-momentum", "0.9"),
 }
 SMALL_RUN = (
     "--device cpu --n-layer 1 --n-head 2 --n-embd 32 --n-inner 64 --block-size 64 --tokens-per-iter 1024 "

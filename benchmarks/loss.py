@@ -4,7 +4,8 @@
     python benchmarks/loss.py --vocab-size 257 --n-embd 128 --repeats 50
 
 All ways take turns; figures are medians. Memory is the rise of the peak (of the GPU, or of the process) above what was
-in use before.
+in use before. To see it, freed memory goes back to the system, as it does not in train.py (`keep_freed_memory`), so times
+on a CPU include page faults that train.py is spared.
 """
 
 import statistics

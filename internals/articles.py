@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,6 +9,7 @@ import numpy as np
 import tiktoken
 
 from internals.bulk_encoding import Texts, bulk_encoder, encode
+from internals.encodings import INVALID
 from internals.reader import Chunk, is_utf8
 from internals.tokenizer import cut_tokens
 from internals.tokenizer_json import END_OF_TEXT
@@ -36,7 +36,7 @@ class Tokens:
         """The articles up to the one that reaches `room` tokens, and whether that one is cut. It stays whole if it exceeds
         `room` by at most `limit`. A document that continues in the next chunk is always cut.
 
-        `replaced` is still that of the whole last article, and `ids` are those of the chunk: they are for messages only.
+        `ids` are those of the chunk: they are for messages only.
         """
         ends = np.cumsum(self.lengths)
         last = int(np.searchsorted(ends, room))
@@ -47,14 +47,17 @@ class Tokens:
             text = cut_tokens(encoding, self.tokens[start : ends[last]], room - start - 1)
             end = np.array([encoding.eot_token], np.uint16)
             kept, is_cut = np.concatenate([self.tokens[:start], text, end]), True
-        lengths, text_bytes = self.lengths[: last + 1].copy(), self.text_bytes[: last + 1].copy()
+        of_articles = (self.lengths, self.text_bytes, self.replaced)
+        lengths, text_bytes, replaced = (numbers[: last + 1].copy() for numbers in of_articles)
         if is_cut:
-            lengths[last], text_bytes[last] = len(text) + 1, len(encoding.decode_bytes(text.tolist()))
+            data = encoding.decode_bytes(text.tolist())
+            lengths[last], text_bytes[last] = len(text) + 1, len(data)
+            replaced[last] = min(replaced[last], data.count("\ufffd".encode()))
         new = dataclasses.replace(
             self, tokens=kept, lengths=lengths, text_bytes=text_bytes, val=self.val[: last + 1], ends=True,
             empty=int(self.empty_before[last]), empty_before=self.empty_before[: last + 1],
             characters=count_characters(encoding.decode_bytes(kept[kept != encoding.eot_token].tolist())),
-            replaced=self.replaced[: last + 1],
+            replaced=replaced,
         )  # fmt: skip
         return new, is_cut
 
@@ -99,7 +102,7 @@ def count_characters(text: bytes) -> int:
 def repair(texts: Texts) -> tuple[Texts, np.ndarray]:
     """Replace each invalid byte with U+FFFD. Returns the texts, and (texts,) int64, how many bytes were replaced."""
     decoded = (text.decode("utf-8", "surrogateescape") for text in texts)
-    pairs = [re.subn("[\udc80-\udcff]", "\ufffd", text) for text in decoded]
+    pairs = [INVALID.subn("\ufffd", text) for text in decoded]
     return Texts([(text.encode(),) for text, _ in pairs]), np.array([count for _, count in pairs], np.int64)
 
 

@@ -23,7 +23,7 @@ from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer
 from internals.tokenizer_json import END_OF_TEXT, GPT2_PATTERN, OWN_PATTERN
 
-PIECE = 1 << 16  # bytes or characters per call of the tokenizer: tiktoken's core fails on a run of a million blanks
+PIECE = 1 << 16  # a longer text is encoded in pieces of so many characters: tiktoken's core fails on a million blanks
 END = END_OF_TEXT.encode()
 
 GIGATOKEN_PATTERNS = {
@@ -230,7 +230,7 @@ def last_cut(text: str, encoding: tiktoken.Encoding) -> int:
     offset = max(0, last - CUT_WITHIN)
     words = [offset + match.start() for match in re.finditer(r"(?<=\S)[ \n](?=\S)", text[offset : max(0, last) + 1])]
     others = range(last, max(0, last - CUT_TRIES), -1)
-    for cut in itertools.chain(words[: -CUT_TRIES - 1 : -1], others):
+    for cut in itertools.chain(reversed(words[-CUT_TRIES:]), others):
         if can_cut(text, cut, encoding):
             return cut
     return len(text)

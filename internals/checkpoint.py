@@ -27,6 +27,10 @@ NO_CHECKPOINT = "not a checkpoint written by this project; name a run's best.pt,
 REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_loss"}
 
 
+class Unreadable(UserError):
+    """The file may be whole, but cannot be read now: too little memory, no permission, a failing disk."""
+
+
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint. `path` always holds the old one or the new one, complete."""
     with writing(path):
@@ -77,15 +81,27 @@ def check_sums(path: Path) -> None:
 
 
 def load_last(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """The content of last.pt. If it cannot be read, the message says how to continue without it."""
+    """The content of last.pt. If it is missing or damaged, the message says how to continue without it."""
     try:
         return load(path, mmap)
+    except Unreadable:
+        raise
     except UserError as error:
         best = path.with_name("best.pt")
         if not best.exists():
             raise
         advice = f"to begin a new run with the best model, give --init-from {best} and another --out-dir"
         raise UserError(f"{error}; {advice}") from error
+
+
+def load_best(path: Path) -> dict[str, Any]:
+    """The content of a run's best.pt. If it is damaged, the message says how to continue without it."""
+    try:
+        return load(path)
+    except Unreadable:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the next evaluation writes a new one") from error
 
 
 def check_file(path: Path) -> None:
@@ -98,7 +114,7 @@ def check_file(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: {no_checkpoint(path)}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a folder; name the checkpoint in it, best.pt or last.pt")
     if not stat.S_ISREG(mode):
@@ -142,15 +158,12 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
         yield
     except Exception as error:  # zip, pickle, torch, JSON and safetensors each have their own errors for a damaged file
         if is_out_of_memory(error):
-            message = (
-                f"does not fit into memory ({first_line(error)}); close other programs or "
-                "use a machine with more memory"
-            )
-        elif cause := refusal_to_read(path, error):
-            message = f"cannot be read ({cause.strerror or first_line(cause)})"
-        else:
-            message = otherwise + (" (it is empty)" if os.path.getsize(path) == 0 else "")
-        raise UserError(f"{path}: {message}") from error
+            advice = "close other programs or use a machine with more memory"
+            raise Unreadable(f"{path}: does not fit into memory ({first_line(error)}); {advice}") from error
+        if cause := refusal_to_read(path, error):
+            raise Unreadable(f"{path}: cannot be read ({cause.strerror or first_line(cause)})") from error
+        empty = " (it is empty)" if os.path.getsize(path) == 0 else ""
+        raise UserError(f"{path}: {otherwise}{empty}") from error
 
 
 def refusal_to_read(path: Path, error: Exception) -> OSError | None:

@@ -29,7 +29,7 @@ numbers = tyro.constructors.ConstructorRegistry()
 
 @numbers.primitive_rule
 def whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """`1e6` is a whole number, too."""
+    """`1e6` and `5.0` are whole numbers, too."""
     if info.type is not int:
         return None
 
@@ -37,7 +37,7 @@ def whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
         number = float(values[0])
         if not number.is_integer():
             raise ValueError(f"{values[0]} is not a whole number")
-        return int(number) if "e" in values[0].lower() else int(values[0])
+        return int(number) if set("e.") & set(values[0].lower()) else int(values[0])
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

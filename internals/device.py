@@ -152,7 +152,8 @@ def explain(complaint: str) -> Obstacle:
     if hidden is not None and "No CUDA GPUs" in complaint:
         advice = "unset it, or give it the number of a card (0 is the first)"
         return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
-    advice = "if nvidia-smi does not list the card either, restart the machine or reinstall the driver"
+    tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
+    advice = f"if {tool} does not list the card either, restart the machine or reinstall the driver"
     return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
 
 

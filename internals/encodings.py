@@ -49,7 +49,7 @@ class Block(NamedTuple):
 
 
 class FileCheck(NamedTuple):
-    """What a file that was read once is known to hold."""
+    """What reading a file once has shown."""
 
     found: bool  # the mark between documents that was looked for
     text_bytes: int  # of text in UTF-8; of .jsonl and .json, all bytes
@@ -57,8 +57,8 @@ class FileCheck(NamedTuple):
 
 def encoding_of(head: bytes, given: str) -> str:
     """The encoding of a file that begins with these bytes; `given` is --encoding."""
-    for mark, encoding in BOMS:
-        if head.startswith(mark):
+    for bom, encoding in BOMS:
+        if head.startswith(bom):
             return encoding
     name = codecs.lookup(given).name
     # Without a mark: Python's own utf-16 and utf-32 would insist on one

@@ -71,14 +71,15 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
     chosen, alone = [], [expanded(source) for source in sources]
     for part in found:
         inside = set(part.paths)
-        chosen += walk.choose([path for path in paths if path in inside], alone)
+        taken = walk.choose([path for path in paths if path in inside], alone)
+        # Only the root is resolved: a link inside the source keeps its place
+        chosen += [absolute(part.root) / path.relative_to(part.root) for path in taken] if len(found) > 1 else taken
         paths = [path for path in paths if path not in inside]
     if len(found) > 1:
         try:
             root = Path(os.path.commonpath([absolute(part.root) for part in found]))
         except ValueError as error:  # two drives of Windows have no common folder
             raise UserError("--source: the files are on several drives; copy them to one drive") from error
-        chosen = [absolute(path.parent) / path.name for path in chosen]
     result = Found(root, chosen, walk.left_out, walk.folders)
     if not chosen:
         reasons = result.reasons() or "it is empty"
@@ -125,7 +126,7 @@ class Walk:
             mode = os.stat(path).st_mode
         except FileNotFoundError as error:
             if path.is_symlink():
-                raise unreadable(path, "it is a link to something that is gone") from error
+                raise unreadable(path, "broken link") from error
             return self.match(source, path)
         except (OSError, ValueError) as error:
             if glob.has_magic(str(path)):
@@ -235,7 +236,7 @@ def status_of(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        reason = "it is a link to something that is gone" if os.path.islink(path) else error
+        reason = "broken link" if os.path.islink(path) else error
         raise unreadable(path, reason) from error
 
 

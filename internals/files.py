@@ -151,11 +151,11 @@ def locked(folder: str | Path, flag: str, held: str, seconds: float = 0.0) -> It
         held: what to say if another process has the lock.
         seconds: how long to wait for it.
     """
-    with writing(f"{flag} {folder}"):
+    with writing(f"{flag} {folder}", "give a folder that you can write to"):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:  # its file name is the folder, or a part of the path to it
-            reason = "is a file" if os.path.exists(error.filename) else "is a link to something that is gone"
+            reason = "is a file" if os.path.exists(error.filename) else "is a broken link"
             raise UserError(f"{flag} {error.filename}: {reason}; give a folder") from error
     descriptor = None
     try:

@@ -86,5 +86,5 @@ EXPECTED = """<h2>What the model expects</h2><p class="figure"><b id="bits"></b>
 <p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
 chance, 10 bits where it gave it 1 in 1,024. Point at a token, tap it, or go there with the arrow keys, to read its
 probability and the likeliest other tokens.</p>
-<p class="note">Bits per byte are all the surprise divided by the length of the text in bytes. They are what
-the text would take if the model compressed it, so models with different tokenizers can be compared.</p>"""
+<p class="note">Bits per byte: the total surprise divided by the length of the text in bytes. Compressed by the
+model, the text would take that many bits for each byte, so models with different tokenizers can be compared.</p>"""

@@ -112,7 +112,7 @@ class TextPage:
         write_text(self.path, html_page.render("text", title, body, data))
 
     def passage(self, ids: list[int], prompt_length: int, known: list[Surprise]) -> dict[str, Any]:
-        """A text in columns. The tokens after the prompt have the probabilities that they were drawn from.
+        """A text in columns. The tokens after the prompt are measured in the context that they were generated in.
 
         Args:
             known: the surprise of the prompt; empty for a single token.

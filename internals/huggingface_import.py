@@ -7,10 +7,11 @@
 In all functions, `source` is a local folder or a hub id such as `openai-community/gpt2`.
 """
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from internals.checkpoint import WithoutInit, fitting, reading
 from internals.files import writing
 from internals.huggingface import ARCHITECTURE, TRANSPOSED
 from internals.network import refuse_local_failure
+from internals.screen import plural
 from internals.start import UserError
 from internals.tokenizer import PREPARE_ANEW, is_json, load_tokenizer, tokenizer_name
 from internals.tokenizer_json import BYTE_LEVEL, OWN_PRE_TOKENIZER, canonical, vocabulary
@@ -58,8 +60,45 @@ def fetch(source: str, names: tuple[str, ...]) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # imported here: local folders do not need it
 
-    try:
+    with asking_hub(source):
         return Path(snapshot_download(source, allow_patterns=list(names)))
+
+
+def find_file(source: str, name: str, names: tuple[str, ...] = SMALL_FILES) -> Path | None:
+    """The file `name` of those `names` that are fetched together; None if the model has no such file.
+
+    Raises:
+        UserError: it may be missing only because the hub does not answer. Its client then takes the cache, which may hold
+            only what another program once asked for.
+    """
+    path = fetch(source, names) / name
+    if path.exists():
+        return path
+    if Path(source).is_dir():
+        return None
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if try_to_load_from_cache(source, name) is _CACHED_NO_EXIST:  # the hub said so before
+        return None
+    with asking_hub(source):
+        try:
+            return Path(hf_hub_download(source, name))
+        except LocalEntryNotFoundError as error:
+            raise UserError(
+                f"{source}: {name} is not in this machine's cache, and the hub cannot be reached; go online"
+            ) from error
+        except EntryNotFoundError:  # the hub has no such file either
+            return None
+
+
+@contextlib.contextmanager
+def asking_hub(source: str) -> Iterator[None]:
+    """Turn a failure of the hub, of the network or of the cache's disk into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # the errors of huggingface_hub and of its HTTP library have no common base
         with writing(f"{source}, in the hub's cache", advice="HF_HOME can name another folder"):
             refuse_local_failure(source, error)
@@ -67,24 +106,6 @@ def fetch(source: str, names: tuple[str, ...]) -> Path:
             f"{source}: there is no such file or folder, and the hub did not provide it ({type(error).__name__}); check "
             "the name, or go online"
         ) from error
-
-
-def ask_hub_for(source: str, name: str) -> None:
-    """Raise UserError if a file may be missing only because the hub cannot be reached: the cache holds what another
-    program once asked for."""
-    if Path(source).is_dir():
-        return
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(source, name)
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{source}: {name} is not in this machine's cache, and the hub cannot be reached; go online"
-        ) from error
-    except EntryNotFoundError:  # the hub has no such file either
-        pass
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +126,10 @@ def read_config(source: str) -> ModelConfig:
     Raises:
         UserError: model.py cannot compute this model.
     """
-    found = read_json(fetch(source, SMALL_FILES) / "config.json")
+    path = find_file(source, "config.json")
+    if path is None:
+        raise UserError(f"{source}: has no config.json; save the model again with save_pretrained")
+    found = read_json(path)
     if found.get("activation_function") in TANH_GELU:
         found["activation_function"] = ARCHITECTURE["activation_function"]
     for key, value in ARCHITECTURE.items():
@@ -120,7 +144,7 @@ def read_config(source: str) -> ModelConfig:
     try:
         return ModelConfig(**sizes)
     except ValueError as error:
-        raise UserError(f"{source}: its config.json describes no valid model ({error})") from error
+        raise UserError(f"{source}: its config.json does not describe a valid model ({error})") from error
 
 
 def read_size(source: str, found: dict[str, Any], names: Sequence[str], default: int | None) -> int | None:
@@ -146,15 +170,15 @@ def read_vocabulary(source: str, rows: int) -> dict[str, int] | None:
     Args:
         rows: of the embedding; there may be more of them than tokens.
     """
-    folder, found = fetch(source, SMALL_FILES), None
-    if (folder / "tokenizer.json").exists():
-        fast = read_json(folder / "tokenizer.json")
+    found = None
+    if path := find_file(source, "tokenizer.json"):
+        fast = read_json(path)
         try:
             found = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'tokenizer.json'}: is not a BPE tokenizer like GPT-2's") from error
-    elif (folder / "vocab.json").exists():
-        found = read_json(folder / "vocab.json")
+            raise UserError(f"{path}: is not a BPE tokenizer like GPT-2's") from error
+    elif path := find_file(source, "vocab.json"):
+        found = read_json(path)
     if found is not None and len(found) > rows:
         raise UserError(f"{source}: its tokenizer has {len(found):,} tokens, its embedding only {rows:,} rows")
     return found
@@ -164,10 +188,9 @@ def find_tokenizer(source: str, rows: int) -> str:
     """Its tokenizer, as `load_tokenizer` takes it. `rows` is the number of rows of the embedding."""
     theirs = read_vocabulary(source, rows)
     if theirs is None:
-        ask_hub_for(source, "tokenizer.json")
         raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
-    path = fetch(source, SMALL_FILES) / "tokenizer.json"
-    settings = read_json(path) if path.exists() else {}
+    path = find_file(source, "tokenizer.json")
+    settings = read_json(path) if path else {}
     if settings.get("pre_tokenizer") == OWN_PRE_TOKENIZER:
         return canonical(path.read_text(encoding="utf-8"), str(path))
     for name, size in TOKENIZERS.items():
@@ -222,14 +245,14 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
         if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }
     head = weights.pop("lm_head.weight", None)
-    with fitting(f"{source}: its config.json describes no possible model"), WithoutInit():
+    with fitting(f"{source}: its config.json does not describe a valid model"), WithoutInit():
         expected = GPT(config).state_dict()
     for problem, names in (
         ("missing", expected.keys() - weights.keys()),
         ("unknown", weights.keys() - expected.keys()),
     ):
         if names:
-            raise UserError(f"{source}: {len(names)} tensors are {problem}: {min(names)} among them")
+            raise UserError(f"{source}: {plural(len(names), 'tensor')} {problem}: {min(names)}, ...")
     if head is not None and not is_same(head, weights["transformer.wte.weight"]):
         raise UserError(f"{source}: its output head is not tied to its embedding; only tied heads are supported")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
@@ -258,13 +281,12 @@ def fit_tensor(source: str, name: str, tensor: Tensor, shape: torch.Size) -> Ten
 
 def read_tensors(source: str) -> dict[str, Tensor]:
     """The tensors in model.safetensors, or else those that its index names, each from the file that it names."""
-    folder = fetch(source, (WEIGHTS, INDEX))
-    if (folder / WEIGHTS).exists():
-        return load_tensors(folder / WEIGHTS)
-    if not (folder / INDEX).exists():
-        ask_hub_for(source, WEIGHTS)
+    if whole := find_file(source, WEIGHTS, (WEIGHTS, INDEX)):
+        return load_tensors(whole)
+    index = find_file(source, INDEX, (WEIGHTS, INDEX))
+    if index is None:
         raise without_weights(source)
-    files = read_index(folder / INDEX)
+    files = read_index(index)
     folder = fetch(source, tuple(sorted(set(files.values()))))
     if missing := sorted({file for file in files.values() if not (folder / file).exists()}):
         raise UserError(f"{source}: files that {INDEX} names are missing: {', '.join(missing)}")

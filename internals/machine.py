@@ -56,7 +56,7 @@ class Machine:
         return self.rank == 0
 
     def describe(self) -> dict[str, Any]:
-        """What a run's rounding depends on, besides its configuration. last.pt stores it, and resuming compares it."""
+        """What a run's exact numbers depend on, besides its configuration. last.pt stores it, and resuming compares it."""
         return {
             "device": self.device.type if self.device.type != "cuda" else self.name,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -25,7 +25,7 @@ from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
 from internals.run_length import most_iterations, resolve_auto, tenth
 from internals.samples import load_sample_tokenizer
-from internals.screen import wrap
+from internals.screen import short_seconds, wrap
 from internals.start import UserError
 
 MARGIN = 0.05  # share of the time kept for the end of the process and for a machine that slows down
@@ -75,11 +75,11 @@ def fit_minutes(
     if needed != run.cfg.model.dropout:  # the length decides `--dropout auto`, and dropout an iteration's time: again
         model = dataclasses.replace(run.cfg.model, dropout=needed)
         timing, passed, iterations = time_run(dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, model=model)))
-        if dropout(iterations) != needed:  # each leads to the other: as many iterations as need no more than measured
+        if dropout(iterations) != needed:  # fewer fit with it, and need another: take the most that need no more
             iterations = bisect.bisect_right(range(1, iterations + 1), needed, key=dropout)
     words = (
-        f"--max-minutes {cfg.max_minutes:g}: an iteration takes {timing.iteration:.3g} s, an evaluation with its text, page and "
-        f"checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; this "
+        f"--max-minutes {cfg.max_minutes:g}: an iteration takes {short_seconds(timing.iteration)}, an evaluation with its text, "
+        f"page and checkpoints {short_seconds(timing.evaluation + timing.telling)}, and {passed:.0f} s have passed; this "
         f"leaves time for {iterations:,} iterations"
     )
     machine.print(wrap(words))
@@ -122,8 +122,9 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
     seconds += (4 / 3 * longer + timing.iteration) / (1 - MARGIN)
     minutes = math.ceil(10 * seconds / 60) / 10
     raise UserError(
-        f"--max-minutes {cfg.max_minutes:g}: too short. An iteration takes {timing.iteration:.3g} s here, an evaluation "
-        f"with its text, page and checkpoints {timing.evaluation + timing.telling:.3g} s, and {passed:.0f} s have passed; give "
+        f"--max-minutes {cfg.max_minutes:g}: too short. An iteration takes {short_seconds(timing.iteration)} here, an "
+        f"evaluation with its text, page and checkpoints {short_seconds(timing.evaluation + timing.telling)}, and "
+        f"{passed:.0f} s have passed; give "
         f"at least --max-minutes {minutes:g}, or a smaller model"
     )
 

@@ -49,8 +49,8 @@ class MicroBatch:
                     raise
                 if not isinstance(error, OutOfMemoryElsewhere):
                     self.machine.deny_memory()
-                    much = 0.5 if self.size == 1 else 0.9  # of the card: beyond that, smaller micro-steps do not help
-                    if others := held_by_others(much):
+                    # If others hold more than this share of the card, smaller micro-steps do not help
+                    if others := held_by_others(0.5 if self.size == 1 else 0.9):
                         raise UserError(f"out of memory: {others}") from error
                 if self.size == 1:
                     raise UserError(

@@ -28,7 +28,7 @@ def patiently(
     for attempt in itertools.count(1):
         try:
             return action()
-        except UserError:
+        except (UserError, ImportError):  # a package that is missing stays missing
             raise
         except Exception as raised:  # the errors of the libraries, and of their libraries, have no common base
             refuse_local_failure(what, raised)

@@ -11,14 +11,11 @@ from internals.muon import Muon
 
 def get_lr(it: int, cfg: TrainConfig) -> float:
     """The learning rate of iteration `it`: linear warm-up from near zero to `learning_rate`, then a cosine down to
-    `min_lr` at `max_iters` (Loshchilov and Hutter, 2017; as GPT-3 and nanoGPT use it). If the cosine takes only the last
-    `lr_decay_share` of the run, the rate stays at its peak until then (warm-up, stable, decay: Hu et al., 2024)."""
+    `min_lr` at `max_iters` (Loshchilov and Hutter, 2017; as GPT-3 and nanoGPT use it)."""
     if it < cfg.warmup:
         return cfg.learning_rate * (it + 1) / (cfg.warmup + 1)
-    begin = max(cfg.warmup, (1 - cfg.lr_decay_share) * cfg.max_iters)  # of the cosine
-    begin = min(begin, cfg.max_iters - 1)  # the cosine takes at least one iteration
-    progress = min(max((it - begin) / (cfg.max_iters - begin), 0.0), 1.0)
-    return cfg.final_lr + (cfg.learning_rate - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (it - cfg.warmup) / (cfg.max_iters - cfg.warmup)  # 0 to 1
+    return cfg.final_lr + (cfg.learning_rate - cfg.final_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def make_optimizer(

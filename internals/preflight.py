@@ -22,7 +22,7 @@ from internals.optimizer import moment_bytes
 from internals.report import utilisation
 from internals.run import Run, TrainState
 from internals.run_folder import check_own, check_unused
-from internals.screen import about, duration, given_command, lines, plural, size, wrap
+from internals.screen import about, duration, given_command, lines, plural, short_seconds, size, wrap
 from internals.shards import verify
 from internals.start import UserError
 from internals.windows import ValidationWindows
@@ -83,12 +83,12 @@ def preflight(
     memory = peak_memory(machine)
     if memory and memory.peak > memory.total:  # a driver, or swap space, has lent the rest
         raise UserError(
-            f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but there are only "
+            f"--batch-size {micro_batch.size}: needs {size(memory.peak)} of memory, but this machine has only "
             f"{size(memory.total)}, so the run would be very slow; take a smaller --batch-size or --block-size"
         )
     free = free_disk(run.out_dir)
     if free < disk:
-        raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} are free there")
+        raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} is free there")
     machine.print("All of this fits.")
     try:
         check_own(run.out_dir)
@@ -169,10 +169,8 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     memory = peak_memory(run.machine)
     speed = (
         f"{rate:,.0f} tokens/s",
-        f"{timing.iteration:.3g} s an iteration"
-        if timing.iteration < 100
-        else f"{duration(timing.iteration)} an iteration",
-        f"{timing.evaluation:.1f} s an evaluation",
+        f"{short_seconds(timing.iteration)} an iteration",
+        f"{short_seconds(timing.evaluation)} an evaluation",
         utilisation(rate, state.model.flops_per_token(), run.machine),
     )
     rows = {
@@ -194,13 +192,18 @@ def free_disk(out_dir: Path) -> int:
     return shutil.disk_usage(nearest_folder(out_dir)).free + sum(path.stat().st_size for path in replaced)
 
 
-def refuse_long_run_on_cpu(run: Run, model: GPT) -> None:
-    """Raise UserError if `--device auto` found no GPU for a run that would keep this CPU busy for long."""
+def refuse_long_run_on_cpu(run: Run, model: GPT | None = None) -> None:
+    """Raise UserError if `--device auto` found no GPU for a run that would keep this CPU busy for long: all iterations of
+    `model`, or without one the time of `--max-minutes`, which has not chosen their number yet."""
     cfg = run.cfg
-    flops = model.flops_per_token() * (cfg.max_iters - (run.resumed_at or 0)) * cfg.tokens_per_iter
-    if cfg.check or cfg.device != "auto" or run.machine.device.type != "cpu" or flops <= UNASKED_FLOPS:
+    if cfg.check or cfg.device != "auto" or run.machine.device.type != "cpu":
         return
-    obstacle, seconds = cuda_obstacle(), flops / cpu_flops(run.machine.dtype)
+    rate = cpu_flops(run.machine.dtype)
+    tokens = (cfg.max_iters - (run.resumed_at or 0)) * cfg.tokens_per_iter
+    flops = model.flops_per_token() * tokens if model else rate * 60 * cfg.max_minutes
+    if flops <= UNASKED_FLOPS:
+        return
+    obstacle, seconds = cuda_obstacle(), flops / rate
     raise UserError(
         f"--device auto: no GPU, and on this CPU the run would take about {about(seconds)} ({flops:.1e} floating-point "
         f"operations). {obstacle.found}; {obstacle.advice}. To train on this CPU anyway, give --device cpu"
@@ -217,7 +220,7 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
         iters = state.iter + max(1, 20 * epoch // cfg.tokens_per_iter)
         advice.append(
             f"{tokens / epoch:,.0f} epochs: after about 20 passes over the same {epoch:,} tokens the model only "
-            f"memorises them; prepare more text, or give --max-iters {iters:,}"
+            f"memorises them; prepare more text, or give --max-iters {iters}"
             + (" and a smaller --tokens-per-iter" if iters < 100 else "")
         )
     sequences = cfg.sequences_per_process(run.machine.processes)
@@ -232,13 +235,13 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
         if seconds > LONG_SECONDS:
             iters = state.iter + max(1, int((cfg.max_iters - state.iter) * LONG_SECONDS / 2 / seconds))
             advice.append(
-                f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or about --max-iters {iters:,} "
+                f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or about --max-iters {iters} "
                 "for half a day (--check measures it)"
             )
     if len(run.val_windows) < FEW_WINDOWS:
         advice.append(
-            f"{plural(len(run.val_windows), 'validation window')} of {model.block_size} tokens: a loss over so few says "
-            "little; prepare with a larger --val-fraction, or give a smaller --block-size or a larger --eval-tokens"
+            f"{plural(len(run.val_windows), 'validation window')} of {model.block_size} tokens: a loss over so few windows is "
+            "unreliable; prepare with a larger --val-fraction, or give a smaller --block-size or a larger --eval-tokens"
         )
     evaluating = len(run.val_windows) * model.block_size / 3  # a forward pass is a third of an iteration's arithmetic
     if evaluating > cfg.eval_interval * cfg.tokens_per_iter:

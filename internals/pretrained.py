@@ -47,7 +47,7 @@ class Opened(NamedTuple):
 
 def open_model(source: str) -> Opened:
     """Open a model to generate with. `source` is a file, a folder, or a hub id such as `openai-community/gpt2`."""
-    return named("--checkpoint", lambda: find(source)).open()
+    return named("--checkpoint", lambda: find(source).open())
 
 
 def open_checkpoint(source: str) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
@@ -143,11 +143,12 @@ class HuggingFace:
 
     def open(self) -> Opened:
         config = read_config(self.source)
-        found = find_tokenizer(self.source, config.vocab_size)
-        tokenizer = load_tokenizer(found)
-        weights = self.weights(found)
+        rows = config.vocab_size
+        tokenizer = load_tokenizer(find_tokenizer(self.source, rows))
+        config = replace(config, vocab_size=tokenizer.n_vocab)
+        weights = read_weights(self.source, rows, config)
         with checkpoint.WithoutInit():
-            model = GPT(replace(config, vocab_size=tokenizer.n_vocab)).eval()
+            model = GPT(config).eval()
         model.load_state_dict(weights, assign=True)
         return Opened(model, tokenizer, f"{self.source}, in Hugging Face format")
 

@@ -58,8 +58,8 @@ def join_processes(device: torch.device) -> torch.device:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU, there are only "
-                f"{torch.cuda.device_count()}; give at most that many processes"
+                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU: there are "
+                f"{torch.cuda.device_count()}; start at most that many processes"
             )
         if not dist.is_nccl_available():
             raise UserError("several GPUs need NCCL, which PyTorch has on Linux alone; on Windows, use WSL")
@@ -118,9 +118,9 @@ class Watch:
 
     A process whose GPU waits for a dead one's gradients sits in a call that neither an exception nor a signal reaches.
     NCCL itself gives up after 10 minutes, torchrun after 30 seconds. So a thread watches: every process has a
-    connection to process 0, and the system closes it when the process dies, whatever the cause. Nothing is sent on it,
-    so a process that is merely slow or stopped is never taken for dead. When one connection closes, process 0 closes
-    all of them, and so tells the others.
+    connection to process 0, and the system closes it when the process dies, unless its machine loses power or
+    network. Nothing is sent on it, so a process that is merely slow or stopped is never taken for dead. When one
+    connection closes, process 0 closes all of them, and so tells the others.
     """
 
     current: "Watch | None" = None  # one per process, like PyTorch's process group

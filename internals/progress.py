@@ -42,7 +42,9 @@ class Progress:
     end: str = ""  # what ended the text: "source" (all of it is done) or "max_tokens"; empty: not ended yet
     splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
     empty: int = 0  # articles without text, left out
-    repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> invalid characters replaced, all
+    repaired_files: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # name -> [characters replaced, characters in all]
     tail: bool = False  # the end of the text is held out, not whole documents
     cut: str = ""  # the file whose document --max-tokens cut
     ids: list[str] = field(default_factory=list)  # different ids seen, while they are few
@@ -99,6 +101,7 @@ class Progress:
 
     def start_again(self) -> None:
         """Go back to the first file, and hold out the end of the text."""
+        # In place, because others hold this object
         vars(self).update(vars(Progress(tail=True, tokenizers=self.tokenizers, resolved=self.resolved)))
 
     @staticmethod
@@ -125,7 +128,7 @@ class Progress:
                 f"{path}: was written by another version (it has no {error}); give --overwrite to start again"
             ) from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is damaged ({error}); delete it and the *.bin.partial files beside it") from error
+            raise UserError(f"{path}: is damaged ({error}); give --overwrite to start again") from error
         return cls(**values)
 
 

@@ -71,7 +71,9 @@ class JsonReader(Reader):
                 try:
                     row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: invalid JSON ({error}); fix or delete it") from error
+                    is_json_error = isinstance(error, json.JSONDecodeError)
+                    reason = f"{error.msg}, column {error.colno}" if is_json_error else first_line(error)
+                    raise UserError(f"{where}: invalid JSON ({reason}); fix or delete it") from error
                 yield self.article(row, where)
 
     def begins_with_an_object(self) -> bool:
@@ -92,10 +94,12 @@ class JsonReader(Reader):
             parts.append(block.data)
             size += len(block.data)
             if size > DOCUMENT_BYTES:
-                if not parts[0].decode("utf-8-sig", "ignore").lstrip().startswith("["):
+                head = parts[0].decode("utf-8-sig", "ignore").lstrip()
+                if not head.startswith("[") and head.partition("\n")[0].strip() != "{":
                     return None
+                command = "jq -c '.[]'" if head.startswith("[") else "jq -c ."
                 raise UserError(
-                    f"{self.name}: is one JSON document of more than 2 GB; write a line for each article (jq -c '.[]')"
+                    f"{self.name}: is one JSON document of more than 2 GB; write a line for each article ({command})"
                 )
         text = b"".join(parts).decode("utf-8-sig", "surrogateescape")
         rows, place, decoder = [], 0, json.JSONDecoder()
@@ -144,7 +148,7 @@ class WikiExtractorReader(JsonReader):
 
 
 class TxtReader(Reader):
-    """The file is one document. Its content decides the split, so it is read twice."""
+    """The file is one document. Its content decides the split, so each call of `chunks` first reads all of it."""
 
     def chunks(self) -> Iterator[Chunk]:
         digest, tokenizer = self.digest(), load_tokenizer(self.options.tokenizer)

@@ -69,7 +69,6 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
     warmup = plural(cfg.warmup, "iteration")
     if cfg.warmup < cfg.warmup_iters:
         warmup += f" (a tenth of the run; --warmup-iters is {cfg.warmup_iters:,})"
-    plateau = f", then the full learning rate until the last {cfg.lr_decay_share:.0%}" if cfg.lr_decay_share < 1 else ""
     return {
         "device": f"{machine.name}, {machine.describe()['dtype']} ({machine.dtype_reason})",
         "model": f"{count['total']:,} parameters: {count['blocks']:,} in the blocks, {count['embedding']:,} in the "
@@ -81,7 +80,7 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{plural(cfg.max_iters, 'iteration')}, {tokens:,} tokens, "
-        f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}{plateau}",
+        f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
         **({"chosen": "; ".join(run.chosen)} if run.chosen else {}),
     }
 
@@ -226,7 +225,11 @@ class RunLog:
     def write_sample(self, state: TrainState, tokenizer: tiktoken.Encoding, sample: str) -> None:
         """Add a row to samples.jsonl: a text that the model wrote, and its surprise at the passage."""
         self.sample = sample
-        self._attempt("samples.jsonl", lambda: self.samples.add(sample_row(self.run, state, tokenizer, sample)))
+        self._attempt(
+            "surprise",
+            lambda: self.samples.add(sample_row(self.run, state, tokenizer, sample)),
+            failure="no surprise at the passage, and no row for it in samples.jsonl",
+        )
 
     def flush(self) -> None:
         """Write the waiting rows."""
@@ -268,15 +271,16 @@ class RunLog:
         if self.metrics.rows:
             self._attempt("run.html", write)
 
-    def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        """Run an action whose failure must not harm the run. The first failure of each name is reported."""
+    def _attempt(self, name: str, action: Callable[[], None], failure: str = "") -> None:
+        """Run an action whose failure must not harm the run. The first failure of each name is reported, in the words
+        `failure` or as that of the file `name`."""
         try:
             action()
         except Exception as error:  # a disk, a font, a backend: no such failure is worth an iteration
             if name not in self.failures:
                 self.failures.add(name)
-                text = f"{self.run.out_dir / name} could not be written ({first_line(error)}); training continues"
-                tqdm.write(printable(text))
+                failure = failure or f"{self.run.out_dir / name} could not be written"
+                tqdm.write(printable(f"{failure} ({first_line(error)}); training continues"))
 
 
 def window_text(run: Run, window_id: int) -> str:

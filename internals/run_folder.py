@@ -90,8 +90,11 @@ def check_source_stays(init_from: str, out_dir: Path) -> None:
 
 
 def delete_run(out_dir: Path) -> None:
-    with writing(out_dir):
-        for name in RUN_FILES:
+    with writing(out_dir, advice="the earlier run may be partly deleted"):
+        for name in ("last.pt", "best.pt", "tracker.json"):
+            (out_dir / name).unlink(missing_ok=True)
+    for name in RUN_FILES:  # the others are replaced anyway: a file that is open in a program of Windows may stay
+        with contextlib.suppress(OSError):
             (out_dir / name).unlink(missing_ok=True)
 
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from config import ModelConfig, TrainConfig
 
-# --dropout auto. Passes over the text, at least: probability
+# --dropout auto: {least passes over the text: probability}
 DROPOUT = {0: 0.0, 2: 0.1, 8: 0.2}
-# --n-embd auto. Tokens of training text, at least: width. Only 93,000 and 45 million tokens were tried
+# --n-embd auto: {least tokens of training text: width}. Only 93,000 and 45 million tokens were tried
 # (docs/experiments.md), so the threshold is a guess
 WIDTH = {0: 128, 500_000: 256}
-# --tokens-per-iter auto. Tokens of training text, at least: tokens. As for the width; a small text gets more iterations
+# --tokens-per-iter auto: {least tokens of training text: tokens}. A guess, too; a small text gets more iterations
 ITERATION = {0: 2_048, 500_000: 8_192}
 
 

@@ -4,7 +4,6 @@ import html
 import math
 from typing import Any
 
-from config import TrainConfig
 from internals import html_page
 from internals.reference import Reference, bits_per_nat
 from internals.run import Run
@@ -14,6 +13,7 @@ NAMES = {"training": "training", "validation": "validation", "rate": "learning r
 UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
 POINTS = 2_000  # of the training curve, at most
 VIEWS = 200  # evaluations, at most: each has 17 KB
+RISING = "It rises at first, when gradients are large and erratic, and then falls"
 
 OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared only in bits per byte, so it is
 drawn at the loss that gives the same bits per byte on this run's text."""
@@ -82,19 +82,12 @@ def run_page(
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
         prompt=prompt_of(samples, run.cfg.sample_prompt),
-        rate=schedule(run.cfg),
+        rate=RISING if run.cfg.warmup else "It falls",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,
     )
     return html_page.render("run", f"{title}: a training run", body, data)
-
-
-def schedule(cfg: TrainConfig) -> str:
-    """What the learning rate does, in words."""
-    rise = ["rises at first, when gradients are large and erratic"] if cfg.warmup else []
-    plateau = ["stays at its peak"] if cfg.lr_decay_share < 1 else []
-    return "It " + ", then ".join([*rise, *plateau, "falls"])
 
 
 def prompt_of(samples: list[dict[str, Any]], prompt: str) -> str:

@@ -14,7 +14,7 @@ PASSAGE_TOKENS = 257  # of the validation split, from its beginning; all but the
 
 
 def load_sample_tokenizer(run: Run) -> tiktoken.Encoding | None:
-    """The data's tokenizer, in process 0. None if it is not available: training does without sample text."""
+    """The data's tokenizer, in process 0. None if it is not available: training then shows no sample text."""
     if not run.machine.is_main:
         return None
     try:

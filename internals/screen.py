@@ -40,6 +40,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
+def short_seconds(seconds: float) -> str:
+    """Seconds in three digits: 0.0123 s, 4.56 s, 12.3 s. From 100 on as `duration`."""
+    return duration(seconds) if seconds >= 100 else f"{seconds:.3g} s"
+
+
 def about(seconds: float) -> str:
     """A long duration that is only roughly known."""
     days, hours = round(seconds / 86_400), round(seconds / 3600)

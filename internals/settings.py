@@ -52,7 +52,7 @@ def with_settings(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 def upgrade(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run in today's fields. Where an older run had no choice, what it did is filled in: a preset may
     choose something else today."""
-    old = {"optimizer": "adamw", "muon_momentum": 0.95, "lr_decay_share": 1.0, **settings}
+    old = {"optimizer": "adamw", "muon_momentum": 0.95, **settings}
     if "muon_learning_rate" in old:
         old["muon_lr_scale"] = old.pop("muon_learning_rate") / old["learning_rate"]
     return old

@@ -160,7 +160,7 @@ class ShardWriter:
                 file.write(shard_header(self._length(index)))
                 sync_file(file)
             if path.exists():
-                raise UserError(f"{path}: was made by somebody else meanwhile; move it away")
+                raise UserError(f"{path}: was created by another program in the meantime; move it away")
             rename(self._partial(index), path)
             entries.append({"file": path.name, "tokens": self._length(index), "sha256": sha256(path)})
         return entries

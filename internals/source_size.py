@@ -32,7 +32,7 @@ def vocab_size_for(text_bytes: float) -> int:
 
 
 def val_fraction_for(text_bytes: float) -> float:
-    """The share that holds enough text for a loss that says something: `val_fraction_for(20_000_000) -> 0.02`."""
+    """The share that gives enough text for a meaningful validation loss: `val_fraction_for(20_000_000) -> 0.02`."""
     return round(max(SMALLEST_SHARE, min(LARGEST_SHARE, VAL_BYTES / max(1, text_bytes))), 3)
 
 
@@ -69,7 +69,7 @@ def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> N
 def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[int, int]:
     """The tokens of the text, counted until they are enough, and the articles without text among them.
 
-    It reads about a megabyte, unless --val-fraction is extreme. A Wikipedia from the hub counts as long, so only
+    It tokenizes about a megabyte, unless --val-fraction is extreme; of a .txt file it hashes the whole before. A Wikipedia from the hub counts as long, so only
     --max-tokens can make it too short. Where old shards will be deleted, its first file must be readable, too.
     """
     most, options = cfg.max_tokens or LONG, ReadOptions.of(cfg, tokenizer)
@@ -89,7 +89,8 @@ def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[i
 def refuse_short(cfg: PrepareConfig, tokens: int, empty: int = 0) -> None:
     """Raise UserError if a text of `tokens` tokens is too short. `empty`: the articles without text, for the message."""
     if tokens == 0:
-        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text ({plural(empty, 'empty article')})")
+        found = f" ({plural(empty, 'empty article')})" if empty else ""
+        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text{found}; give another source")
     if text := shortage(cfg, tokens):
         raise UserError(text)
 
@@ -107,7 +108,7 @@ def shortage(cfg: PrepareConfig, tokens: int) -> str:
             fits = share < 0.5 and tokens >= sum(cfg.least_tokens.values())
             hint = f"give a {flag} one, such as {better:g}, or {more}" if fits else f"give {more}"
             return (
-                f"--val-fraction {cfg.held_out:g}: leaves {have[split]:,} of {tokens:,} tokens to the {split} split, and "
+                f"--val-fraction {cfg.held_out:g}: leaves {have[split]:,} of {tokens:,} tokens for the {split} split, and "
                 f"train.py --preset {cfg.preset} needs {need:,}; {hint}"
             )
     return ""

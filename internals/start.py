@@ -186,12 +186,15 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
     elif isinstance(error, ModuleNotFoundError):
         status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
     elif isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
-        status, text = 2, f"error: {error.filename}: {error.strerror}; give a path that you may use"
+        status, text = 2, f"error: {error.filename}: {error.strerror}; give another path, or check its permissions"
     elif is_lack_of_memory(error):
         text = f"error: too little memory ({first_line(error)}); close other programs, or raise a limit (ulimit -v)"
         status = 2
     elif "busy or unavailable" in str(error):  # CUDA's words, on a card that an administrator set to one process
-        status, text = 2, "error: the GPU serves one process, and has one (see nvidia-smi); wait, or give --device cpu"
+        status, text = (
+            2,
+            "error: the GPU accepts one process at a time, and another is using it (see nvidia-smi); wait, or give --device cpu",
+        )
     else:
         return None
     if not first_process_has_spoken():

@@ -7,7 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from internals.machine import Machine
+from internals.run import Run
 
 
 @contextlib.contextmanager
@@ -30,6 +33,12 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
 
     with handling(handler, "SIGINT", "SIGTERM", "SIGHUP"):
         yield stop
+
+
+def keep_earlier_run(run: Run, stop: threading.Event) -> None:
+    """Before `--overwrite` deletes the earlier run: end the command if any process was asked to stop."""
+    if run.cfg.overwrite and run.machine.gather(torch.tensor([stop.is_set()])).any():
+        raise KeyboardInterrupt(f"Stopped; the earlier run in {run.out_dir} is kept")
 
 
 @contextlib.contextmanager

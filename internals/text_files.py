@@ -29,7 +29,7 @@ class SourceFile:
 
 
 class Source:
-    """Where text comes from: `fetch(number)` returns the path of `files[number]`, `summary()` a line to print.
+    """Where text comes from: `fetch(number)` returns the path of `files[number]`, `summary()` what to print about it.
 
     The defaults below are those of files that are already on this machine.
     """
@@ -52,7 +52,7 @@ class Source:
         return {}
 
     def release(self, before: int) -> None:
-        """The files before this number are not needed any more."""
+        """The files before this number are no longer needed."""
 
     def chunks(self, number: int, options: ReadOptions) -> Iterator[Chunk]:
         """The chunks of a file."""

@@ -21,7 +21,8 @@ NAMES = ("gpt2", "bytes")
 
 VOCABULARY = "the gpt2 tokenizer's vocabulary"
 VOCABULARY_ADVICE = (
-    "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written, or use --tokenizer bytes"
+    "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written, or prepare with "
+    "--tokenizer bytes"
 )
 FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
 
@@ -96,7 +97,7 @@ def given_tokenizer(name: str) -> str:
 
 
 def fetch(url: str) -> bytes:
-    """The file at `url`, within `FETCH_SECONDS` a try."""
+    """The file at `url`, within `FETCH_SECONDS` per attempt."""
     import requests
 
     def download() -> bytes:

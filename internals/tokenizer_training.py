@@ -7,7 +7,6 @@ train_tokenizer    texts -> the text of a tokenizer.json
 
 import itertools
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from config import PrepareConfig
 from internals.articles import is_held_out
+from internals.encodings import INVALID
 from internals.files import sha256, sha256_of, write_text
 from internals.progress import Progress
 from internals.reader import Chunk, ReadOptions
@@ -81,8 +81,8 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
     """Training articles spread over the source, about `SAMPLE_BYTES` of text together, or all there are.
 
     The sample depends only on the source and the flags. If the end of the text is held out (`tail`), it leaves out
-    twice that share, because the exact place of the cut is known only after all tokens are counted. Of a share above a
-    third, it leaves out half of the rest.
+    twice that share, because the exact place of the cut is known only after all tokens are counted. If the
+    share is above a third, it leaves out half of what is not held out.
     """
     options = ReadOptions.of(cfg)
     numbers = source.sample_files(SAMPLE_BYTES)
@@ -92,10 +92,11 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
         chunks = (chunk for number in numbers for chunk in source.chunks(number, options))
         total = sum(size_of(training_texts(chunk, val_fraction)) for chunk in chunks)
         limit = share * min(total, cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
-        size *= limit / max(1, total)
+        size *= limit / max(1, total)  # spread the sample over the part of the source before the limit
     before = seen = taken = 0  # the first in bytes of the source, the others of text
     for number in numbers:
         for chunk in source.chunks(number, options):
+            # Whenever the sample's share that is taken lags behind the share of the source that is read
             is_due = taken * size <= SAMPLE_BYTES * (before + chunk.position)
             if is_due or tail:
                 texts = training_texts(chunk, val_fraction)
@@ -126,8 +127,10 @@ def first_bytes(texts: list[str], room: float) -> Iterator[str]:
 def training_texts(chunk: Chunk, val_fraction: float) -> list[str]:
     texts = []
     for article in chunk.articles():
+        if chunk.starts and chunk.ends and article.is_blank:
+            continue  # `tokenize` leaves it out, too
         text = (article.heading + article.text).decode("utf-8", "surrogateescape")
-        text = re.sub("[\udc80-\udcff]", "\ufffd", text)  # invalid bytes, as articles.py replaces them
+        text = INVALID.sub("\ufffd", text)  # as articles.py does
         if not is_held_out(text.encode() if article.id is None else article.id, val_fraction):
             texts.append(text)
     return texts

@@ -57,7 +57,7 @@ class HubWikipedia(Source):
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
         if endpoint := os.environ.pop("HF_ENDPOINT", "").rstrip("/"):  # with the slash, it would ask for //api
             os.environ["HF_ENDPOINT"] = endpoint
-        if forbidden := os.environ.get("HF_DATASETS_OFFLINE"):  # of which huggingface_hub knows nothing
+        if forbidden := os.environ.get("HF_DATASETS_OFFLINE"):  # huggingface_hub ignores this variable
             os.environ.setdefault("HF_HUB_OFFLINE", forbidden)
         self.commit, self.files, self.current = "", [], 0
         self.bytes = 0  # of all files
@@ -135,6 +135,9 @@ class HubWikipedia(Source):
     def fetch(self, number: int) -> Path:
         """The path of a file, downloaded and checked. The next file's download begins now, if it is likely needed."""
         self.current = number
+        early = self._futures.get(number)
+        if early and early.done() and early.exception():  # ahead of time; the network may be back by now
+            del self._futures[number]
         for ahead, file in enumerate(self.files[number : number + 2], number):
             if ahead not in self._futures and (ahead == number or self._is_likely_needed(ahead)):
                 self._futures[ahead] = in_background(functools.partial(self._fetch, file))

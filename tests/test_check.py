@@ -101,7 +101,9 @@ def test_check_fails_where_the_run_would(data_dir, tmp_path, monkeypatch, capsys
 def test_check_refuses_a_run_that_needs_more_than_the_cards_memory(data_dir, tmp_path, monkeypatch):
     """As on Windows, whose driver lends the computer's own memory, so that nothing fails."""
     monkeypatch.setattr(preflight, "peak_memory", lambda machine: Memory(30 * 2**30, 24 * 2**30))
-    with pytest.raises(UserError, match=r"--batch-size 4: needs 30.0 GiB of memory, but there are only 24.0 GiB"):
+    with pytest.raises(
+        UserError, match=r"--batch-size 4: needs 30.0 GiB of memory, but this machine has only 24.0 GiB"
+    ):
         train.train(tiny(data_dir, tmp_path, check=True))
 
 

@@ -17,9 +17,9 @@ import pytest
 import tyro
 from conftest import REPO, load_benchmark, run_script
 
-from config import ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, TrainConfig
+from config import ModelConfig, TrainConfig
 from internals import cli
-from internals.cli import parse
+from internals.cli import COMMANDS, parse
 
 PAGES = [
     REPO / "README.md",
@@ -27,12 +27,6 @@ PAGES = [
     *(REPO / name / "README.md" for name in ("data", "checkpoints", "sample")),
 ]
 TEXTS = {str(path.relative_to(REPO)): path.read_text(encoding="utf-8") for path in PAGES}
-SCRIPTS = {
-    "prepare_data.py": PrepareConfig,
-    "train.py": TrainConfig,
-    "generate.py": GenerateConfig,
-    "export.py": ExportConfig,
-}
 BENCHMARKS = {  # the dataclass of its flags
     "busy": "Busy",
     "copied": "Copied",
@@ -81,7 +75,7 @@ def ours(command: str) -> list[tuple[str, list[str]]]:
         except ValueError:  # prose or a formula with an apostrophe
             continue
         for i, word in enumerate(words):
-            if word in SCRIPTS or word.startswith("benchmarks/"):
+            if word in COMMANDS or word.startswith("benchmarks/"):
                 found.append((word, words[i + 1 :]))
                 break
     return found
@@ -114,8 +108,8 @@ def test_a_command_parses(page, command, script, args, monkeypatch):
     assert (REPO / script).exists(), f"{page} names {script}"
     if "--help" in args:
         return
-    if script in SCRIPTS:
-        parse(SCRIPTS[script], "", args)
+    if script in COMMANDS:
+        parse(COMMANDS[script], "", args)
     elif script == "benchmarks/overhead.py":
         parse(TrainConfig, "", args)
     elif args:
@@ -123,7 +117,7 @@ def test_a_command_parses(page, command, script, args, monkeypatch):
 
 
 def test_a_flag_that_is_named_in_a_sentence_exists():
-    commands = (*SCRIPTS.values(), ModelConfig, *map(benchmark_flags, BENCHMARKS))
+    commands = (*COMMANDS.values(), ModelConfig, *map(benchmark_flags, BENCHMARKS))
     of_pip = {"--extra-index-url", "--force-reinstall"}
     flags = {"--help", "--no-stream", "--lr", *of_pip}.union(*map(names_of_flags, commands))
     for page, text in TEXTS.items():

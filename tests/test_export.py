@@ -105,6 +105,9 @@ def test_nothing_is_overwritten(tmp_path, kind):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="exists already"):
         export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir)))
+    if kind == "file":
+        with pytest.raises(UserError, match="is not a folder; name another one"):
+            export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir / "model")))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -177,7 +180,7 @@ def test_weights_beyond_the_range_of_the_dtype_are_not_exported(tmp_path, file_f
     saved["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = 1e5
     torch.save(saved, tmp_path / "best.pt")
     config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), format=file_format)
-    with pytest.raises(UserError, match="--dtype float16: holds no weights above 65,504, as this model has"):
+    with pytest.raises(UserError, match="--dtype float16: cannot hold weights above 65,504, and this model has some"):
         export.export(dataclasses.replace(config, dtype="float16"))
     assert os.listdir(tmp_path) == ["best.pt"]
     export.export(dataclasses.replace(config, dtype="bfloat16"))
@@ -190,7 +193,7 @@ def test_only_what_gguf_rounds_must_be_in_range(tmp_path):
     saved["model"]["transformer.ln_f.bias"][0] = 1e5  # stays in float32
     torch.save(saved, tmp_path / "best.pt")
     config = ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "out"), dtype="float16")
-    with pytest.raises(UserError, match="--dtype float16: holds no weights above 65,504"):
+    with pytest.raises(UserError, match="--dtype float16: cannot hold weights above 65,504"):
         export.export(config)
     export.export(dataclasses.replace(config, format="gguf"))
 

@@ -145,6 +145,16 @@ def test_the_parent_of_a_linked_folder_is_that_of_the_folder_itself(tmp_path):
     assert found(tmp_path / "here" / "link" / "..", tmp_path / "here")[0][:2] == ["there/b.txt", "there/folder/c.txt"]
 
 
+@posix
+def test_a_link_inside_one_of_several_sources_keeps_its_place(tmp_path, monkeypatch):
+    make(tmp_path, "x/a.txt", "y/b.txt", "elsewhere/deep/c.txt", "here/d.txt")
+    (tmp_path / "x" / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    names = ["x/a.txt", "x/link/c.txt", "y/b.txt"]
+    assert found(tmp_path / "x", tmp_path / "y")[0] == names
+    monkeypatch.chdir(tmp_path / "here")
+    assert found("../x", "../y")[0] == names
+
+
 def test_sources_on_two_drives_are_refused(tmp_path, monkeypatch):
     make(tmp_path, "a.txt", "b.txt")
 

@@ -20,6 +20,25 @@ from internals.start import UserError
 # Prompts and text
 
 
+def test_the_flags_of_sampling_reach_it(best, monkeypatch):
+    seen, sample = [], generate.sample
+    spy = lambda logits, sampling: (seen.append(sampling), sample(logits, sampling))[1]  # noqa: E731
+    monkeypatch.setattr(generate, "sample", spy)
+    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.6, "num_samples": 2}
+    generate.main(GenerateConfig(checkpoint=str(best), device="cpu", max_new_tokens=1, **options))
+    (sampling,) = seen
+    assert {name: getattr(sampling, name) for name in options} == options
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_is_in_the_dtype_that_is_told(best, monkeypatch, capsys, dtype):
+    seen = []
+    spy = lambda model: (seen.append(model.transformer.wte.weight.dtype), model.eval())[1]  # noqa: E731
+    monkeypatch.setattr(generate, "pack_weights", spy)
+    generate.main(GenerateConfig(checkpoint=str(best), device="cpu", dtype=dtype, max_new_tokens=1))
+    assert seen == [getattr(torch, dtype)] and f"on cpu in {dtype} (as requested)" in capsys.readouterr().err
+
+
 def test_text_goes_to_stdout_and_all_else_to_stderr(best):
     first = command(best, "--prompt", "Größe", "--seed", 7, "--ignore-eot", "--max-new-tokens", 50, encoding="utf-8")
     assert first.returncode == 0, first.stderr

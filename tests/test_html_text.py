@@ -51,7 +51,7 @@ def test_a_continuation_has_the_probabilities_it_was_drawn_from(run, tmp_path):
             len(TEXT[:30].encode()) :
         ]
         assert len(new) == 60 and all(2**-bits >= others[0][1] - 1e-4 for bits, others in new)
-    assert "temperature 0, top-k 200, seed 7" in page.text and "sample 2 of 2" in str(page.data)
+    assert "temperature 0: always the likeliest token" in page.text and "sample 2 of 2" in str(page.data)
     plain = run_script("generate.py", "--checkpoint", run, "--prompt", TEXT[:30], *options, "--seed", "7")
     assert plain.stdout == result.stdout
 

@@ -93,8 +93,8 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: change_config(f, n_head=5), "--n-head 5"),
         (lambda f: change_config(f, n_embd="48"), "n_embd = '48'"),
         (lambda f: change_config(f, n_embd=96), "which does not fit its config.json"),
-        (lambda f: change_config(f, n_layer=3), "12 tensors are missing: transformer.h.2.attn.c_attn.bias among them"),
-        (lambda f: change_config(f, n_layer=1), "12 tensors are unknown: transformer.h.1.attn.c_attn.bias among them"),
+        (lambda f: change_config(f, n_layer=3), "12 tensors missing: transformer.h.2.attn.c_attn.bias, ..."),
+        (lambda f: change_config(f, n_layer=1), "12 tensors unknown: transformer.h.1.attn.c_attn.bias, ..."),
         (
             lambda f: change_config(f, n_positions=2**62),
             "the model does not fit into memory .Storage size calculation overflowed",
@@ -104,7 +104,7 @@ def change_weights(folder: Path, change) -> None:
         (lambda f: (f / "vocab.json").write_text(json.dumps({"a": 0})), "is not the data's"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json: is not a BPE tokenizer"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: is damaged, or not JSON"),
-        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json; save the model again"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model"),
         (lambda f: os.truncate(f / "model.safetensors", 50_000), "is damaged"),
         (lambda f: change_weights(f, lambda w: w.pop("transformer.wpe.weight")), "transformer.wpe.weight"),
@@ -230,7 +230,7 @@ def test_a_tensor_is_read_from_the_file_that_the_index_names(foreign, tmp_path):
     [
         (lambda f, index: [(f / name).unlink() for name in sorted(set(index["weight_map"].values()))[:2]],
          r"are missing: model-00001-of-\d+.safetensors, model-00002"),
-        (lambda f, index: index["weight_map"].pop("transformer.wpe.weight"), "1 tensors are missing: transformer.wpe.weight"),
+        (lambda f, index: index["weight_map"].pop("transformer.wpe.weight"), "1 tensor missing: transformer.wpe.weight"),
         (lambda f, index: index.pop("weight_map"), "index.json: is damaged .weight_map"),
         (lambda f, index: index.update(weight_map={}), "index.json: is damaged .weight_map"),
         (lambda f, index: index.update(weight_map=[1]), "index.json: is damaged .weight_map"),
@@ -287,11 +287,17 @@ def test_names_of_one_size_that_disagree(foreign, tmp_path):
 
 def test_the_hub_is_asked_for_exactly_these_files(foreign, tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
     index, asked = shards_of(foreign, tmp_path), []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
     )
+
+    def absent(name, file):
+        raise EntryNotFoundError(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
     assert import_gpt2("somebody/sharded", 64).config.n_layer == 2
     assert asked == [
         ["config.json", "tokenizer.json", "vocab.json"],
@@ -343,6 +349,11 @@ def test_import_by_hub_id(foreign, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     environment = without_network_settings() | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    unknown = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
+    assert_user_error(unknown, "tokenizer.json is not in this machine's cache", "go online")
+    (repository / ".no_exist" / commit).mkdir(parents=True)
+    for name in ("tokenizer.json", "vocab.json"):  # the hub once said that it has none
+        (repository / ".no_exist" / commit / name).touch()
     result = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept

@@ -90,6 +90,36 @@ def test_what_is_no_fault_of_the_network_is_not_retried(monkeypatch, error):
         assert "/cache/x" in str(raised.value)
 
 
+def test_a_missing_package_is_not_retried(monkeypatch):
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+
+    def action():
+        import no_such_package  # noqa: F401
+
+    with pytest.raises(ModuleNotFoundError):
+        patiently("the file", action, 6, "advice", lambda error: None)
+
+
+def test_a_download_that_failed_ahead_of_time_is_tried_again(tmp_path, monkeypatch):
+    source = HubWikipedia("simple", "20231101", "main", tmp_path, False, None)
+    source.files = [SourceFile(name, 1, None) for name in ("a", "b")]
+    failing = {"b"}
+
+    def fetch(file):
+        if file.name in failing:
+            raise UserError("no network")
+        return tmp_path / file.name
+
+    monkeypatch.setattr(source, "_fetch", fetch)
+    assert source.fetch(0).name == "a"
+    while not source._futures[1].done():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="no network"):
+        source.fetch(1)
+    failing.clear()  # the network is back
+    assert source.fetch(1).name == "b"
+
+
 def test_what_the_network_may_mend_is_retried_after_longer_and_longer_pauses(monkeypatch):
     pauses = []
     monkeypatch.setattr(network.time, "sleep", pauses.append)

@@ -94,6 +94,10 @@ def test_a_long_run_on_a_cpu_must_be_asked_for(monkeypatch):
         start()
     with pytest.raises(UserError, match="--device auto"):
         start(resumed_at=8_000)
+    long, short = (Run(TrainConfig(max_minutes=minutes), {}, CPU, None, None) for minutes in (3_000.0, 60.0))
+    with pytest.raises(UserError, match=r"the run would take about 2 days \(1\.8e\+16 "):
+        preflight.refuse_long_run_on_cpu(long)  # before it measures anything
+    preflight.refuse_long_run_on_cpu(short)
 
 
 @pytest.mark.parametrize(

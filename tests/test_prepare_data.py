@@ -165,14 +165,6 @@ def test_a_split_without_text_names_the_flag(tmp_path, rows, fraction):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl", val_fraction=fraction))
 
 
-def test_a_source_without_any_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n")
-    (tmp_path / "b.txt").write_text(" \n")
-    for name in ("a.jsonl", "b.txt"):
-        with pytest.raises(UserError, match="--source"):
-            prepare(config(tmp_path / name[0], tmp_path / name))
-
-
 def test_flags(tmp_path):
     for flags in ("--workers 0", "--workers 257", "--val-fraction 1", "--max-tokens -5", "--no-such", "--tokenizer x"):
         result = run_script("prepare_data.py", "--data-dir", tmp_path / "out", *flags.split())
@@ -199,10 +191,19 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path):
 
 
 @posix
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a file")
+    with pytest.raises(
+        UserError, match=r"^--data-dir .*out: could not be written .*; give a folder that you can write to"
+    ):
+        prepare(config(tmp_path / "a.txt" / "out", "sample"))
+
+
+@posix
 def test_a_dangling_link_in_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     for folder in (tmp_path / "link", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match=r"^--data-dir .*link: is a link to something that is gone; give a folder$"):
+        with pytest.raises(UserError, match=r"^--data-dir .*link: is a broken link; give a folder$"):
             prepare(config(folder, "sample"))
 
 

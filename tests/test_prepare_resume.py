@@ -319,6 +319,7 @@ def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path,
     plain = command(tmp_path / "out", tmp_path / "a.jsonl")
 
     def fail(self):
+        self.progress.end = ""  # as if there were more text
         raise failure
 
     ended = pytest.raises((UserError, KeyboardInterrupt), match=r"(?i)finished work is kept")
@@ -329,6 +330,14 @@ def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path,
     assert shlex.split(str(error.value).split("Continue: ")[1])[2:] == plain[1:]
     result = run_script(*plain)
     assert result.returncode == 0 and "resuming" in result.stdout, result.stderr
+
+
+def test_a_text_that_proves_too_short_is_not_continued(tmp_path, monkeypatch):
+    """A Wikipedia of the hub counts as long until all of it is read. The same command would end there again."""
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "text": "Only this."}])
+    monkeypatch.setattr(LocalFiles, "counts_as_long", True)
+    with pytest.raises(UserError, match=r"give more text\. .*; changed ones need --overwrite$"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
 
 
 def test_the_command_that_continues_after_the_last_shard_keeps_it(tmp_path, monkeypatch):

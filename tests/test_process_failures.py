@@ -144,7 +144,7 @@ def test_a_mistake_is_said_once(tmp_path):
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are only 1; give at most"):
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 1; start at most"):
         join_processes(torch.device("cuda"))
 
 

@@ -247,6 +247,7 @@ def test_nan_is_not_an_id(tmp_path, ending):
     [
         (json.dumps([{"text": "x"}] * 200), "is one JSON document of more than 2 GB"),
         ("\n " + json.dumps([{"text": "x"}] * 200), "is one JSON document of more than 2 GB"),
+        (json.dumps({"text": "x" * 2000}, indent=2), r"is one JSON document of more than 2 GB.* \(jq -c \.\)"),
         ('{"text": "cut\n' + '{"text": "x"}\n' * 200, "line 1: invalid JSON"),
     ],
 )
@@ -299,7 +300,7 @@ def test_json_in_every_form(tmp_path, form, ending, chunk_bytes, monkeypatch):
         ('{"data": [{"text": "x"}]}', ["'text'", "data"]),
         ('"only a string"', ["not a JSON object"]),
         ("no json at all", ["line 1", "invalid JSON"]),
-        ('{"text": "a"}\n{"text": "b",\n', ["line 2", "invalid JSON"]),
+        ('{"text": "a"}\n{"text": "b",\n', ["line 2: invalid JSON (", ", column 14); fix or delete it"]),
         ("[" * 100_000, ["invalid JSON"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -161,11 +162,15 @@ def test_curves_show_what_is_in_the_rows(tmp_path, monkeypatch):
     assert labels[-1] == "reference, other articles (at equal bits per byte)"
 
 
+def test_bits_per_byte_are_those_of_the_validation_text():
+    meta = {"splits": {"train": {"tokens": 100, "bytes": 700}, "val": {"tokens": 100, "bytes": 300}}}
+    expected = {"val_loss": 1.5, "perplexity": math.exp(1.5), "bits_per_byte": 1.5 / math.log(2) / 3}
+    assert report.validation_row(1.5, meta) == pytest.approx(expected)
+
+
 def test_the_startup_counts_the_parameters_and_the_run():
-    plateau = TrainConfig(lr_decay_share=0.4)
     for cfg, words in (
         (TrainConfig(), ["30,044,544 parameters: 10,647,552 in the blocks", "65,536 tokens = 64 sequences x 256 tokens x 4 micro-steps x 1 process ", "1,048,576,000 tokens, 10.49 epochs; warm-up 500 iterations "]),
-        (plateau, ["epochs; warm-up 500 iterations, then the full learning rate until the last 40%"]),
         (with_preset(TrainConfig, "wikipedia-150m"), ["262,144 tokens = 8 sequences x 1024 tokens x 32 micro-steps x 1 process "]),
     ):  # fmt: skip
         with torch.device("meta"):

@@ -249,7 +249,7 @@ def test_a_best_loss_of_other_windows_is_measured_anew(data_dir, tmp_path, monke
     assert last["best_val_loss"] != pytest.approx(best["val_loss"], abs=1e-4)
 
 
-def test_a_best_model_that_is_newer_than_last_pt_is_not_overwritten_by_a_worse(data_dir, tmp_path, capsys):
+def test_a_best_model_that_is_newer_than_last_pt_is_not_overwritten_by_a_worse(data_dir, tmp_path, capsys, monkeypatch):
     """A disk with room for only one of the two files leaves them so."""
     options = {"eval_interval": 4, "warmup_iters": 1}
     train.train(tiny(data_dir, tmp_path, max_iters=8, **options))
@@ -261,6 +261,11 @@ def test_a_best_model_that_is_newer_than_last_pt_is_not_overwritten_by_a_worse(d
     with pytest.raises(UserError, match=r"best\.pt: is damaged.*; delete it, and the next evaluation writes a new one"):
         train.train(tiny(data_dir, tmp_path / "again", max_iters=8, resume=True, **options))
     (tmp_path / "again" / "best.pt").write_bytes(best)
+    with monkeypatch.context() as patch:  # it may be whole: nobody should delete it
+        patch.setattr(checkpoint, "read", lambda path, mmap: (_ for _ in ()).throw(MemoryError()))
+        for load in (checkpoint.load_best, checkpoint.load_last):
+            with pytest.raises(UserError, match=r"does not fit into memory .*with more memory$"):
+                load(tmp_path / "again" / "best.pt")
     capsys.readouterr()
     hardly = {"learning_rate": 1e-6, "min_lr": 1e-6}
     train.train(tiny(data_dir, tmp_path / "again", max_iters=8, resume=True, **options, **hardly))

@@ -68,6 +68,22 @@ def test_a_run_is_overwritten_only_when_the_new_one_has_passed_an_evaluation(
     assert metrics(tmp_path / "run") == metrics(straight)
 
 
+def test_files_that_another_program_holds_open_do_not_stop_overwriting(data_dir, tmp_path, monkeypatch, straight):
+    """On Windows they cannot be deleted, but a run replaces them."""
+    train.train(tiny(data_dir, tmp_path, max_iters=6))
+    unlink = Path.unlink
+
+    def held(path, missing_ok=False):
+        if path.name in ("loss.png", "metrics.jsonl"):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    train.train(tiny(data_dir, tmp_path, overwrite=True))
+    assert_same_end(tmp_path, straight)
+    assert metrics(tmp_path) == metrics(straight)
+
+
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "."])
 def test_overwriting_does_not_delete_the_model_of_init_from(data_dir, tmp_path, straight, name):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)

@@ -52,6 +52,10 @@ def test_rough_durations():
     assert screen.about(1_020) == "17 minutes"
 
 
+def test_seconds_have_three_digits():
+    assert [screen.short_seconds(s) for s in (0.01234, 4.5, 1_234)] == ["0.0123 s", "4.5 s", "20 min 34 s"]
+
+
 def test_sizes():
     assert [screen.size(n) for n in (1_000, 1_536, 30 * 2**20, 1.5 * 2**30)] == ["1000 B", "2 KiB", "30 MiB", "1.5 GiB"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import write_splits
 
-from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, read_tokenizer, shard_header
+from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, read_tokenizer, shard_header, verify
 from internals.start import UserError
 from internals.windows import TokenStream
 
@@ -180,6 +180,17 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
     for read in (read_meta, lambda folder: read_tokenizer(folder, {"tokenizer_sha256": "0"})):
         with pytest.raises(UserError, match=r"json: cannot be read \(Permission denied\); make it readable$"):
             read(tmp_path)
+
+
+def test_a_flipped_bit_in_any_shard_is_found(tmp_path):
+    write_splits(tmp_path, {"train": random_tokens(250), "val": random_tokens(150)}, shard_tokens=100)
+    verify(tmp_path)
+    for path in sorted(tmp_path.glob("*.bin")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match=rf"{path.name}: is damaged"):
+            verify(tmp_path)
+        path.write_bytes(whole)
 
 
 def test_a_shard_of_another_length_than_meta_says_is_refused(tmp_path):

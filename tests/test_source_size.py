@@ -249,7 +249,7 @@ def test_a_small_text_works_and_one_that_is_too_small_is_a_message_whose_advice_
     before = files(out)
     path.write_text("Only this.")
     result = run_script(*laptop(out, path, "--overwrite", "--vocab-size", "9000"))
-    assert_user_error(result, "--val-fraction 0.1: leaves 1 of 11 tokens to the val split", "257; give more text")
+    assert_user_error(result, "--val-fraction 0.1: leaves 1 of 11 tokens for the val split", "257; give more text")
     path.write_text(" \n" * 500)
     assert_user_error(run_script(*laptop(out, path, "--overwrite")), "holds no text (1 empty article)")
     assert files(out) == before

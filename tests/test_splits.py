@@ -187,6 +187,17 @@ def test_max_tokens_counts_only_what_comes_before_the_cut(tmp_path):
     assert replaced == 1 and characters == held - 2 - 500  # U+FFFD has three bytes, é two
 
 
+def test_a_cut_before_the_first_whole_character_of_a_text(tmp_path):
+    """All of the text's replaced bytes are behind the cut."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"a" * 19_998)
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xff\xff" + b"b" * 18_000)
+    for limit in (20_000, 20_001, 20_003):
+        prepare(config(tmp_path / f"{limit}", tmp_path / "in", max_tokens=limit))
+        counts = read_meta(tmp_path / f"{limit}")["repaired_files"].values()
+        assert all(replaced <= characters for replaced, characters in counts)
+
+
 def test_max_tokens_above_the_whole_source_says_nothing_false(tmp_path):
     text = prose(9_000)
     (tmp_path / "a.txt").write_text(text)

@@ -37,7 +37,7 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path):
             run(main)
         assert exit.value.code == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: /") and error.endswith("; give a path that you may use\n")
+        assert error.startswith("error: /") and error.endswith("; give another path, or check its permissions\n")
 
 
 def test_a_bug_keeps_its_traceback():
@@ -55,7 +55,7 @@ def test_a_card_for_one_process_that_has_one_is_one_line(capsys):
 
     with pytest.raises(SystemExit) as exit:
         run(main)
-    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: the GPU serves one process")
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: the GPU accepts one process at a time")
     with pytest.raises(RuntimeError, match="illegal"):
         run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
 

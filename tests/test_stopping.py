@@ -131,6 +131,16 @@ def test_a_signal_during_evaluation_saves_after_the_next_iteration(data_dir, tmp
     assert_same_end(tmp_path, straight)
 
 
+def test_a_stop_before_the_first_evaluation_has_ended_keeps_the_earlier_run(data_dir, tmp_path, monkeypatch):
+    train.train(tiny(data_dir, tmp_path, max_iters=6))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args))[1])
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped; the earlier run in .* is kept$"):
+        train.train(tiny(data_dir, tmp_path, overwrite=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_second_interrupt_quits_at_once_and_one_before_the_run_leaves_no_traceback(data_dir, tmp_path):
     source = f"""
 import os, signal, train

@@ -43,6 +43,11 @@ def test_validation_articles_are_not_in_the_sample(tmp_path):
     assert got == [f"{row['title']}\n\n{row['text']}" for row in wanted]
 
 
+def test_articles_without_text_are_not_in_the_sample(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"title": "Redirect", "text": " "}, {"title": "Page", "text": "Its text."}])
+    assert list(sample_texts(*source_of(tmp_path / "a.jsonl", val_fraction=0.01), tail=False)) == ["Page\n\nIts text."]
+
+
 def test_the_sample_is_spread_over_the_source(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", make_articles(9000, seed=1))

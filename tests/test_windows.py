@@ -73,6 +73,15 @@ def test_validation_windows():
     assert np.array_equal(np.concatenate([some.batch(0, 3), some.batch(3, 10)]), batch)
 
 
+@pytest.mark.parametrize("eval_tokens", [160, 16 * 40, 16 * 61])
+def test_validation_windows_are_spread_over_the_whole_split(eval_tokens):
+    some = ValidationWindows(TokenStream([np.arange(1000, dtype=np.uint16)]), 16, eval_tokens)
+    starts = some.batch(0, len(some))[:, 0]
+    assert len(some) == eval_tokens // 16 and starts[0] == 0
+    gaps = np.diff([*starts, 62 * 16]) // 16  # the split holds 62 windows
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
 def test_a_split_shorter_than_a_window_is_refused():
     with pytest.raises(UserError, match="--block-size"):
         TrainingWindows(TokenStream([random_tokens(16)]), 16, seed=0)

@@ -1,6 +1,7 @@
 """Runs on two processes under torchrun (gloo, on the CPU), and faults to put into them."""
 
 import concurrent.futures
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,6 +17,8 @@ FLAGS = {
     "dtype": "float32", "max_iters": 20, "batch_size": 2, "tokens_per_iter": 128, "learning_rate": 1e-2, "min_lr": 1e-3,
     "log_interval": 1, "eval_interval": 8, "eval_tokens": 256, "checkpoint_interval": 5,
 }  # fmt: skip
+# For this worker of pytest-xdist: gw0, gw1, ...
+PORTS = iter(range(10_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 32_000))
 
 
 def flags(data_dir, out_dir, /, **changes) -> list[str]:
@@ -48,9 +51,7 @@ def run_both(*args, script: str | Path = "train.py") -> subprocess.CompletedProc
     """Two processes without torchrun, which takes seconds to start. Their outputs follow each other."""
     if sys.platform != "linux":
         return run(torchrun(*args, script=script))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
 
     def one(rank: int) -> subprocess.CompletedProcess:
         return warm.run([str(script), *args], REPO, timeout=300, RANK=str(rank), LOCAL_RANK=str(rank), **together)
@@ -60,6 +61,14 @@ def run_both(*args, script: str | Path = "train.py") -> subprocess.CompletedProc
     return subprocess.CompletedProcess(
         first.args, first.returncode or second.returncode, first.stdout + second.stdout, first.stderr + second.stderr
     )
+
+
+def free_port() -> int:
+    """A port that no other test gets. The system gives higher ones away, so none is taken before process 0 listens."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("all ports are taken")
 
 
 @pytest.fixture(scope="module")
