@@ -170,8 +170,9 @@ def read_vocabulary(source: str, rows: int) -> dict[str, int] | None:
     Args:
         rows: of the embedding; there may be more of them than tokens.
     """
-    found = None
-    if path := find_file(source, "tokenizer.json"):
+    found, folder = None, fetch(source, SMALL_FILES)
+    is_slow = (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists()
+    if not is_slow and (path := find_file(source, "tokenizer.json")):
         fast = read_json(path)
         try:
             found = fast["model"]["vocab"] | {token["content"]: token["id"] for token in fast["added_tokens"]}
@@ -189,8 +190,8 @@ def find_tokenizer(source: str, rows: int) -> str:
     theirs = read_vocabulary(source, rows)
     if theirs is None:
         raise UserError(f"{source}: has no tokenizer (tokenizer.json or vocab.json); save it there, too")
-    path = find_file(source, "tokenizer.json")
-    settings = read_json(path) if path else {}
+    path = fetch(source, SMALL_FILES) / "tokenizer.json"
+    settings = read_json(path) if path.exists() else {}
     if settings.get("pre_tokenizer") == OWN_PRE_TOKENIZER:
         return canonical(path.read_text(encoding="utf-8"), str(path))
     for name, size in TOKENIZERS.items():
@@ -281,9 +282,12 @@ def fit_tensor(source: str, name: str, tensor: Tensor, shape: torch.Size) -> Ten
 
 def read_tensors(source: str) -> dict[str, Tensor]:
     """The tensors in model.safetensors, or else those that its index names, each from the file that it names."""
-    if whole := find_file(source, WEIGHTS, (WEIGHTS, INDEX)):
+    names = (WEIGHTS, INDEX)
+    # With an index alone on this machine, the hub is not asked whether there is a whole file, too
+    is_split = (fetch(source, names) / INDEX).exists() and not (fetch(source, names) / WEIGHTS).exists()
+    if not is_split and (whole := find_file(source, WEIGHTS, names)):
         return load_tensors(whole)
-    index = find_file(source, INDEX, (WEIGHTS, INDEX))
+    index = find_file(source, INDEX, names)
     if index is None:
         raise without_weights(source)
     files = read_index(index)

@@ -42,9 +42,7 @@ class Progress:
     end: str = ""  # what ended the text: "source" (all of it is done) or "max_tokens"; empty: not ended yet
     splits: dict[str, Split] = field(default_factory=lambda: {name: Split() for name in SPLITS})
     empty: int = 0  # articles without text, left out
-    repaired_files: dict[str, list[int]] = field(
-        default_factory=dict
-    )  # name -> [characters replaced, characters in all]
+    repaired_files: dict[str, list[int]] = field(default_factory=dict)  # name -> [replaced, all] characters
     tail: bool = False  # the end of the text is held out, not whole documents
     cut: str = ""  # the file whose document --max-tokens cut
     ids: list[str] = field(default_factory=list)  # different ids seen, while they are few

@@ -15,6 +15,7 @@ from config import ExportConfig, ModelConfig
 from internals import checkpoint, huggingface, pretrained
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
+from internals.tokenizer_json import vocabulary
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
@@ -287,17 +288,12 @@ def test_names_of_one_size_that_disagree(foreign, tmp_path):
 
 def test_the_hub_is_asked_for_exactly_these_files(foreign, tmp_path, monkeypatch):
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
 
     index, asked = shards_of(foreign, tmp_path), []
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
     )
-
-    def absent(name, file):
-        raise EntryNotFoundError(file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST)
     assert import_gpt2("somebody/sharded", 64).config.n_layer == 2
     assert asked == [
         ["config.json", "tokenizer.json", "vocab.json"],
@@ -344,10 +340,12 @@ run(lambda: print(initial_model(sys.argv[1], "bytes", ModelConfig(block_size=64)
 
 def test_import_by_hub_id(foreign, tmp_path):
     """Offline: a model in the cache of the hub's client is found, anything else is one message."""
-    repository, commit = tmp_path / "hub" / "models--somebody--tiny", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
-    foreign.save_pretrained(repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    commit = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
+    for name, size in (("split", "100KB"), ("tiny", "1GB")):
+        repository = tmp_path / "hub" / f"models--somebody--{name}"
+        foreign.save_pretrained(repository / "snapshots" / commit, max_shard_size=size)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
     environment = without_network_settings() | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     unknown = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert_user_error(unknown, "tokenizer.json is not in this machine's cache", "go online")
@@ -357,16 +355,15 @@ def test_import_by_hub_id(foreign, tmp_path):
     result = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == foreign.num_parameters() - 32 * 48  # of 96 positions 64 were kept
+    split = tmp_path / "hub" / "models--somebody--split" / "snapshots" / commit  # its index and vocab.json are enough
+    (split / "vocab.json").write_text(json.dumps(vocabulary(load_tokenizer("bytes"))))
+    assert run_script("-c", FROM_THE_HUB, "somebody/split", env=environment).stdout == result.stdout
     (repository / "snapshots" / commit / "model.safetensors").unlink()  # another program asked for the other files only
     partly = run_script("-c", FROM_THE_HUB, "somebody/tiny", env=environment)
     assert_user_error(partly, "model.safetensors is not in this machine's cache", "go online")
     for name in ("somebody/else", "./no/such/folder"):
-        assert_user_error(
-            run_script("-c", FROM_THE_HUB, name, env=environment),
-            name,
-            "--init-from",
-            "there is no such file or folder",
-        )
+        result = run_script("-c", FROM_THE_HUB, name, env=environment)
+        assert_user_error(result, name, "--init-from", "there is no such file or folder")
 
 
 def test_training_starts_from_a_model_of_transformers(foreign, tmp_path):
