@@ -12,7 +12,7 @@ import tyro
 
 from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig
 from internals.settings import with_settings_of
-from internals.start import UserError
+from internals.start import UserError, first_process_has_spoken
 
 COMMANDS = {
     "prepare_data.py": PrepareConfig,
@@ -61,15 +61,19 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
         default = with_preset(cls, preset if preset in PRESETS else Preset.preset)
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
             default = with_settings_of(default, file)
-    parsed = tyro.cli(
-        cls,
-        args=args,
-        description=description,
-        default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
-        registry=numbers,
-        console_outputs=os.environ.get("LOCAL_RANK", "0") in ("0", ""),  # process 0 of a machine speaks for all
-    )
+    try:
+        parsed = tyro.cli(
+            cls,
+            args=args,
+            description=description,
+            default=default,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
+            registry=numbers,
+            console_outputs=os.environ.get("LOCAL_RANK", "0") in ("0", ""),  # process 0 of a machine speaks for all
+        )
+    except SystemExit:
+        first_process_has_spoken(30)  # when one process ends, torchrun ends all: process 0 must have printed by then
+        raise
     paths = [name for name, kind in get_type_hints(cls, include_extras=True).items() if PATH in get_args(kind)]
     return dataclasses.replace(parsed, **{name: os.path.expanduser(getattr(parsed, name)) for name in paths})
 

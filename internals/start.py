@@ -209,11 +209,11 @@ def is_lack_of_memory(error: BaseException) -> bool:
     return no_library or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def first_process_has_spoken() -> bool:
+def first_process_has_spoken(seconds: float = 3) -> bool:
     """Let process 0 of a machine speak for all. If all fail alike, it ends while the others wait here, or torchrun ends
-    them. If only this process failed, it speaks after three seconds."""
+    them. If only this process failed, it speaks after some seconds."""
     if os.environ.get("LOCAL_RANK", "0") in ("0", ""):
         return False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    return FIRST_PROCESS_ENDED.wait(3)
+    return FIRST_PROCESS_ENDED.wait(seconds)

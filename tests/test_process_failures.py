@@ -62,7 +62,9 @@ def test_a_dead_process_waits_for_what_is_being_written(monkeypatch):
 
 
 def test_a_mistyped_flag_is_told_once(data_dir, tmp_path):
-    result = run(torchrun(*flags(data_dir, tmp_path / "run"), "--max-itersx", "3"))
+    """By process 0, even if it is the last to read the command line: torchrun ends it as soon as another one ends."""
+    script = with_fault(tmp_path, "time.sleep(2 * (RANK == 0))")
+    result = run(torchrun(*flags(data_dir, tmp_path / "run"), "--max-itersx", "3", script=script))
     assert result.returncode != 0 and result.stderr.count("--max-itersx") == 1, result.stderr
 
 
