@@ -38,7 +38,7 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
 def keep_earlier_run(run: Run, stop: threading.Event) -> None:
     """Before `--overwrite` deletes the earlier run: end the command if any process was asked to stop."""
     if run.cfg.overwrite and run.machine.gather(torch.tensor([stop.is_set()])).any():
-        raise KeyboardInterrupt(f"Stopped; the earlier run in {run.out_dir} is kept")
+        raise KeyboardInterrupt(f"Stopped before anything was saved; an earlier run in {run.out_dir} is kept")
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def test_a_stop_before_the_first_evaluation_has_ended_keeps_the_earlier_run(data
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*args))[1])
-    with pytest.raises(KeyboardInterrupt, match=r"^Stopped; the earlier run in .* is kept$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^Stopped before anything was saved; an earlier run in .* is kept$"):
         train.train(tiny(data_dir, tmp_path, overwrite=True))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
