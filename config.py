@@ -204,7 +204,9 @@ class PrepareConfig(DataDir):
     @property
     def held_out(self) -> float:
         """The validation share in use: the embedded sample is so small that it needs a larger one."""
-        return self.val_fraction if self.val_fraction is not None else 0.1 if self.sources == ("sample",) else 0.005
+        if self.val_fraction is not None:
+            return self.val_fraction
+        return 0.1 if self.sources == ("sample",) else 0.005
 
     @property
     def separator_text(self) -> str:
@@ -236,7 +238,7 @@ class TrainConfig(Compute, DataDir):
     overwrite: bool = False  # delete the run in out_dir and start again; it is kept if the first evaluation fails
     check: bool = False  # test the setup, report whether the run fits and how long it takes, write nothing
     eval_only: bool = False  # evaluate out_dir/best.pt (or --init-from) on the validation split, write nothing
-    config: FilePath = ""  # start with the settings in this config.json of another run (except its folders)
+    config: FilePath = ""  # start with the settings in this config.json of another run, except its preset and folders
     init_from: FilePath = ""  # start from this model (best.pt, its folder, a GPT-2 folder, a hub id), with its sizes
 
     max_iters: Count = 16_000  # iterations (optimizer steps) in the run
@@ -263,7 +265,9 @@ class TrainConfig(Compute, DataDir):
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also gets the rows of metrics.jsonl
 
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on GPUs
+    compile: Literal["auto", "on", "off"] = (
+        "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: with cuda
+    )
     seed: Natural = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)

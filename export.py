@@ -22,7 +22,6 @@ import json
 import math
 import os
 import string
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,7 @@ def export(cfg: ExportConfig) -> None:
     with enough_memory(too_large), files.writing(f"--out-dir {out_dir}", advice="nothing was left there"):
         refuse_overflow(model.parameters() if cfg.format == "hf" else gguf.matrices(model), dtype)
         parent = files.nearest_folder(out_dir.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=parent) as temporary:
-            folder = Path(temporary, "incomplete")
-            folder.mkdir()
+        with files.temporary_folder(parent, prefix=f".{out_dir.name}-") as folder:
             if cfg.format == "hf":
                 model = model.to(dtype)
                 huggingface.write_huggingface(folder, model, tokenizer)
@@ -119,7 +116,7 @@ def as_text(path: str) -> str:
 def example(tokenizer: tiktoken.Encoding, context: int) -> tuple[str, int]:
     """A prompt, and a number of new tokens that fits the model's context after it."""
     sizes = {prompt: len(tokenizer.encode_ordinary(prompt)) for prompt in PROMPTS}
-    prompt = next(prompt for prompt in PROMPTS if sizes[prompt] <= context // 2 or prompt == PROMPTS[-1])
+    prompt = next((prompt for prompt in PROMPTS if sizes[prompt] <= context // 2), PROMPTS[-1])
     return prompt, max(1, min(100, context - sizes[prompt]))
 
 

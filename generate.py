@@ -84,8 +84,9 @@ def main(cfg: GenerateConfig) -> None:
 
 
 def prepare_streams() -> None:
-    """Print UTF-8, whatever the environment says: Windows has another for pipes, PYTHONIOENCODING can set any."""
-    start.reconfigure(sys.stdout, encoding="utf-8")
+    """Print UTF-8 with the text's own line ends, whatever the environment says: Windows has another encoding for pipes
+    and writes `\\r\\n`, PYTHONIOENCODING can set any."""
+    start.reconfigure(sys.stdout, encoding="utf-8", newline="\n")
     start.reconfigure(sys.stderr, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 

@@ -56,7 +56,7 @@ from internals.progress import (
     shard_settings,
 )
 from internals.reader import Chunk, ReadOptions
-from internals.screen import command_to_train, given_command
+from internals.screen import command_to_train, given_command, listed
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
 from internals.source_size import choose_by_size, refuse_hopeless_source, refuse_short, refuse_short_source
@@ -129,7 +129,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     print(bulk_encoder(pipeline.tokenizer).summary)
 
     # 3. Articles -> tokens -> shards, and the result
-    with resumable(data_dir, progress):
+    with resumable(data_dir, source, progress):
         if not progress.end:
             pipeline.tokenize_source()
         pipeline.finish()
@@ -138,7 +138,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
+def resumable(data_dir: Path, source: Source, progress: Progress) -> Iterator[None]:
     """After a stop or a failure inside the block, name the command that continues. It omits --overwrite: once the old
     shards are deleted, that would delete the new ones."""
     again = f"Continue: {given_command(without='--overwrite')}"
@@ -151,8 +151,9 @@ def resumable(data_dir: Path, progress: Progress) -> Iterator[None]:
             if not progress.tokens:
                 raise
             kept = "Finished work is kept for the same source and flags; changed ones need --overwrite"
-            # With all text done, the same command would end here again
-            raise UserError(f"{error}. {kept}" + ("" if progress.end else f". {again}")) from error
+            # With all text done, or a fault in it, the same command would end here again
+            helps = isinstance(source, HubWikipedia) and not progress.end
+            raise UserError(f"{error}. {kept}" + (f". {again}" if helps else "")) from error
 
 
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
@@ -160,7 +161,7 @@ def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:
         source = HubWikipedia(cfg.language, cfg.dump, cfg.revision, data_dir, cfg.keep_downloads, cfg.max_tokens)
         types = {".parquet"}
     else:
-        hub_only = f"only for --source wikipedia, but the source is {' '.join(cfg.sources)}"
+        hub_only = f"only for --source wikipedia, but the source is {listed(cfg.sources)}"
         refuse_flags(cfg, ("language", "dump", "revision", "keep_downloads"), hub_only)
         # Not text, if the data folder lies inside a source of .json files.
         ours = [data_dir / name for name in ("meta.json", "progress.json", TOKENIZER_FILE)]

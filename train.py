@@ -62,8 +62,9 @@ from internals.run_length import iteration_tokens
 from internals.samples import SAMPLE, load_sample_tokenizer
 from internals.screen import lines, printable
 from internals.shards import read_meta, read_tokenizer
+from internals.shell import shell_join
 from internals.start import UserError, first_line
-from internals.stopping import catch_signals, end_like_ctrl_c, keep_earlier_run
+from internals.stopping import catch_signals, keep_earlier_run
 from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
@@ -79,9 +80,7 @@ def train(cfg: TrainConfig) -> None:
     saved = load_resumable(cfg, machine)  # None: a new run
     run = open_run(cfg, machine, saved)
     if cfg.max_minutes and not saved:
-        refuse_long_run_on_cpu(run)
-        with end_like_ctrl_c():
-            cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
+        cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
         run = open_run(cfg, machine, saved)
     cfg, machine = run.cfg, run.machine
     if saved and run.resumed_at >= cfg.max_iters:
@@ -90,7 +89,8 @@ def train(cfg: TrainConfig) -> None:
     # 2. Model and optimizer
     torch.manual_seed(cfg.seed)  # the same weights in every process
     model = initial_model(run).to(machine.device)
-    refuse_long_run_on_cpu(run, model)
+    if not cfg.check:
+        refuse_long_run_on_cpu(run, model)
     optimizer = make_optimizer(model, cfg, machine.device, machine.dtype)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     state = TrainState(model, optimizer, scaler)
@@ -116,7 +116,8 @@ def train(cfg: TrainConfig) -> None:
             # Evaluate, log, save, print
             finished = state.iter == cfg.max_iters
             if state.iter != run.resumed_at:  # a resumed run did all of this before it stopped
-                evaluating, best = state.iter % cfg.eval_interval == 0 or finished, False
+                evaluating = finished or state.iter % cfg.eval_interval == 0
+                best = False
                 if evaluating:
                     val_loss = micro_batch.retry_smaller(evaluate, model, run.val_windows, machine)
                     best = record_validation(val_loss, run, state)
@@ -209,7 +210,8 @@ def stop_if_not_finite(outcome: Outcome, run: Run, state: TrainState, batch_size
     what = f"the loss of micro-step {bad[0] + 1} of {len(outcome.losses)}" if bad else "the gradient"
     advice = f"Continue from {run.out_dir}/last.pt with --resume and a lower --learning-rate"
     if run.resumed_at and state.iter == run.resumed_at:  # resuming would fail again
-        advice = f"Start anew with --init-from {run.out_dir}/best.pt, another --out-dir and a lower --learning-rate"
+        best = shell_join([f"{run.out_dir}/best.pt"])
+        advice = f"Start a new run with --init-from {best}, another --out-dir and a lower --learning-rate"
     raise UserError(
         f"{what} is not finite in iteration {state.iter + 1} (learning rate {get_lr(state.iter, run.cfg):.3g}, gradient "
         f"norm {outcome.grad_norm:.3g}). last.pt is from before that. The batch: windows of {block_size} tokens of the "
@@ -233,7 +235,7 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
         with machine.autocast():
             total += model(inputs, targets) * (last - first)
     model.train()
-    machine.confirm_memory()
+    machine.confirm_memory()  # before the exchange: another process may have run out of memory
     return machine.gather(total).sum().item() / len(windows)
 
 
@@ -271,11 +273,10 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
     if is_newer or before != len(run.val_windows):
         best = checkpoint.build_model(saved, str(path)).to(run.machine.device)
         state.best_val_loss = micro_batch.retry_smaller(evaluate, best, run.val_windows, run.machine)
-        now = len(run.val_windows) * block_size
         newer = f"is newer than last.pt (iteration {saved['iter']:,})"
         chosen = f"was chosen on {before * block_size:,} validation tokens"
         run.machine.print(f"best.pt {newer if is_newer else chosen};")
-        run.machine.print(f"its loss on the {now:,} used now is {state.best_val_loss:.4f}")
+        run.machine.print(f"its loss on the {run.val_windows.tokens:,} used now is {state.best_val_loss:.4f}")
 
 
 def sample_text(run: Run, state: TrainState, tokenizer: tiktoken.Encoding) -> str:
@@ -303,18 +304,17 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
         check_tokenizer(saved, cfg, meta, f"--eval-only: {name}")
         name, model = f"{name}, iteration {saved['iter']:,}", checkpoint.build_model(saved, name)
     windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), model.config.block_size, cfg.eval_tokens)
-    tokens = len(windows) * model.config.block_size
     cfg = dataclasses.replace(cfg, model=model.config)
     check_same_everywhere(cfg, meta, machine)
     machine.share_weights(model.to(machine.device))
-    cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, tokens, machine.processes))
+    cfg = dataclasses.replace(cfg, tokens_per_iter=iteration_tokens(cfg, windows.tokens, machine.processes))
     micro_batch = MicroBatch(resolve_batch_size(cfg, machine).batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")
     row = validation_row(val_loss, meta)
     rows = {
         "model": name,
-        "data": f"{cfg.data_dir}: {tokens:,} tokens of the validation split",
+        "data": f"{cfg.data_dir}: {windows.tokens:,} tokens of the validation split",
         "device": f"{machine.name}, {machine.describe()['dtype']}",
         "loss": f"{val_loss:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte",
     }

@@ -101,7 +101,7 @@ class Ours:
     def __init__(self, name: str, cfg: TrainConfig, text: Text):
         machine = train.make_machine(cfg)
         windows = TrainingWindows(text.train, cfg.model.block_size, cfg.seed)
-        cfg = resolve_batch_size(resolve_auto(cfg, windows.per_epoch * cfg.model.block_size).cfg, machine)
+        cfg = resolve_batch_size(resolve_auto(cfg, windows.epoch_tokens).cfg, machine)
         self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         val_windows = ValidationWindows(text.val, cfg.model.block_size, cfg.eval_tokens)
         self.training_run = Run(cfg, {}, machine, windows, val_windows)

@@ -91,7 +91,10 @@ def tokenize(chunk: Chunk, tokenizer: str, val_fraction: float) -> Tokens:
 
 def shortened(key: bytes) -> bytes:
     """An id or a text in at most 40 bytes, for a message. Different ones stay different."""
-    return key if len(key) <= 40 else key[:28] + b"..." + hashlib.blake2b(key, digest_size=4).hexdigest().encode()
+    if len(key) <= 40:
+        return key
+    whole_characters = key[:28].decode("utf-8", "ignore").encode()
+    return whole_characters + b"..." + hashlib.blake2b(key, digest_size=4).hexdigest().encode()
 
 
 def count_characters(text: bytes) -> int:

@@ -17,13 +17,15 @@ from config import ModelConfig
 from internals.files import atomic_write, system_error, writing
 from internals.memory import is_out_of_memory
 from internals.shards import MAGIC as SHARD_MAGIC
+from internals.shell import shell_join
 from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer, tokenizer_name
 from model import GPT
 
 FORMAT = 1
 
-NO_CHECKPOINT = "not a checkpoint written by this project; name a run's best.pt, last.pt or folder"
+NO_CHECKPOINT = "not a checkpoint written by this project"
+NAME_ANOTHER = "; name a run's best.pt, last.pt or folder"
 REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_loss"}
 
 
@@ -39,18 +41,18 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+def load(path: str | Path, mmap: bool = False, advice: str = NAME_ANOTHER) -> dict[str, Any]:
     """Read the checkpoint at `path`, with its tensors on the CPU. Runs no code from the file.
 
     With `mmap`, tensors are only read when they are used, and flipped bits are not noticed: for callers that need the
-    settings alone.
+    settings alone. `advice` ends the message about a file that is damaged or no checkpoint.
     """
     path = Path(path)
     check_file(path)
-    with reading(path, f"is damaged, or {NO_CHECKPOINT}"):
+    with reading(path, f"is damaged, or {NO_CHECKPOINT}{advice}"):
         checkpoint = read(path, mmap)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: is {NO_CHECKPOINT}")
+        raise UserError(f"{path}: is {NO_CHECKPOINT}{advice}")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: has checkpoint format {checkpoint['format']}, but this version reads {FORMAT}")
     if missing := REQUIRED - checkpoint.keys():
@@ -83,21 +85,19 @@ def check_sums(path: Path) -> None:
 def load_last(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of last.pt. If it is missing or damaged, the message says how to continue without it."""
     try:
-        return load(path, mmap)
+        return load(path, mmap, advice="")
     except Unreadable:
         raise
     except UserError as error:
-        best = path.with_name("best.pt")
-        if not best.exists():
-            raise
-        advice = f"to begin a new run with the best model, give --init-from {best} and another --out-dir"
-        raise UserError(f"{error}; {advice}") from error
+        best, begin = path.with_name("best.pt"), "to begin a new run"
+        with_best = f" with the best model, give --init-from {shell_join([str(best)])} and another --out-dir"
+        raise UserError(f"{error}; {begin}{with_best if best.exists() else ', give --overwrite'}") from error
 
 
 def load_best(path: Path) -> dict[str, Any]:
     """The content of a run's best.pt. If it is damaged, the message says how to continue without it."""
     try:
-        return load(path)
+        return load(path, advice="")
     except Unreadable:
         raise
     except UserError as error:
@@ -128,7 +128,7 @@ def check_file(path: Path) -> None:
             f"{path}: is a GGUF file, which only llama.cpp reads; give the checkpoint that it was made from"
         )
     if head[:4] == SHARD_MAGIC.to_bytes(4, "little"):
-        raise UserError(f"{path}: is a shard of tokens, {NO_CHECKPOINT}")
+        raise UserError(f"{path}: is a shard of tokens, {NO_CHECKPOINT}{NAME_ANOTHER}")
 
 
 def no_checkpoint(path: Path) -> str:

@@ -34,10 +34,12 @@ def whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
         return None
 
     def parse(values: list[str]) -> int:
-        number = float(values[0])
-        if not number.is_integer():
-            raise ValueError(f"{values[0]} is not a whole number")
-        return int(number) if set("e.") & set(values[0].lower()) else int(values[0])
+        with contextlib.suppress(ValueError):
+            return int(values[0])
+        with contextlib.suppress(ValueError):
+            if (number := float(values[0])).is_integer():
+                return int(number)
+        raise ValueError(f"{values[0]!r} is not a whole number, such as 1000 or 1e3")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

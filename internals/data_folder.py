@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from internals.files import sha256
 from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER, unreadable
 from internals.start import UserError
@@ -35,15 +33,22 @@ class DataFolder:
 
     def refuse_foreign(self, own_tokenizer: bool) -> None:
         """Raise UserError if a foreign file has a name that the command needs."""
-        paths = [path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name not in TOKENIZER_FILES]
+        paths = [
+            path for path in sorted(self.path.iterdir()) if own_tokenizer or path.name.lower() not in TOKENIZER_FILES
+        ]
         if foreign := [path.name for path in paths if self.is_in_the_way(path)]:
-            more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
+            what, them = f"{self.path / foreign[0]}: is", "it"
+            if len(foreign) > 1:
+                what, them = f"{self.path / foreign[0]} and {len(foreign) - 1:,} more: are", "them"
             raise UserError(
-                f"{self.path / foreign[0]}{more}: is damaged, or not made by this command; nothing is deleted or "
-                "overwritten: move it away, or give another --data-dir"
+                f"{what} damaged, or not made by this command; nothing is deleted or overwritten: move {them} away, or give "
+                "another --data-dir"
             )
 
     def is_in_the_way(self, path: Path) -> bool:
+        lower = path.with_name(path.name.lower())
+        if os.path.lexists(lower):  # on Windows and macOS `Meta.json` is also called `meta.json`
+            path = lower
         if path.name in ("meta.json", "progress.json"):
             return own_json(path) is None
         if path.name in ("meta.json.tmp", "progress.json.tmp"):
@@ -108,7 +113,8 @@ class DataFolder:
         """Delete progress.json, and what was half written."""
         for name in (f"{TOKENIZER_FILE}.tmp", "progress.json", "progress.json.tmp", "meta.json.tmp"):
             if os.path.lexists(self.path / name) and not self.is_in_the_way(self.path / name):
-                (self.path / name).unlink()
+                with contextlib.suppress(PermissionError):  # Windows, where another program has it open: it is replaced
+                    (self.path / name).unlink()
 
 
 class Downloads:
@@ -121,7 +127,8 @@ class Downloads:
         for name in files:
             path = self.folder / name
             if path.parent.resolve().is_relative_to(self.data_dir.resolve()):  # not through a link that leads elsewhere
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # Windows, where a virus scanner has it open: the next time
+                    path.unlink(missing_ok=True)
 
     def delete_all(self) -> None:
         """Delete the folder and all in it. Links are not followed.
@@ -155,4 +162,4 @@ def begins_as(path: Path, beginning: bytes) -> bool:
 
 
 def has_magic(path: Path) -> bool:
-    return begins_as(path, np.array([MAGIC], "<i4").tobytes())
+    return begins_as(path, MAGIC.to_bytes(4, "little"))

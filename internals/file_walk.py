@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from internals.screen import plural
+from internals.screen import listed, plural
 from internals.start import UserError, first_line
 
 TEXT_TYPES = (".jsonl", ".ndjson", ".json", ".txt")  # these may be compressed
@@ -84,7 +84,7 @@ def find_files(sources: tuple[str, ...], sample: Path, ours: Collection[Path] = 
     if not chosen:
         reasons = result.reasons() or "it is empty"
         raise UserError(
-            f"--source {' '.join(sources)}: holds no text files ({reasons}); give {KNOWN}, and rename other plain text to .txt"
+            f"--source {listed(sources)}: holds no text files ({reasons}); give {KNOWN}, and rename other plain text to .txt"
         )
     refuse_pairs(chosen, root)
     return result
@@ -133,14 +133,14 @@ class Walk:
                 return self.match(source, path)
             raise unreadable(path, error) from error
         if stat.S_ISDIR(mode):
-            return Found(path, sorted(self.files_in(path)))
+            return Found(path, sorted(self.files_in(path), key=by_name))
         if not stat.S_ISREG(mode):
             raise UserError(f"--source {source}: is a pipe or a device; write its text to a file, and give that")
         return Found(path.parent, [path])
 
     def match(self, source: str, pattern: Path) -> Found:
         paths = []
-        for path in sorted(self.expand(pattern)) if glob.has_magic(str(pattern)) else []:
+        for path in sorted(self.expand(pattern), key=by_name) if glob.has_magic(str(pattern)) else []:
             if os.path.isdir(path):  # unlike Path.is_dir, no error in a folder that may be listed but not entered
                 if "**" not in pattern.parts:
                     self.folders += 1
@@ -230,6 +230,11 @@ class Walk:
             else:
                 self.left_out["".join(path.suffixes[-2:]).lower() or "without an extension"] += 1
         return chosen
+
+
+def by_name(path: Path) -> tuple[str, ...]:
+    """Sorts paths the same everywhere; Windows' own order takes A and a as equal."""
+    return path.parts
 
 
 def status_of(path: Path) -> os.stat_result:

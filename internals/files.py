@@ -5,6 +5,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -87,6 +89,21 @@ def rename(path: str | Path, new: str | Path) -> None:
         except PermissionError:
             time.sleep(pause)
     os.replace(path, new)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: str | Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent`, deleted after the block unless it has been renamed.
+
+    On Windows, that of `tempfile` is private, also under its new name, and where the parent cannot be written, Python
+    before 3.13 tries two billion names.
+    """
+    folder = Path(parent, f"{prefix}{secrets.token_hex(4)}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from internals.memory import is_out_of_memory
@@ -82,7 +82,7 @@ def tensor_names(n_layer: int) -> set[str]:
 
 def read_huggingface(folder: Path) -> GPT2:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = load_file(folder / "model.safetensors")
+    weights = load((folder / "model.safetensors").read_bytes())  # not mapped: some drives rename no folder in use
     weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     return GPT2(weights, config["n_layer"], config["n_head"], config["layer_norm_epsilon"])
 

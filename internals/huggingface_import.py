@@ -26,7 +26,7 @@ from internals.huggingface import ARCHITECTURE, TRANSPOSED
 from internals.network import refuse_local_failure
 from internals.screen import plural
 from internals.start import UserError
-from internals.tokenizer import PREPARE_ANEW, is_json, load_tokenizer, tokenizer_name
+from internals.tokenizer import is_json, load_tokenizer, prepare_with, tokenizer_name
 from internals.tokenizer_json import BYTE_LEVEL, OWN_PRE_TOKENIZER, canonical, vocabulary
 from model import GPT
 
@@ -215,17 +215,19 @@ def check_tokenizer(source: str, rows: int, tokenizer: str) -> int:
     Without a tokenizer among its files, the number of rows decides for one that everybody has (`TOKENIZERS`): it must be
     the number of tokens, or that padded to a multiple of 64 or 128.
     """
-    ours, theirs = vocabulary(load_tokenizer(tokenizer)), read_vocabulary(source, rows)
-    usual = {math.ceil(len(ours) / multiple) * multiple for multiple in (1, 64, 128)}
-    if theirs is None and is_json(tokenizer):
-        find_tokenizer(source, rows)  # raises
-    if (rows not in usual) if theirs is None else (theirs != ours or find_tokenizer(source, rows) != tokenizer):
-        tokens = rows if theirs is None else len(theirs)
+    ours, theirs = load_tokenizer(tokenizer).n_vocab, read_vocabulary(source, rows)
+    if theirs is None and not is_json(tokenizer):
+        rows_of = {name: {math.ceil(size / n) * n for n in (1, 64, 128)} for name, size in TOKENIZERS.items()}
+        own, tokens = next((name for name in rows_of if rows in rows_of[name]), ""), rows
+    else:
+        own, tokens = find_tokenizer(source, rows), len(theirs or ())
+    if own != tokenizer:
+        advice = prepare_with(own) if own else "save its tokenizer there, too (tokenizer.json or vocab.json)"
         raise UserError(
-            f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {tokenizer_name(tokenizer)} ({len(ours):,} tokens); "
-            f"{PREPARE_ANEW}"
+            f"{source}: its tokenizer ({tokens:,} tokens) is not the data's, {tokenizer_name(tokenizer)} ({ours:,} tokens); "
+            f"{advice}"
         )
-    return len(ours)
+    return ours
 
 
 # ----------------------------------------------------------------------------------------------------------------------

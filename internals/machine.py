@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -179,7 +180,11 @@ def keep_freed_memory() -> None:
     It would return large tensors to Linux. Those of the next iteration would then come page by page, each filled with zeros
     first. That took a tenth of the time (docs/experiments.md).
     """
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    if (
+        sys.platform == "linux"
+        and platform.libc_ver()[0] == "glibc"
+        and not any(name.startswith("MALLOC_") for name in os.environ)
+    ):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)  # no mappings of their own, which are returned when they are freed
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # nothing at the end of the heap is returned, either
@@ -193,4 +198,5 @@ def stay_on_card(device: torch.device) -> None:
     """
     if platform.system() == "Windows" or "microsoft" in platform.release().lower():
         free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)  # what this process has taken already
         torch.cuda.set_per_process_memory_fraction(free / total)  # of the process's card; "cuda" has no number

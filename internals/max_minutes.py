@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import io
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,16 +16,17 @@ import torch
 from config import TrainConfig
 from internals import start
 from internals.compilation import training_model
-from internals.files import nearest_folder, writing
+from internals.files import nearest_folder, temporary_folder, writing
 from internals.memory import MicroBatch
 from internals.optimizer import make_optimizer
-from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure
+from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure, refuse_long_run_on_cpu
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
 from internals.run_length import most_iterations, resolve_auto, tenth
 from internals.samples import load_sample_tokenizer
 from internals.screen import short_seconds, wrap
 from internals.start import UserError
+from internals.stopping import end_like_ctrl_c
 
 MARGIN = 0.05  # share of the time kept for the end of the process and for a machine that slows down
 MEASURING = 0.03  # share of the time spent measuring iterations; evaluations get a third of that
@@ -42,6 +42,7 @@ class Measured(NamedTuple):
     iterations: int  # that fit into the time that is left
 
 
+@end_like_ctrl_c()
 def fit_minutes(
     cfg: TrainConfig, run: Run, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
 ) -> TrainConfig:
@@ -54,13 +55,15 @@ def fit_minutes(
         run: the run, with a number for each `auto`.
 
     Raises:
-        UserError: the time is too short.
+        UserError: the time is too short, or so long that a CPU needs `--device cpu`.
     """
-    machine, epoch_tokens = run.machine, run.train_windows.per_epoch * run.cfg.model.block_size
+    if not cfg.check:
+        refuse_long_run_on_cpu(run)  # before two minutes of measuring
+    machine, epoch_tokens = run.machine, run.train_windows.epoch_tokens
     command, cfg = cfg, dataclasses.replace(cfg, tokens_per_iter=run.cfg.tokens_per_iter)  # the same at any length
 
     def dropout(iterations: int) -> float:
-        return resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg.model.dropout
+        return of_length(cfg, iterations, epoch_tokens).model.dropout
 
     def time_run(run: Run) -> Measured:
         timing = try_out(run, measuring_seconds(cfg.max_minutes), forward_backward, evaluate, sample_text)
@@ -79,9 +82,12 @@ def fit_minutes(
             iterations = bisect.bisect_right(range(1, iterations + 1), needed, key=dropout)
     words = (
         f"--max-minutes {cfg.max_minutes:g}: an iteration takes {short_seconds(timing.iteration)}, an evaluation with its text, "
-        f"page and checkpoints {short_seconds(timing.evaluation + timing.telling)}, and {passed:.0f} s have passed; this "
-        f"leaves time for {iterations:,} iterations"
+        f"page and checkpoints {short_seconds(timing.evaluation + timing.telling)}, and {passed:.0f} s have passed; "
     )
+    if iterations == most_iterations(dataclasses.replace(cfg, max_iters=iterations + 1), epoch_tokens):
+        words += f"--max-epochs {cfg.max_epochs:g} allows {iterations:,} iterations, which take less than the time left"
+    else:
+        words += f"this leaves time for {iterations:,} iterations"
     machine.print(wrap(words))
     return dataclasses.replace(command, max_iters=iterations, max_minutes=None, batch_size=run.cfg.batch_size)
 
@@ -91,11 +97,16 @@ def measuring_seconds(minutes: float) -> float:
     return min(MEASURING * 60 * minutes, MOST_MEASURING)
 
 
+def of_length(cfg: TrainConfig, iterations: int, epoch_tokens: int) -> TrainConfig:
+    """`cfg` for a run of this length, with a number for each `auto`."""
+    return resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg
+
+
 def iterations_within(seconds: float, cfg: TrainConfig, epoch_tokens: int, timing: Timing) -> int:
     """The most iterations that a run can do in this time; 0 if not even one fits."""
 
     def needed(iterations: int) -> float:
-        return timing.of_run(resolve_auto(dataclasses.replace(cfg, max_iters=iterations), epoch_tokens).cfg)
+        return timing.of_run(of_length(cfg, iterations, epoch_tokens))
 
     # One iteration more takes longer, except where the evaluation interval follows the length and jumps: then there are
     # fewer evaluations. So each stretch of lengths with the same interval is searched by itself, the longest first.
@@ -115,8 +126,7 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
     fewest = most_iterations(dataclasses.replace(cfg, max_iters=FEWEST), epoch_tokens)
     if iterations >= fewest:
         return
-    shortest = resolve_auto(dataclasses.replace(cfg, max_iters=fewest), epoch_tokens).cfg
-    seconds = (passed + timing.of_run(shortest)) / (1 - MARGIN)
+    seconds = (passed + timing.of_run(of_length(cfg, fewest, epoch_tokens))) / (1 - MARGIN)
     # With more time, measuring takes longer: a third more for the evaluations, and the last iteration may begin late
     longer = measuring_seconds(seconds / 60) - measuring_seconds(cfg.max_minutes)
     seconds += (4 / 3 * longer + timing.iteration) / (1 - MARGIN)
@@ -160,11 +170,11 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
     parent = nearest_folder(run.out_dir)
     with (
         writing(parent),
-        tempfile.TemporaryDirectory(dir=parent, prefix=".max-minutes-") as folder,
+        temporary_folder(parent, prefix=".max-minutes-") as folder,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, out_dir=folder, tracker="none"))
+        run = dataclasses.replace(run, cfg=dataclasses.replace(run.cfg, out_dir=str(folder), tracker="none"))
         tokenizer = load_sample_tokenizer(run)
         with contextlib.closing(RunLog(run, state)) as log:
             log.begin()

@@ -54,7 +54,7 @@ class MicroBatch:
                         raise UserError(f"out of memory: {others}") from error
                 if self.size == 1:
                     raise UserError(
-                        "out of memory at --batch-size 1; take a smaller --block-size or a smaller model"
+                        "out of memory at --batch-size 1; only a run with a smaller --block-size or model would fit"
                     ) from error
             self._shrink()  # after the except block, which keeps the tensors of the failed attempt alive
             set_random_state(random, self.machine.device)
@@ -76,6 +76,8 @@ def is_out_of_memory(error: Exception) -> bool:
     words = (
         "out of memory", "can't allocate memory", "not enough memory",
         "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Storage size calculation overflowed",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # on a card that others fill
+        "Invalid buffer size",  # mps: larger than Metal allows
     )  # fmt: skip
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 

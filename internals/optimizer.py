@@ -29,7 +29,7 @@ def make_optimizer(
     float32: hardware without bfloat16 emulates it very slowly or refuses.
     """
     muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not q for q in muon)]
+    others = [p for p in model.parameters() if p not in set(muon)]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_scale": 1.0},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},

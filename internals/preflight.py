@@ -88,9 +88,13 @@ def preflight(
         )
     free = free_disk(run.out_dir)
     if free < disk:
-        raise UserError(f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} is free there")
+        raise UserError(
+            f"--out-dir {cfg.out_dir}: checkpoints need {size(disk)}, but only {size(free)} is free there; make room, or "
+            "give another --out-dir"
+        )
     machine.print("All of this fits.")
     try:
+        refuse_long_run_on_cpu(run, state.model)
         check_own(run.out_dir)
         check_unused(run.out_dir)
     except UserError as error:
@@ -176,7 +180,8 @@ def describe(run: Run, state: TrainState, timing: Timing, batch_size: int, disk:
     rows = {
         "speed": ", ".join(filter(None, speed)),
         "memory": f"peak {size(memory.peak)} of {size(memory.total)}" if memory else "not measured on this device",
-        "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations",
+        "time": f"{duration(timing.of_run(cfg))} for {plural(cfg.max_iters, 'iteration')} and their evaluations; "
+        "compiling, sample texts and checkpoints come on top",
         "disk": f"{size(disk)} for checkpoints, half of it only while one is written",
     }
     if batch_size < run.batch_size:
@@ -196,7 +201,7 @@ def refuse_long_run_on_cpu(run: Run, model: GPT | None = None) -> None:
     """Raise UserError if `--device auto` found no GPU for a run that would keep this CPU busy for long: all iterations of
     `model`, or without one the time of `--max-minutes`, which has not chosen their number yet."""
     cfg = run.cfg
-    if cfg.check or cfg.device != "auto" or run.machine.device.type != "cpu":
+    if cfg.device != "auto" or run.machine.device.type != "cpu":
         return
     rate = cpu_flops(run.machine.dtype)
     tokens = (cfg.max_iters - (run.resumed_at or 0)) * cfg.tokens_per_iter
@@ -212,15 +217,16 @@ def refuse_long_run_on_cpu(run: Run, model: GPT | None = None) -> None:
 
 def sanity_advice(run: Run, state: TrainState) -> list[str]:
     """Settings that make no sense, and better ones: a line each. Most runs have none."""
-    cfg, model = run.cfg, run.cfg.model
+    cfg, model, is_new = run.cfg, run.cfg.model, run.resumed_at is None
     advice = [words for words in (device_notice(cfg.device, run.machine.device), held_by_others(0.5)) if words]
     tokens = (cfg.max_iters - state.iter) * cfg.tokens_per_iter
-    epoch = run.train_windows.per_epoch * model.block_size
+    epoch = run.train_windows.epoch_tokens
     if tokens / epoch > MANY_EPOCHS:
         iters = state.iter + max(1, 20 * epoch // cfg.tokens_per_iter)
+        shorter = "--max-epochs 20" if is_new else f"--max-iters {iters}"
         advice.append(
             f"{tokens / epoch:,.0f} epochs: after about 20 passes over the same {epoch:,} tokens the model only "
-            f"memorises them; prepare more text, or give --max-iters {iters}"
+            f"memorises them; prepare more text, or give {shorter}"
             + (" and a smaller --tokens-per-iter" if iters < 100 else "")
         )
     sequences = cfg.sequences_per_process(run.machine.processes)
@@ -234,30 +240,40 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
         seconds = state.model.flops_per_token() * tokens / cpu_flops(run.machine.dtype)
         if seconds > LONG_SECONDS:
             iters = state.iter + max(1, int((cfg.max_iters - state.iter) * LONG_SECONDS / 2 / seconds))
+            half_a_day = "--max-minutes 720" if is_new else f"about --max-iters {iters}"
             advice.append(
-                f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or about --max-iters {iters} "
-                "for half a day (--check measures it)"
+                f"about {about(seconds)} on this CPU; use a GPU, --preset laptop, or {half_a_day} for half a day"
             )
-    if len(run.val_windows) < FEW_WINDOWS:
-        advice.append(
-            f"{plural(len(run.val_windows), 'validation window')} of {model.block_size} tokens: a loss over so few windows is "
-            "unreliable; prepare with a larger --val-fraction, or give a smaller --block-size or a larger --eval-tokens"
-        )
-    evaluating = len(run.val_windows) * model.block_size / 3  # a forward pass is a third of an iteration's arithmetic
-    if evaluating > cfg.eval_interval * cfg.tokens_per_iter:
-        advice.append(
-            f"evaluations take {evaluating / cfg.eval_interval / cfg.tokens_per_iter:,.1f} times as long as the training "
-            "between them; give a larger --eval-interval or a smaller --eval-tokens"
-        )
+    advice += evaluation_advice(run)
     usual = with_preset(ModelConfig, cfg.preset)
-    if model.n_embd != usual.n_embd and model.n_inner == usual.n_inner != 4 * model.n_embd and not cfg.init_from:
+    wide = 4 * model.n_embd
+    if is_new and not cfg.init_from and model.n_embd != usual.n_embd and model.n_inner == usual.n_inner != wide:
         advice.append(
             f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,} (GPT-2 "
-            f"uses 4 times); give --n-inner {4 * model.n_embd}"
+            f"uses 4 times); give --n-inner {wide}"
         )
     if cfg.learning_rate > 0.03:
         advice.append(
             f"--learning-rate {cfg.learning_rate:g} will most likely diverge; usual rates are between 1e-4 and 1e-2"
+        )
+    return advice
+
+
+def evaluation_advice(run: Run) -> list[str]:
+    """What makes no sense about the evaluations."""
+    cfg, block_size, advice = run.cfg, run.cfg.model.block_size, []
+    split_is_short = run.val_windows.available < FEW_WINDOWS  # nothing helps a resumed run then
+    if len(run.val_windows) < FEW_WINDOWS and (run.resumed_at is None or not split_is_short):
+        more = "prepare with a larger --val-fraction, or give a smaller --block-size"
+        advice.append(
+            f"{plural(len(run.val_windows), 'validation window')} of {block_size} tokens: a loss over so few windows is "
+            f"unreliable; {more if split_is_short else 'give a larger --eval-tokens'}"
+        )
+    evaluating = run.val_windows.tokens / 3  # a forward pass is a third of an iteration's arithmetic
+    if evaluating > cfg.eval_interval * cfg.tokens_per_iter:
+        advice.append(
+            f"evaluations take {evaluating / cfg.eval_interval / cfg.tokens_per_iter:,.1f} times as long as the training "
+            "between them; give a larger --eval-interval or a smaller --eval-tokens"
         )
     return advice
 

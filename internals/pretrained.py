@@ -6,12 +6,13 @@ initial_config     for --init-from: the model's sizes,
 initial_model      and then the model
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import tiktoken
 from torch import Tensor
@@ -29,10 +30,8 @@ from internals.huggingface_import import (
     without_weights,
 )
 from internals.start import UserError
-from internals.tokenizer import PREPARE_ANEW, load_tokenizer, tokenizer_name
+from internals.tokenizer import load_tokenizer, prepare_with, tokenizer_name
 from model import GPT
-
-T = TypeVar("T")
 
 OURS = ("best.pt", "last.pt")  # in order of preference
 OTHER_WEIGHTS = ("pytorch_model", "tf_model", "flax_model")  # beginnings of file names; these formats are not read
@@ -47,12 +46,14 @@ class Opened(NamedTuple):
 
 def open_model(source: str) -> Opened:
     """Open a model to generate with. `source` is a file, a folder, or a hub id such as `openai-community/gpt2`."""
-    return named("--checkpoint", lambda: find(source).open())
+    with named("--checkpoint"):
+        return find(source).open()
 
 
 def open_checkpoint(source: str) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
     """What `checkpoint.load_model` returns, for a file or for the folder of a run."""
-    return checkpoint.load_model(named("--checkpoint", lambda: find(source)).checkpoint())
+    with named("--checkpoint"):
+        return checkpoint.load_model(find(source).checkpoint())
 
 
 def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> ModelConfig:
@@ -62,7 +63,8 @@ def initial_config(source: str, tokenizer: str, model_config: ModelConfig) -> Mo
         tokenizer: the data's tokenizer, as `load_tokenizer` takes it. It must also be the model's.
         model_config: gives `block_size` (later positions are cut off) and `dropout`. The rest comes from `source`.
     """
-    config = named("--init-from", lambda: find(source).config(tokenizer))
+    with named("--init-from"):
+        config = find(source).config(tokenizer)
     if model_config.block_size > config.block_size:
         raise UserError(
             f"--block-size {model_config.block_size}: {source} has {config.block_size} positions; give --block-size "
@@ -88,7 +90,8 @@ def refuse_other_flags(asked: ModelConfig, config: ModelConfig) -> None:
 def initial_model(source: str, tokenizer: str, model_config: ModelConfig) -> GPT:
     """The model that starts from `source`, float32 on the CPU. Arguments as for `initial_config`."""
     config = initial_config(source, tokenizer, model_config)
-    weights = named("--init-from", lambda: find(source).weights(tokenizer))
+    with named("--init-from"):
+        weights = find(source).weights(tokenizer)
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.block_size]
     with checkpoint.fitting(f"--init-from: {source}: its weights do not fit its configuration"):
         with checkpoint.WithoutInit():
@@ -97,10 +100,11 @@ def initial_model(source: str, tokenizer: str, model_config: ModelConfig) -> GPT
     return model
 
 
-def named(flag: str, action: Callable[[], T]) -> T:
-    """The result of `action`. Its error messages get the flag in front."""
+@contextlib.contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Inside, error messages get the flag in front."""
     try:
-        return action()
+        yield
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
 
@@ -127,7 +131,7 @@ class Checkpoint:
         if saved["tokenizer"] != tokenizer:
             raise UserError(
                 f"{self.path}: was trained with the tokenizer {tokenizer_name(saved['tokenizer'])}, but the data is prepared "
-                f"with {tokenizer_name(tokenizer)}; {PREPARE_ANEW}"
+                f"with {tokenizer_name(tokenizer)}; {prepare_with(saved['tokenizer'])}"
             )
         return checkpoint.model_config(saved, str(self.path))
 
@@ -182,7 +186,9 @@ def find(source: str) -> Checkpoint | HuggingFace:
     ours = [name for name in OURS if name in names]
     theirs = [name for name in (WEIGHTS, INDEX) if name in names]  # not config.json: train.py's has the same name
     if ours and theirs:
-        raise UserError(f"{source}: holds two models, {ours[0]} and {theirs[0]}; name the file, or move one")
+        raise UserError(
+            f"{source}: holds two models, {ours[0]} and {theirs[0]}; name {path / ours[0]}, or move one away"
+        )
     if ours:
         return Checkpoint(path / ours[0])
     if theirs:  # maybe beside the .gguf that llama.cpp made from it

@@ -58,7 +58,7 @@ def join_processes(device: torch.device) -> torch.device:
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun --nproc-per-node: process {local_rank + 1} of this machine has no GPU: there are "
+                f"torchrun --nproc-per-node: process {local_rank + 1} has no GPU: this machine has "
                 f"{torch.cuda.device_count()}; start at most that many processes"
             )
         if not dist.is_nccl_available():
@@ -117,7 +117,7 @@ class Watch:
     """Ends this process when another one of the run has ended too early.
 
     A process whose GPU waits for a dead one's gradients sits in a call that neither an exception nor a signal reaches.
-    NCCL itself gives up after 10 minutes, torchrun after 30 seconds. So a thread watches: every process has a
+    NCCL itself gives up after 30 minutes, torchrun after 30 seconds. So a thread watches: every process has a
     connection to process 0, and the system closes it when the process dies, unless its machine loses power or
     network. Nothing is sent on it, so a process that is merely slow or stopped is never taken for dead. When one
     connection closes, process 0 closes all of them, and so tells the others.

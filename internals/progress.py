@@ -15,11 +15,11 @@ from config import PrepareConfig
 from internals.articles import FEW_IDS, Tokens
 from internals.cli import with_preset
 from internals.files import nearest_folder, sha256_of, write_json
-from internals.screen import command_to_train, duration, plural, printable, wrap
+from internals.screen import command_to_train, duration, listed, plural, printable, wrap
 from internals.settings import differences
 from internals.shards import META_FORMAT, check_fields
 from internals.start import UserError
-from internals.text_files import FEW_DOCUMENTS, Source, listed
+from internals.text_files import FEW_DOCUMENTS, Source
 from internals.tokenizer import given_tokenizer, is_json
 
 SPLITS = ("train", "val")
@@ -74,8 +74,7 @@ class Progress:
             bad = self.repaired_files.get(name, [0, 0])[0] + int(new.replaced.sum())
             self.repaired_files[name] = [bad, self.characters]
         if len(self.ids) < FEW_IDS:
-            found = {id.decode("utf-8", "replace") for id in new.ids}
-            self.ids = sorted(found.union(self.ids))[:FEW_IDS]
+            self.ids = sorted({*self.ids, *map(shown_id, new.ids)})[:FEW_IDS]
 
     def missed_share(self, cfg: PrepareConfig) -> str:
         """Why choosing whole documents misses the share to hold out; empty if it does not.
@@ -85,7 +84,8 @@ class Progress:
         """
         wanted, splits = cfg.held_out, self.splits
         if self.documents < FEW_DOCUMENTS:
-            return f"{plural(self.documents, 'document')} are too few to choose from"
+            are = "is" if self.documents == 1 else "are"
+            return f"{plural(self.documents, 'document')} {are} too few to choose from"
         of_documents = splits["val"].articles / self.documents
         enough = all(splits[name].tokens >= need for name, need in cfg.least_tokens.items())
         too_many = self.held_out > max(1.5 * wanted, wanted + 0.02)
@@ -128,6 +128,14 @@ class Progress:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is damaged ({error}); give --overwrite to start again") from error
         return cls(**values)
+
+
+def shown_id(key: bytes) -> str:
+    """An id, or the text without one, as people may read it. That of a file without ids is a digest."""
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError:
+        return key.hex()[:8]
 
 
 def as_utf8_name(name: str) -> str:

@@ -55,10 +55,9 @@ def find_reference(cfg: TrainConfig, meta: dict[str, Any]) -> Reference | None:
     if not path.exists():
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
-    if (
-        differences(upgrade(saved["settings"]), cfg.settings(), with_preset(TrainConfig, cfg.preset).settings()).keys()
-        - NOT_LEARNING
-    ):
+    preset = with_preset(TrainConfig, cfg.preset).settings()
+    changed = differences(upgrade(saved["settings"]), cfg.settings(), preset)
+    if changed.keys() - NOT_LEARNING:
         return None
     same_text, scale = saved["data_sha256"] == describe_data(meta)["sha256"], bits_per_nat(meta)
     losses, bits = ({int(iter): value for iter, value in saved[name].items()} for name in ("val_loss", "bits_per_byte"))

@@ -75,12 +75,12 @@ def summary(run: Run, state: TrainState) -> dict[str, str]:
         f"embeddings ({plural(model.n_layer, 'layer')}, {plural(model.n_head, 'head')}, {model.n_embd} dimensions, "
         f"context {model.block_size})",
         "data": f"{cfg.data_dir}: {train['tokens']:,} tokens of {plural(train['articles'], 'article')} to train on, "
-        f"{len(run.val_windows) * model.block_size:,} to evaluate on; tokenizer {tokenizer_name(run.tokenizer)}, "
+        f"{run.val_windows.tokens:,} to evaluate on; tokenizer {tokenizer_name(run.tokenizer)}, "
         f"{model.vocab_size:,} tokens",
-        "iteration": f"{cfg.tokens_per_iter:,} tokens = {run.batch_size} sequences x {model.block_size} tokens x "
+        "iteration": f"{cfg.tokens_per_iter:,} tokens = {plural(run.batch_size, 'sequence')} x {model.block_size} tokens x "
         f"{plural(steps, 'micro-step')} x {plural(machine.processes, 'process', 'es')}{smaller}",
         "run": f"{plural(cfg.max_iters, 'iteration')}, {tokens:,} tokens, "
-        f"{tokens / (run.train_windows.per_epoch * model.block_size):.2f} epochs; warm-up {warmup}",
+        f"{tokens / run.train_windows.epoch_tokens:.2f} epochs; warm-up {warmup}",
         **({"chosen": "; ".join(run.chosen)} if run.chosen else {}),
     }
 
@@ -279,8 +279,10 @@ class RunLog:
         except Exception as error:  # a disk, a font, a backend: no such failure is worth an iteration
             if name not in self.failures:
                 self.failures.add(name)
+                says_all = isinstance(error, UserError) and not failure  # the file's name, too
                 failure = failure or f"{self.run.out_dir / name} could not be written"
-                tqdm.write(printable(f"{failure} ({first_line(error)}); training continues"))
+                text = str(error) if says_all else f"{failure} ({first_line(error)})"
+                tqdm.write(printable(f"{text}; training continues"))
 
 
 def window_text(run: Run, window_id: int) -> str:

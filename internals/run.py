@@ -111,7 +111,7 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     train_windows = TrainingWindows(TokenStream.open(cfg.data_dir, "train"), cfg.model.block_size, cfg.seed)
     val_windows = ValidationWindows(TokenStream.open(cfg.data_dir, "val"), cfg.model.block_size, cfg.eval_tokens)
     check_same_everywhere(cfg, meta, machine)
-    epoch_tokens = train_windows.per_epoch * cfg.model.block_size
+    epoch_tokens = train_windows.epoch_tokens
     if saved is None:
         cfg, chosen = resolve_auto(cfg, epoch_tokens, machine.processes)
         check_together(cfg, machine)
@@ -221,7 +221,7 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
     Raises:
         UserError: the model, the optimizer, the tokenizer or the data is not the saved run's.
     """
-    last = f"--resume: {cfg.out_dir}/last.pt"
+    last = f"--{'resume' if cfg.resume else 'auto-resume'}: {cfg.out_dir}/last.pt"
     check_tokenizer(saved, cfg, meta, last)
     if saved["data"]["sha256"] != describe_data(meta)["sha256"]:
         raise UserError(
@@ -247,7 +247,8 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
         raise UserError(
             f"--max-iters {cfg.max_iters:,}: the run in {cfg.out_dir} has done {done:,} iterations; give more"
         )
-    changed |= differences(saved["machine"], machine.describe(), machine.describe())
+    machines = differences(saved["machine"], machine.describe(), machine.describe())
+    changed |= {name: values for name, values in machines.items() if None not in values}  # a GPU has no threads
     words = [f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name not in NOT_SETTINGS]
     if "max_iters" in changed:
         before, after = get_lr(done, with_settings(cfg, saved["config"])), get_lr(done, cfg)
@@ -340,7 +341,8 @@ def lock_run_folder(run: Run) -> Iterator[None]:
     if not run.machine.is_main:
         yield
         return
-    with locked(run.out_dir, "--out-dir", "another training run is using it; give another --out-dir"):
+    held = "another training run is using it; wait until it ends, or give another --out-dir"
+    with locked(run.out_dir, "--out-dir", held):
         if run.resumed_at is None:
             if not run.cfg.overwrite:
                 check_unused(run.out_dir)

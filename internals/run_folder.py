@@ -66,7 +66,7 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds a run (last.pt); continue it with --resume, delete it with --overwrite, or give "
             "another --out-dir"
         )
-    if best.exists() and checkpoint.load(best, mmap=True)["iter"] > 0:
+    if best.exists() and not is_untrained(best):
         raise UserError(
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
@@ -77,12 +77,20 @@ def check_unused(out_dir: Path) -> None:
         )
 
 
+def is_untrained(best: Path) -> bool:
+    """Whether a best.pt is that of iteration 0. One that cannot be read may be worth something."""
+    with contextlib.suppress(UserError):
+        return checkpoint.load(best, mmap=True)["iter"] == 0
+    return False
+
+
 def check_source_stays(init_from: str, out_dir: Path) -> None:
     """Raise UserError if `--overwrite` would delete the model of `--init-from`."""
-    deleted = [path for path in (out_dir / "best.pt", out_dir / "last.pt") if os.path.lexists(path)]
+    source = Path(os.path.expanduser(init_from))
+    deleted = [path for path in (out_dir / "best.pt", out_dir / "last.pt") if path.exists()]
     if deleted:  # without one, the folder's name may be that of a model on the hub
         deleted.append(out_dir)
-    if init_from and os.path.realpath(os.path.expanduser(init_from)) in map(os.path.realpath, deleted):
+    if init_from and source.exists() and any(source.samefile(path) for path in deleted):
         raise UserError(
             f"--init-from {init_from}: --overwrite deletes this model; copy it to another folder first, or give another "
             "--out-dir"

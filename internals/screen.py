@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def file_size(count: float) -> str:
+    """Bytes for people, in powers of 1,000 as disks and downloads are counted."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} KB"
+
+
 def short_loss(loss: float) -> str:
     """A loss in five characters, four of them digits: 2.330, 10.83, 260.3. After divergence: 1.2e+07."""
     return f"{loss:.3g}" if loss >= 1000 else f"{loss:.{3 - (loss >= 10) - (loss >= 100)}f}"
@@ -75,6 +82,12 @@ def short_rate(tokens_per_second: float) -> str:
 def printable(text: str) -> str:
     """The text without control characters, which a terminal would obey, and without halves of characters."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text.translate(CONTROLS))
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """`listed(["a", "b", "c", "d"], 3) -> "a, b, c and 1 more"`"""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return printable(", ".join(names[:limit])) + more
 
 
 def wrap(text: str, first: str = "", indent: str = "") -> str:

@@ -62,5 +62,7 @@ def with_settings_of(cfg: TrainConfig, file: str) -> TrainConfig:
     """`with_settings` for the settings in `file`, a config.json that a run wrote."""
     try:
         return with_settings(cfg, json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UserError(f"--config {file}: there is no such file; give the config.json of a run") from error
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--config {file}: not the config.json of a run ({first_line(error)})") from error

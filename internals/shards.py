@@ -1,6 +1,7 @@
 """Token shards on the disk: write, read and verify them."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -11,8 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from internals.files import rename, sha256, sha256_of, sync_file
-from internals.start import UserError, first_line
+from internals.files import rename, sha256, sync_file
+from internals.start import UserError
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
@@ -20,7 +21,7 @@ META_FORMAT = 1
 UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # marks an unfinished shard as ours
 PIECE_TOKENS = 1 << 20  # read at once
 TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
-AGAIN = "prepare the data again (prepare_data.py --overwrite)"
+AGAIN = "prepare the data again: the prepare_data.py command that made it, with --overwrite"
 # The fields of meta.json, of each split and each shard in it, and their types. `source` may have more
 META_FIELDS = {"source": dict, "tokenizer": str, "vocab_size": int, "splits": dict}
 SPLIT_FIELDS = {"tokens": int, "bytes": int, "articles": int, "shards": list}
@@ -168,7 +169,8 @@ class ShardWriter:
 
 def read_meta(data_dir: str | Path) -> dict[str, Any]:
     """The `meta.json` of a finished data folder."""
-    folder, command = Path(data_dir), "run prepare_data.py (with the same --data-dir, or the same --preset)"
+    folder = Path(data_dir)
+    command = "run prepare_data.py (with the same --preset and --data-dir, and --source for a text of your own)"
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder}: there is no such folder; {command} first")
     path = folder / "meta.json"
@@ -224,16 +226,17 @@ def read_tokenizer(data_dir: str | Path, meta: dict[str, Any]) -> str:
     if "tokenizer_sha256" not in meta:
         return meta["tokenizer"]
     path = Path(data_dir) / TOKENIZER_FILE
-    advice = f"restore it, or {AGAIN}"
     try:
-        text = path.read_bytes().decode()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); {advice}") from error
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing; restore it, or {AGAIN}") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    if sha256_of(text) != meta["tokenizer_sha256"]:
-        raise UserError(f"{path}: is not the tokenizer of the shards beside it; {advice}")
-    return text
+    if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
+        raise UserError(
+            f"{path}: is not the tokenizer of the shards beside it; restore it, or move it away and {AGAIN}"
+        )
+    return content.decode()
 
 
 def verify(data_dir: str | Path) -> None:

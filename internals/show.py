@@ -54,5 +54,5 @@ def decode(encoding: tiktoken.Encoding, tokens: np.ndarray) -> str:
     except KeyError as error:
         raise UserError(
             f"--show: the shards have token {max(tokens)}, but a vocabulary of {encoding.n_vocab:,}, so one of them is damaged; "
-            "train.py --check says which"
+            "train.py --check with the same --data-dir says which"
         ) from error

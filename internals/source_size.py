@@ -11,7 +11,7 @@ import math
 from config import PrepareConfig
 from internals.articles import tokenize
 from internals.reader import ReadOptions
-from internals.screen import plural
+from internals.screen import listed, plural
 from internals.start import UserError
 from internals.text_files import Source
 
@@ -69,8 +69,9 @@ def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> N
 def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[int, int]:
     """The tokens of the text, counted until they are enough, and the articles without text among them.
 
-    It tokenizes about a megabyte, unless --val-fraction is extreme; of a .txt file it hashes the whole before. A Wikipedia from the hub counts as long, so only
-    --max-tokens can make it too short. Where old shards will be deleted, its first file must be readable, too.
+    It tokenizes about a megabyte, unless --val-fraction is extreme, and first hashes all of a .txt file. A Wikipedia from
+    the hub counts as long, so only --max-tokens can make it too short. Where old shards will be deleted, its first file
+    must be readable, too.
     """
     most, options = cfg.max_tokens or LONG, ReadOptions.of(cfg, tokenizer)
     if source.counts_as_long:
@@ -86,11 +87,11 @@ def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[i
     return min(tokens, most), empty
 
 
-def refuse_short(cfg: PrepareConfig, tokens: int, empty: int = 0) -> None:
+def refuse_short(cfg: PrepareConfig, tokens: int, empty: int) -> None:
     """Raise UserError if a text of `tokens` tokens is too short. `empty`: the articles without text, for the message."""
     if tokens == 0:
         found = f" ({plural(empty, 'empty article')})" if empty else ""
-        raise UserError(f"--source {' '.join(cfg.sources)}: holds no text{found}; give another source")
+        raise UserError(f"--source {listed(cfg.sources)}: holds no text{found}; give another source")
     if text := shortage(cfg, tokens):
         raise UserError(text)
 

@@ -28,7 +28,7 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
             with contextlib.suppress(OSError):  # os.write, since a signal may arrive in the middle of a print
                 # torchrun passes on the first one only
                 at_once = b"" if "TORCHELASTIC_RUN_ID" in os.environ else b" Ctrl-C stops at once."
-                os.write(2, b"\nStopping after this iteration, which is saved." + at_once + b"\n")
+                os.write(2, b"\nStopping after this iteration." + at_once + b"\n")
         stop.set()
 
     with handling(handler, "SIGINT", "SIGTERM", "SIGHUP"):

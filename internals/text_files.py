@@ -13,7 +13,7 @@ from internals.file_walk import file_type, find_files
 from internals.files import sha256
 from internals.reader import Chunk, ReadOptions, reading
 from internals.readers import make_reader, read_chunks
-from internals.screen import plural, printable
+from internals.screen import file_size, listed, plural, printable
 from internals.start import UserError
 from internals.tokenizer_json import END_OF_TEXT
 
@@ -80,7 +80,7 @@ class LocalFiles(Source):
 
     def __init__(self, sources: tuple[str, ...], options: ReadOptions, ours: Collection[Path] = ()):
         found = find_files(sources, SAMPLE, ours)
-        self.name, self.root, self.left_out, self.options = " ".join(sources), found.root, found.reasons(), options
+        self.name, self.root, self.left_out, self.options = listed(sources), found.root, found.reasons(), options
         self.files, self.text_bytes = [], 0
         self.seen: list[tuple[int, int]] = []  # size and time of each file when it was hashed
         self.without_separator, self.with_end_of_text = [], []  # names of .txt files
@@ -132,7 +132,7 @@ class LocalFiles(Source):
         return True
 
     def summary(self) -> str:
-        text = f"{printable(self.name)}: {plural(len(self.files), 'file')} of {self.identity['bytes'] / 1e6:,.1f} MB"
+        text = f"{printable(self.name)}: {plural(len(self.files), 'file')} of {file_size(self.identity['bytes'])}"
         text += f"; {printable(self.left_out)}" if self.left_out else ""
         if self.without_separator:
             text += (
@@ -150,9 +150,3 @@ class LocalFiles(Source):
 def size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def listed(names: list[str], limit: int = 3) -> str:
-    """`listed(["a", "b", "c", "d"], 3) -> "a, b, c and 1 more"`"""
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return printable(", ".join(names[:limit])) + more

@@ -21,8 +21,8 @@ NAMES = ("gpt2", "bytes")
 
 VOCABULARY = "the gpt2 tokenizer's vocabulary"
 VOCABULARY_ADVICE = (
-    "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written, or prepare with "
-    "--tokenizer bytes"
+    "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written; data can also be "
+    "prepared with --tokenizer bytes"
 )
 FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
 
@@ -59,10 +59,10 @@ def load_tokenizer(tokenizer: str) -> tiktoken.Encoding:
     raise UserError(f"there is no tokenizer {tokenizer!r}; give gpt2, bytes or a tokenizer.json")
 
 
-# What to do if a model and data have different tokenizers
-PREPARE_ANEW = (
-    "prepare the data with prepare_data.py --tokenizer FILE, the model's tokenizer.json (export.py writes it, too)"
-)
+def prepare_with(tokenizer: str) -> str:
+    """What to do if data has another tokenizer than a model, whose own this is."""
+    name = "FILE, the model's tokenizer.json (export.py writes it, too)" if is_json(tokenizer) else tokenizer
+    return f"prepare the data in another --data-dir with prepare_data.py --tokenizer {name}"
 
 
 def is_json(tokenizer: str) -> bool:

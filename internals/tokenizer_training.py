@@ -18,6 +18,7 @@ from internals.encodings import INVALID
 from internals.files import sha256, sha256_of, write_text
 from internals.progress import Progress
 from internals.reader import Chunk, ReadOptions
+from internals.screen import listed
 from internals.shards import TOKENIZER_FILE
 from internals.start import UserError
 from internals.text_files import Source
@@ -61,7 +62,7 @@ def make_tokenizer(cfg: PrepareConfig, source: Source, progress: Progress, or_fe
 
 def without_training_text(cfg: PrepareConfig, tail: bool) -> str:
     if tail:  # the end of the text is held out, not whole documents
-        return f"--source {' '.join(cfg.sources)}: holds next to no text to train a tokenizer on; give more text"
+        return f"--source {listed(cfg.sources)}: holds next to no text to train a tokenizer on; give more text"
     return (
         "--tokenizer train: all documents fall into the validation share, so there is no text to train on; give them "
         "different ids, or leave the ids out, or give a smaller --val-fraction"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from internals.data_folder import Downloads
-from internals.files import sha256, writing
+from internals.files import sha256, temporary_folder, writing
 from internals.network import answer_within, in_background, patiently, wait_for
-from internals.screen import plural
+from internals.screen import file_size, plural
 from internals.start import UserError, first_line
 from internals.text_files import Source, SourceFile
 
@@ -122,12 +122,13 @@ class HubWikipedia(Source):
         if self.config not in available:
             language = self.config.split(".", 1)[1]
             others = [name.split(".")[0] for name in available if name.split(".", 1)[-1] == language]
-            hint = f"--dump {' or '.join(others)}" if others else "a --language that https://wikimedia.org lists"
+            languages = f"a --language of https://huggingface.co/datasets/{REPOSITORY}"
+            hint = f"--dump {' or '.join(others)}" if others else languages
             raise UserError(f"--dump, --language: {REPOSITORY} has no {self.config}; give {hint}")
 
     def summary(self) -> str:
         files = plural(len(self.files), "file")
-        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {self.bytes / 1e9:,.2f} GB"
+        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {file_size(self.bytes)}"
 
     def provenance(self) -> dict[str, Any]:
         return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": self.bytes}
@@ -230,7 +231,7 @@ def check_writable(what: str, folder: str | Path) -> None:
     """Raise UserError if the Hugging Face cache cannot be written: its libraries report that as a failing network."""
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with temporary_folder(folder, prefix=".writable-"):
             pass
     except OSError as error:
         raise UserError(

@@ -73,6 +73,11 @@ class TrainingWindows:
             )
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)  # 2: a batch may cross from one to the next
 
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens that an epoch reads."""
+        return self.per_epoch * self.block_size
+
     def _make_epoch(self, number: int) -> Epoch:
         rng = np.random.default_rng([self.seed, number])
         offset = int(rng.integers(self.block_size))
@@ -111,6 +116,11 @@ class ValidationWindows:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that an evaluation predicts."""
+        return self.count * self.block_size
+
     def batch(self, first: int, last: int) -> np.ndarray:
         """Windows `first` to `last - 1`, (last - first, block_size + 1) int64."""
         starts = [n * self.available // self.count * self.block_size for n in range(first, last)]
@@ -122,6 +132,6 @@ def read_windows(stream: TokenStream, starts: Sequence[int], block_size: int) ->
     if windows.max() >= stream.vocab_size:  # on a GPU it would be an assertion that names no cause
         raise UserError(
             f"{stream.name}: has token {windows.max()}, but a vocabulary of {stream.vocab_size}, so a shard is damaged; "
-            "train.py --check says which"
+            "train.py --check with the same --data-dir says which"
         )
     return windows.astype(np.int64)

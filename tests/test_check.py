@@ -49,6 +49,15 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a run that would be refused without a GPU")
+def test_check_tells_of_a_run_that_would_be_refused(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "UNASKED_FLOPS", 0)
+    for minutes in (None, 1.0):
+        train.train(tiny(data_dir, tmp_path / "run", device="auto", check=True, max_minutes=minutes))
+        out = " ".join(capsys.readouterr().out.split())
+        assert "All of this fits. But --device auto: no GPU, and" in out and "give --device cpu Train: " in out
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_check_knows_the_size_of_the_checkpoints(data_dir, tmp_path, monkeypatch, optimizer):
     def size(value) -> int:

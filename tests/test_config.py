@@ -227,10 +227,11 @@ def test_whole_numbers_may_be_written_with_an_exponent(capsys):
     assert parse(PrepareConfig, "", ["--max-tokens", "1.2e9"]).max_tokens == 1_200_000_000
     assert parse(PrepareConfig, "", ["--max-tokens", "1_000"]).max_tokens == 1_000
     assert parse(PrepareConfig, "", ["--workers", "5.0"]).workers == 5
-    for value in ("1.5", "1.5e0", "e6", "nan", "inf"):
+    for value in ("1.5", "1.5e0", "e6", "nan", "inf", "1,000"):
         with pytest.raises(SystemExit):
             parse(TrainConfig, "", ["--max-iters", value])
-        assert "--max-iters" in unboxed(capsys.readouterr().err)
+        err = unboxed(capsys.readouterr().err)
+        assert "--max-iters" in err and f"'{value}' is not a whole number, such as 1000 or 1e3" in err
 
 
 def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from articles import config, files, make_articles, write_jsonl
 
-from internals.data_folder import DOWNLOADS, Downloads
+from internals.data_folder import DOWNLOADS, DataFolder, Downloads
 from internals.shards import UNFINISHED_HEADER, ShardWriter, read_meta, shard_header
 from internals.start import UserError
 from prepare_data import prepare
@@ -124,6 +124,33 @@ def test_downloads_behind_a_link_stay(tmp_path):
     Downloads(tmp_path / "out").delete(["c/a.parquet"])
     Downloads(tmp_path / "out").delete_all()
     assert files(tmp_path / "elsewhere") == mine
+
+
+def test_a_download_that_another_program_holds_open_is_deleted_later(tmp_path, monkeypatch):
+    put(tmp_path / "out" / DOWNLOADS, ["c/a.parquet"])
+    unlink, held = Path.unlink, [True]
+
+    def busy(path, missing_ok=False):
+        if held:
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    Downloads(tmp_path / "out").delete(["c/a.parquet"])
+    held.clear()
+    Downloads(tmp_path / "out").delete(["c/a.parquet"])  # prepare_data.py names earlier files again
+    assert not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["Meta.json", "PROGRESS.JSON", "Train_000000.bin"])
+def test_a_foreign_file_in_the_way_may_have_capitals(tmp_path, source, monkeypatch, name):
+    """On Windows and on a Mac, `Meta.json` and `meta.json` are one file."""
+    put(tmp_path / "out", {name: b"mine"})
+    if not (tmp_path / "out" / name.lower()).exists():
+        (tmp_path / "out" / name.lower()).symlink_to(tmp_path / "out" / name)
+        monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / name]))  # such a system lists one name
+    with pytest.raises(UserError, match=name):
+        DataFolder(tmp_path / "out").refuse_foreign(own_tokenizer=False)
 
 
 def test_a_name_that_is_taken_meanwhile_is_not_overwritten(tmp_path):

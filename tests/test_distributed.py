@@ -195,7 +195,7 @@ def test_auto_gives_whole_sequences_for_every_process(data_dir, tmp_path, monkey
     machine = Machine(torch.device("cpu"), torch.float32, "", 0, processes)
     model = ModelConfig(n_layer=1, n_head=2, n_embd=16, n_inner=32, block_size=block_size)
     cfg = TrainConfig(
-        data_dir=str(data_dir), out_dir=str(tmp_path), tokens_per_iter="auto", max_epochs=40.0, model=model
+        data_dir=str(data_dir), out_dir=str(tmp_path), tokens_per_iter="auto", max_epochs=40, model=model, device="cpu"
     )
     run = open_run(cfg, machine, None)
     assert run.cfg.tokens_per_iter == tokens

@@ -134,9 +134,27 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
     assert run_script("-c", KILLED, moment, tmp_path / "best.pt", out_dir).returncode == -9
     assert not out_dir.exists()
     left = [path for path in tmp_path.iterdir() if path.name != "best.pt"]
-    assert all(path.name.startswith(".my-model-") and os.listdir(path) == ["incomplete"] for path in left)
+    assert all(path.name.startswith(".my-model-") for path in left)
     export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir)))  # and it can be repeated
     assert (out_dir / "config.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("file_format", ["hf", "gguf"])
+def test_no_file_is_in_use_when_the_folder_gets_its_name(tmp_path, monkeypatch, file_format):
+    """WSL's Windows drives and some network drives rename no folder with a file that is mapped."""
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    rename, mapped = export.files.rename, []
+
+    def look(folder, new):
+        mapped.append(str(folder) in Path("/proc/self/maps").read_text())
+        rename(folder, new)
+
+    monkeypatch.setattr(export.files, "rename", look)
+    export.export(
+        ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "my-model"), format=file_format)
+    )
+    assert mapped == [False]
 
 
 FULL_DISK = """

@@ -1,11 +1,12 @@
 """internals/file_walk.py: each file once, however it is reached; unreadable ones are named, left-out ones counted."""
 
 import os
+from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 from articles import posix
 
-from internals.file_walk import find_files
+from internals.file_walk import by_name, find_files
 from internals.start import UserError
 
 
@@ -212,3 +213,11 @@ def test_a_drive_that_numbers_every_file_0_gives_all_its_files(tmp_path, monkeyp
     monkeypatch.setattr(os, "stat", without_numbers)
     assert found(tmp_path / "in", tmp_path / "in" / "a.txt") == numbered
     assert numbered[0] == ["a.txt", "b/1.txt", "b/2.txt", "c/3.txt"]
+
+
+def test_files_have_the_same_order_on_every_system():
+    """Windows' own order takes A and a as equal, and the order decides the shards."""
+    names = ["b/c.txt", "B.txt", "a.txt", "C.txt", "b.txt"]
+    for kind in (PurePosixPath, PureWindowsPath):
+        ordered = [path.as_posix() for path in sorted(map(kind, names), key=by_name)]
+        assert ordered == ["B.txt", "C.txt", "a.txt", "b/c.txt", "b.txt"]

@@ -18,6 +18,7 @@ from internals.files import (
     nearest_folder,
     sha256,
     system_error,
+    temporary_folder,
     write_json,
     write_text,
     writing,
@@ -195,3 +196,24 @@ def test_a_drive_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr(Path, "is_dir", lambda self: False)  # as Z:\\ on a machine without it
     with pytest.raises(UserError, match=r"models.*: there is no such drive"):
         nearest_folder("models")
+
+
+def test_a_temporary_folder_goes_unless_it_has_been_renamed(tmp_path, monkeypatch):
+    with pytest.raises(ValueError), temporary_folder(tmp_path, ".x-") as folder:
+        (folder / "file").write_bytes(b"half")
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    with temporary_folder(tmp_path, ".x-") as folder:
+        (folder / "file").write_bytes(b"whole")
+        folder.rename(tmp_path / "y")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["y", "y/file"]
+    tries = []
+
+    def refuse(*args):
+        tries.append(args)
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(os, "mkdir", refuse)  # Windows' answer, which tempfile takes for a name that is taken
+    with pytest.raises(PermissionError), temporary_folder(tmp_path, ".x-"):
+        pass
+    assert len(tries) == 1

@@ -241,3 +241,13 @@ def test_invalid_utf8_on_stdin_is_one_clear_message(best):
     assert run.stderr.decode().splitlines() == [
         "error: --prompt -: stdin is not UTF-8 text (at byte 2); convert it first"
     ]
+
+
+def test_line_ends_are_the_texts_own(monkeypatch):
+    """Windows' stdout would write each \\n as \\r\\n."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", newline="\r\n"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    generate.prepare_streams()
+    print("één\r\nzwei\ndrei", end="", flush=True)
+    assert written.getvalue() == "één\r\nzwei\ndrei".encode()

@@ -225,10 +225,11 @@ def test_the_advised_time_is_enough_although_measuring_takes_longer_then(data_di
         assert max_iters(tmp_path / str(minutes)) >= 10
 
 
-def test_a_text_that_allows_a_few_iterations_needs_no_time_for_more(data_dir, tmp_path, speed):
+def test_a_text_that_allows_a_few_iterations_needs_no_time_for_more(data_dir, tmp_path, speed, capsys):
     speed(Timing(iteration=8.0, evaluation=3.0, telling=2.0))
     train.train(tiny(data_dir, tmp_path, max_minutes=1.0, max_epochs=0.5))
     assert max_iters(tmp_path) == 3
+    assert "; --max-epochs 0.5 allows 3 iterations, which take less" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_steps(data_dir, tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ CPU = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, proces
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), True),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Invalid buffer size: 9.75 GB"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
     ids=str,
@@ -106,7 +108,7 @@ def test_out_of_memory_in_a_resumed_run_changes_nothing(data_dir, tmp_path, monk
 
 def test_out_of_memory_at_one_sequence_gives_up_with_advice(data_dir, tmp_path, monkeypatch):
     little_memory(monkeypatch, 0)
-    with pytest.raises(UserError, match="at --batch-size 1; take a smaller --block-size"):
+    with pytest.raises(UserError, match="at --batch-size 1; only a run with a smaller --block-size"):
         train.train(tiny(data_dir, tmp_path))
 
 

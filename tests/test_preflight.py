@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from internals.machine import Machine
 from internals.run import Run, TrainState
 from internals.run_length import resolve_auto
 from internals.start import UserError
+from internals.windows import TokenStream, ValidationWindows
 from model import GPT
 
 CPU = Machine(torch.device("cpu"), torch.float32, "as requested", rank=0, processes=1)
@@ -26,15 +28,21 @@ def no_card(monkeypatch):
     monkeypatch.setattr(preflight, "device_notice", lambda name, device: "")
 
 
-def advice(machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikipedia", **changes) -> list[str]:
+def advice(
+    machine=GPU, train_tokens=100_000_000, val_windows=100, preset="wikipedia", resumed_at=None, **changes
+) -> list[str]:
     cfg = with_preset(TrainConfig, preset)
     shape = {name: changes.pop(name) for name in list(changes) if hasattr(cfg.model, name)}
     cfg = dataclasses.replace(cfg, **changes, model=dataclasses.replace(cfg.model, **shape))
     cfg = resolve_auto(cfg, train_tokens).cfg
     with torch.device("meta"):
         model = GPT(cfg.model)
-    windows = SimpleNamespace(per_epoch=train_tokens // cfg.model.block_size)
-    return preflight.sanity_advice(Run(cfg, {}, machine, windows, range(val_windows)), TrainState(model, None, None))
+    block_size = cfg.model.block_size
+    train_windows = SimpleNamespace(epoch_tokens=train_tokens // block_size * block_size)
+    split = TokenStream([np.zeros(val_windows * block_size + 1, np.uint16)])
+    windows = ValidationWindows(split, block_size, cfg.eval_tokens)
+    run = Run(cfg, {}, machine, train_windows, windows, resumed_at)
+    return preflight.sanity_advice(run, TrainState(model, None, None))
 
 
 @pytest.mark.parametrize("preset", ["wikipedia", "wikipedia-150m"])
@@ -53,16 +61,19 @@ def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
     [
         (
             dict(train_tokens=75_000),
-            ["14,0", "epochs", "prepare more text", "--max-iters 22", "smaller --tokens-per-iter"],
+            ["14,0", "epochs", "prepare more text", "--max-epochs 20 and", "smaller --tokens-per-iter"],
         ),
+        (dict(train_tokens=75_000, resumed_at=0), ["prepare more text", "--max-iters 22 and"]),
         (dict(tokens_per_iter=127 * 256), ["micro-steps have 1 sequence,", "--tokens-per-iter 32768"]),
-        (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset laptop"]),
-        (dict(val_windows=1), ["1 validation window of 256 tokens", "--val-fraction"]),
+        (dict(machine=CPU), ["days on this CPU", "use a GPU", "--preset laptop", "--max-minutes 720"]),
+        (dict(machine=CPU, resumed_at=0), ["days on this CPU", "about --max-iters "]),
+        (dict(val_windows=1), ["1 validation window of 256 tokens", "--val-fraction", "smaller --block-size"]),
+        (dict(eval_tokens=256), ["1 validation window of 256 tokens", "give a larger --eval-tokens"]),
         (dict(val_windows=4096, eval_interval=1), ["evaluations take", "--eval-interval"]),
         (dict(n_embd=768), ["n_inner 1,536 is 2 times n_embd 768", "--n-inner 3072"]),
         (dict(learning_rate=1.0, min_lr=0.1), ["--learning-rate 1 will most likely diverge"]),
     ],
-    ids=["epochs", "prime", "days", "windows", "evaluations", "n_inner", "learning rate"],
+    ids=str,
 )
 def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words):
     monkeypatch.setattr(preflight, "cpu_flops", lambda dtype: 1e11)
@@ -70,6 +81,10 @@ def test_an_absurd_run_is_named_with_what_would_be_right(monkeypatch, run, words
     for word in words:
         assert word in line
     assert "\n" not in line
+
+
+def test_a_resumed_run_gets_no_advice_that_it_would_refuse():
+    assert advice(val_windows=1, resumed_at=0) == advice(n_embd=768, resumed_at=0) == []
 
 
 def test_a_cpus_speed_is_half_of_a_products(monkeypatch):
@@ -106,12 +121,11 @@ def test_a_long_run_on_a_cpu_must_be_asked_for(monkeypatch):
         dict(device="cpu"),
         dict(machine=GPU),
         dict(machine=dataclasses.replace(CPU, device=torch.device("mps"))),
-        dict(check=True),
         dict(preset="demo"),
         dict(preset="laptop"),
         dict(resumed_at=15_900),
     ],
-    ids=["asked", "cuda", "mps", "check", "demo", "laptop", "nearly finished"],
+    ids=["asked", "cuda", "mps", "demo", "laptop", "nearly finished"],
 )
 def test_these_runs_are_not_refused(run):
     start(**run)

@@ -157,7 +157,8 @@ def test_nothing_is_kept_of_a_file_that_changes_for_a_while(tmp_path, monkeypatc
 
 def test_another_command_is_refused_half_way(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [*make_articles(5000), {"no": "text"}])
-    with pytest.raises(UserError, match="line 5001"):
+    # "Continue" with the same text would end here again, with another text in "another source"
+    with pytest.raises(UserError, match=r"line 5001.* changed ones need --overwrite$"):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     state = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert state["splits"]["train"]["tokens"] > 1_000_000  # what was done is kept
@@ -326,6 +327,7 @@ def test_the_command_that_continues_after_overwrite_keeps_the_new_work(tmp_path,
     with monkeypatch.context() as patched, ended as error:
         patched.setattr(sys, "argv", [*plain, "--overwrite"])
         patched.setattr(Pipeline, "finish", fail)
+        patched.setattr(prepare_data, "HubWikipedia", LocalFiles)  # only the hub's files are mended by waiting
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True))
     assert shlex.split(str(error.value).split("Continue: ")[1])[2:] == plain[1:]
     result = run_script(*plain)

@@ -97,7 +97,7 @@ GPT.forward = poisoned""",
 
 SAYS = {
     "killed": ["error: another process of this run ended"],
-    "memory": ["error: out of memory at --batch-size 1; take a smaller --block-size or a smaller model"],
+    "memory": ["error: out of memory at --batch-size 1; only a run with a smaller --block-size or model would fit"],
     "settings": [
         "error: the processes differ (check: False and True, max_minutes: None and 1, max_epochs: None and 2, "
         "batch_size: 2 and auto, learning_rate: 0.01 and 0.005); give all machines the same command"
@@ -146,7 +146,7 @@ def test_a_mistake_is_said_once(tmp_path):
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 1; start at most"):
+    with pytest.raises(UserError, match="process 2 has no GPU: this machine has 1; start at most"):
         join_processes(torch.device("cuda"))
 
 

@@ -30,8 +30,8 @@ META = {
 def run_log(out_dir, iter: int = 0, machine: Machine = MACHINE, **changes) -> report.RunLog:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, n_inner=8, block_size=8, vocab_size=257))
     cfg = dataclasses.replace(TrainConfig(), out_dir=str(out_dir), model=model.config, **changes)
-    windows = SimpleNamespace(per_epoch=10)
-    run = Run(cfg, META, machine, windows, range(4), resumed_at=iter or None)
+    windows = SimpleNamespace(epoch_tokens=80), SimpleNamespace(tokens=32)
+    run = Run(cfg, META, machine, *windows, resumed_at=iter or None)
     log = report.RunLog(run, TrainState(model, None, None, iter=iter))
     if iter == 0:
         log.begin()
@@ -177,8 +177,8 @@ def test_the_startup_counts_the_parameters_and_the_run():
             model = GPT(cfg.model)
         split = {"tokens": 100_000_000, "articles": 1_000, "bytes": 1, "shards": []}
         meta = {"splits": {"train": split, "val": split}, "tokenizer": "gpt2", "source": {}}
-        windows = SimpleNamespace(per_epoch=100_000_000 // cfg.model.block_size)
-        run = Run(cfg, meta, MACHINE, windows, range(4_096))
+        windows = SimpleNamespace(epoch_tokens=100_000_000), SimpleNamespace(tokens=2**20)
+        run = Run(cfg, meta, MACHINE, *windows)
         text = report.startup(run, TrainState(model, None, None), "off")
         assert max(map(len, text.splitlines())) <= 80, text
         for word in words:

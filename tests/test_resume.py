@@ -295,3 +295,13 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
     (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
     with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(missing: best_val_loss"):
         train.train(tiny(data_dir, tmp_path, resume=True))
+
+
+def test_threads_are_no_change_if_there_were_none(data_dir, tmp_path, capsys):
+    """A run that a GPU began has none."""
+    train.train(tiny(data_dir, tmp_path, max_iters=4))
+    last = checkpoint.load(tmp_path / "last.pt")
+    checkpoint.save(tmp_path / "last.pt", last | {"machine": last["machine"] | {"device": "a GPU", "threads": None}})
+    train.train(tiny(data_dir, tmp_path, max_iters=6, resume=True))
+    out = capsys.readouterr().out
+    assert "device a GPU -> cpu" in out and "threads None" not in out

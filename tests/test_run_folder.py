@@ -95,6 +95,26 @@ def test_overwriting_does_not_delete_the_model_of_init_from(data_dir, tmp_path, 
     train.train(tiny(data_dir, tmp_path, init_from=str(tmp_path / "base.pt"), overwrite=True, max_iters=1))
 
 
+def test_overwriting_does_not_delete_that_model_under_another_name(tmp_path, monkeypatch):
+    """As on a Mac, where `Run` and `run` are one folder, and `os.path.realpath` does not say so."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").touch()
+    (tmp_path / "Run").symlink_to(tmp_path / "run")
+    monkeypatch.setattr(os.path, "realpath", os.path.abspath)
+    for name in ("Run", "Run/best.pt"):
+        with pytest.raises(UserError, match="--overwrite deletes this model"):
+            check_source_stays(str(tmp_path / name), tmp_path / "run")
+
+
+def test_a_damaged_model_can_be_overwritten(data_dir, tmp_path):
+    train.train(tiny(data_dir, tmp_path, max_iters=1))
+    (tmp_path / "last.pt").unlink()
+    os.truncate(tmp_path / "best.pt", 1000)
+    with pytest.raises(UserError, match=r"holds a model \(best.pt\); delete it with --overwrite"):
+        train.train(tiny(data_dir, tmp_path))
+    train.train(tiny(data_dir, tmp_path, max_iters=1, overwrite=True))
+
+
 def test_overwriting_does_not_touch_a_model_of_the_hub_or_of_hugging_face(tmp_path, monkeypatch):
     """Its name may also be that of OUT_DIR, while there is no checkpoint."""
     monkeypatch.chdir(tmp_path)

@@ -60,6 +60,10 @@ def test_sizes():
     assert [screen.size(n) for n in (1_000, 1_536, 30 * 2**20, 1.5 * 2**30)] == ["1000 B", "2 KiB", "30 MiB", "1.5 GiB"]
 
 
+def test_sizes_of_files_have_units_that_fit():
+    assert [screen.file_size(n) for n in (27_300, 3.14e6, 1.2345e10)] == ["27.3 KB", "3.1 MB", "12.35 GB"]
+
+
 def test_losses_have_four_digits():
     losses = (0.0123, 2.33, 9.9994, 10.826, 260.26, 12_345_678.9)
     assert [screen.short_loss(loss) for loss in losses] == ["0.012", "2.330", "9.999", "10.83", "260.3", "1.23e+07"]

@@ -24,9 +24,9 @@ def test_a_run_can_be_repeated_from_its_config_json(data_dir, tmp_path):
     changed = [json.loads((folder / "config.json").read_text()) for folder in (second, tmp_path / "third")]
     assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"seed", "out_dir"}
     (tmp_path / "nonsense.json").write_text('{"colour": 1}')
-    for file in ("nonsense.json", "missing.json"):
+    for file, words in (("nonsense.json", "not the config.json of a run"), ("missing.json", "there is no such file")):
         result = run_script("train.py", "--config", tmp_path / file)
-        assert_user_error(result, "--config", file, "not the config.json of a run")
+        assert_user_error(result, "--config", file, words)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """prepare_data.py: the share held out of few or unequal documents, and where --max-tokens ends."""
 
+import hashlib
 import json
 import random
 
@@ -76,6 +77,15 @@ def test_ids_that_are_the_same_for_all_are_named(tmp_path, ids):
     words = "the same id or text: " if len(ids) == 1 else "one of 2 ids or texts: "
     assert words + ", ".join(map(str, ids)) in result.stdout
     assert "held out 20% of the tokens (--val-fraction 0.2)" in result.stdout
+
+
+def test_texts_without_ids_that_are_the_same_are_named_by_the_beginning_of_their_digest(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for n in range(60):
+        (tmp_path / "texts" / f"{n}.txt").write_text(prose(2000, 0))
+    result = run_script(*command(tmp_path / "out", tmp_path / "texts"))
+    digest = hashlib.sha256(prose(2000, 0).encode()).hexdigest()
+    assert f"because all 60 have the same id or text: {digest[:8]}; " in result.stdout, result.stdout
 
 
 def test_ids_that_begin_alike_are_not_called_the_same(tmp_path):

@@ -170,7 +170,7 @@ def test_under_torchrun_no_second_ctrl_c_is_promised(monkeypatch, capfd):
     with stopping.catch_signals(SimpleNamespace(is_main=True)) as stop:
         signal.raise_signal(signal.SIGTERM)
     assert stop.is_set()
-    assert capfd.readouterr().err == "\nStopping after this iteration, which is saved.\n"
+    assert capfd.readouterr().err == "\nStopping after this iteration.\n"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

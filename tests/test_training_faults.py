@@ -60,7 +60,7 @@ def test_rows_that_cannot_be_written_wait_and_cost_nothing(data_dir, tmp_path, m
     monkeypatch.setattr(train, "get_lr", lambda it, cfg: (now.__setitem__(0, it + 1), get_lr(it, cfg))[1])
     monkeypatch.setattr("builtins.open", full)
     train.train(tiny(data_dir, tmp_path))
-    assert capsys.readouterr().out.count("metrics.jsonl could not be written") == 1  # printed once
+    assert capsys.readouterr().out.count("metrics.jsonl: could not be written") == 1  # printed once
     assert_same_checkpoints(tmp_path, straight)
     assert metrics(tmp_path) == (metrics(straight)[:8] if until == 99 else metrics(straight))
 

@@ -102,5 +102,5 @@ def test_a_token_that_the_vocabulary_lacks_is_a_damaged_shard():
     stream = TokenStream([tokens], vocab_size=300, name="data/mine")
     windows = ValidationWindows(stream, block_size=16, eval_tokens=1000)
     windows.batch(0, 4)
-    with pytest.raises(UserError, match=r"data/mine: has token 300, but a vocabulary of 300, .* --check says which"):
+    with pytest.raises(UserError, match=r"data/mine: has token 300, but a vocabulary of 300, .* --check with the same"):
         windows.batch(4, 5)
