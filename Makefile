@@ -1,12 +1,13 @@
 # make demo    prepare, train and generate, on any machine, in minutes
 # make test    all tests, in three processes: on two cores too, since many tests wait
 # Both set up .venv first. PYTHON=python3.12 make ... uses another Python. TORCH=cpu, cu126, ... takes the PyTorch build
-# of that name. Without TORCH, a Linux machine without an NVIDIA driver gets the CPU build, which is gigabytes smaller.
+# of that name (not rocm: what that needs is on PyTorch's index alone). Without TORCH, a Linux machine without an NVIDIA
+# driver gets the CPU build, which is gigabytes smaller.
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+INSTALL := $(BIN)/python -m pip install --quiet --no-user --disable-pip-version-check --constraint constraints.txt
+FITS := -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'  # PyTorch 2.13 has no build for Python 3.15
 
 # A build chosen with TORCH must come from PyTorch's own index. The default CPU build comes from there if possible: if
 # the index is unreachable, pip warns and takes the ordinary build.
@@ -39,11 +40,12 @@ clean:
 	rm -rf .venv
 
 .venv/bin/python:
-	@$(PYTHON) $(NEW_ENOUGH) || { echo "$(PYTHON) is not Python 3.10 or newer. Name one that is: make demo PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv || { echo "No virtual environment. On Debian and Ubuntu, first: sudo apt install python3-venv"; exit 1; }
+	@test ! -e .venv/Scripts || { echo ".venv was made on Windows: rename or delete it first" >&2; exit 1; }
+	@$(PYTHON) $(FITS) || { echo "$(PYTHON) is not Python 3.10 to 3.14. Name one that is: make demo PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { echo "No virtual environment. If ensurepip is missing (Debian, Ubuntu): sudo apt install $(notdir $(PYTHON))-venv. If .venv is there already, delete it: make clean" >&2; exit 1; }
 
 .venv/installed: .venv/bin/python requirements.txt constraints.txt
-	@$(BIN)/python $(NEW_ENOUGH) && $(BIN)/python -m pip --version > /dev/null || { echo "The Python in .venv is older than 3.10, has no pip or does not run. Delete .venv first: make clean"; exit 1; }
+	@$(BIN)/python $(FITS) && $(BIN)/python -m pip --version > /dev/null || { echo "The Python in .venv is not 3.10 to 3.14, has no pip or does not run. Unless another make is at work, delete .venv first: make clean" >&2; exit 1; }
 	$(if $(TORCH_FROM),$(INSTALL) --no-deps torch $(TORCH_FROM))
 	$(INSTALL) -r requirements.txt
 	touch $@

@@ -1,6 +1,8 @@
 """Compile the model for the training loop."""
 
+import logging
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from config import TrainConfig
 from internals.machine import Machine
 from internals.memory import is_out_of_memory
-from internals.start import first_line
+from internals.start import first_line, is_failed_card
 from model import GPT
 
 
@@ -31,6 +33,9 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
 
     If the compiler fails, the run loses only the speed-up.
     """
+    machine.print("Compiling the model: the first time this may take a minute")
+    # Inductor warns on cards of fewer than 68 multiprocessors (RTX 3060, T4) about a mode that nobody asked for
+    logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)
     compiled: Any = model
     reason = ""
     try:
@@ -42,6 +47,8 @@ def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, st
             loss = compiled(inputs, targets)
         loss.backward()
     except Exception as error:  # the many parts of a compiler have no common base class for their errors
+        if is_failed_card(error):
+            raise
         if not is_out_of_memory(error):  # that happens again in the iterations, where MicroBatch handles it
             reason = compile_problem(error)
     model.zero_grad()
@@ -58,7 +65,8 @@ def compile_problem(error: Exception) -> str:
     said = next((line for line in text.splitlines() if "fatal error" in line), first_line(error))
     reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
     if re.search(r"C(\+\+)? compiler|No such file|Command '\['\S*(gcc|clang)", text):
-        reason += "; it needs a C compiler and Python's headers (Ubuntu: sudo apt install build-essential python3-dev)"
+        headers = f"python3.{sys.version_info.minor}-dev"
+        reason += f"; it needs a C compiler and Python's headers (Ubuntu: sudo apt install build-essential {headers})"
     elif re.search(r"Compiler: .+ is not found", text):  # Inductor on Windows
         reason += "; it needs Visual Studio's Build Tools: run train.py in their x64 Native Tools Command Prompt"
     elif "working triton installation" in text:

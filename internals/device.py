@@ -19,11 +19,19 @@ from internals.start import UserError, first_line
 
 # Dense 16-bit matrix rate in FLOP/s with 32-bit accumulation, as training computes, from NVIDIA's data sheets and
 # architecture papers, by PyTorch's name for the card. With 16-bit accumulation, GeForce cards are twice as fast.
-# MFU is shown for these GPUs only.
+# Where those give none for a GeForce card, it is cores x boost clock x 4 FLOP (RTX 3060, 4060, 4070): the ratio of the
+# others of the RTX 30 and 40 series. MFU is shown for these GPUs only.
 PEAK_FLOPS = {
+    "NVIDIA GeForce RTX 2070": 29.9e12,
+    "NVIDIA GeForce RTX 2080": 40.3e12,
+    "NVIDIA GeForce RTX 2080 Ti": 53.8e12,
+    "NVIDIA GeForce RTX 3060": 25.5e12,
+    "NVIDIA GeForce RTX 3070": 40.6e12,
     "NVIDIA GeForce RTX 3080": 59.5e12,
     "NVIDIA GeForce RTX 3090": 71e12,
     "NVIDIA GeForce RTX 3090 Ti": 80e12,
+    "NVIDIA GeForce RTX 4060": 30.2e12,
+    "NVIDIA GeForce RTX 4070": 58.3e12,
     "NVIDIA GeForce RTX 4070 Ti": 80.2e12,
     "NVIDIA GeForce RTX 4080": 97.5e12,
     "NVIDIA GeForce RTX 4080 SUPER": 104.4e12,
@@ -48,6 +56,10 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
     "NVIDIA L40S": 362e12,
     "Tesla T4": 65e12,
+    "Tesla V100-PCIE-16GB": 112e12,
+    "Tesla V100-PCIE-32GB": 112e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "Tesla V100-SXM2-32GB": 125e12,
 }
 
 
@@ -93,8 +105,10 @@ def resolve_device(name: str) -> torch.device:
 def device_notice(name: str, device: torch.device) -> str:
     """One line if `--device auto` fell back to the CPU although there should be a card, or if this PyTorch is known to
     compute wrongly on the device; else empty."""
-    if device.type == "mps" and torch.__version__ < (2, 13):
-        return f"PyTorch {torch.__version__} may compute attention wrongly on Apple's GPUs; pip install 'torch>=2.13'"
+    if device.type == "mps" and torch.__version__ < (2, 14):
+        # pytorch#193487: on M1 and M2, sums of 32,767 terms or more may be wrong, as over GPT-2's vocabulary
+        found = f"PyTorch {torch.__version__} may compute attention or large products wrongly on Apple's GPUs"
+        return f"{found}; pip install 'torch>=2.14'"
     obstacle = cuda_obstacle() if name == "auto" and device.type == "cpu" else None
     return f"GPU not used: {obstacle.found}; {obstacle.advice}" if obstacle and obstacle.driver else ""
 
@@ -153,7 +167,9 @@ def explain(complaint: str) -> Obstacle:
         advice = "unset it, or give it the number of a card (0 is the first)"
         return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
     tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
-    advice = f"if {tool} does not list the card either, restart the machine or reinstall the driver"
+    reload = " (after a suspend this may do: sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm)"
+    restart = "restart the machine" + ("" if torch.version.hip else reload)
+    advice = f"{restart}; if {tool} does not list the card then, reinstall the driver"
     return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
 
 
@@ -182,7 +198,7 @@ def missing_kernels() -> Obstacle | None:
     elif capability > known[-1]:
         advice = f"take a newer build: {install('cu128' if capability[0] <= 12 else 'cu130')}"
     elif capability >= (5, 0):
-        advice = f"{install('cu126')} has kernels for it"
+        advice = f"take a build that has kernels for it: {install('cu126')}"
     else:
         advice = "it is too old for the PyTorch that this project needs; use --device cpu"
     return Obstacle(found, advice, True)
@@ -234,7 +250,9 @@ def newest_build(driver_runs: Callable[[Build], bool]) -> str:
 
 
 def install(build: str) -> str:
-    return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+    """Without torch's dependencies: PyTorch's index has other versions of them than the commands need."""
+    index = f"https://download.pytorch.org/whl/{build}"
+    return f"pip install --force-reinstall --no-deps torch --index-url {index}, then pip install -r requirements.txt"
 
 
 def held_by_others(share: float) -> str:

@@ -4,9 +4,12 @@ begin()      before the slow imports: from here on a missing package or Ctrl-C e
 run(main)    the command itself: a foreseen problem ends in one line and exit status 2, a bug in a traceback
 """
 
+from __future__ import annotations  # Python 3.9 must get as far as `begin`, which refuses it
+
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,9 +22,18 @@ from typing import Any, TextIO
 # busy process makes training and generating many times slower. benchmarks/busy.py measures both sides.
 SPINS = "1500"
 
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)  # a path that the system refuses
+# Errors of a path that are foreseen where the code opens it, so that others of these are bugs
+PATH_BUGS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # of a terminal
+# A kernel that reads memory which is not its own ("illegal memory access") is a bug, and not among these
+CARD_FAILED = re.compile(
+    "(CUDA|cuDNN) error: .*(unspecified launch failure|unknown error|uncorrectable|launch timed out|hardware stack error"
+    "|STATUS_EXECUTION_FAILED)"
+)
+
+# What a terminal would obey. A text from Windows has \r at the end of each line: it is dropped without a replacement
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS[ord("\r")] = ""
 
 BEGAN = time.monotonic()
 FIRST_PROCESS_ENDED = threading.Event()  # set in the other processes of a run (internals/processes.py)
@@ -51,6 +63,10 @@ def begin() -> None:
 
     PyTorch takes seconds to import, and Ctrl-C may come meanwhile.
     """
+    if sys.version_info < (3, 10):  # noqa: UP036 (the system's own, perhaps, because .venv is not active)
+        found = ".".join(map(str, sys.version_info[:2]))
+        sys.stderr.write(f"error: this is Python {found}, and 3.10 is needed: activate .venv, or name another Python\n")
+        sys.exit(2)
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if is_closed_pipe(error):  # the reader of --help has seen enough
@@ -144,8 +160,12 @@ def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
 
 
 def is_closed_pipe(error: BaseException) -> bool:
-    """Whether a stream failed because its reader has gone (`| head`). Windows says EINVAL then."""
-    return isinstance(error, BrokenPipeError) or (os.name == "nt" and getattr(error, "errno", 0) == errno.EINVAL)
+    """Whether a stream failed because its reader has gone (`| head`). Windows says EINVAL then.
+
+    It says EINVAL, with a number of its own, for a library that cannot be loaded, too.
+    """
+    invalid = os.name == "nt" and getattr(error, "errno", 0) == errno.EINVAL
+    return isinstance(error, BrokenPipeError) or (invalid and getattr(error, "winerror", None) is None)
 
 
 def silence(stream: TextIO) -> None:
@@ -179,21 +199,28 @@ def run(main: Callable[[], None], interrupted: str = "Stopped.", stdout_is_outpu
 
 def report_end(error: BaseException, interrupted: str) -> int | None:
     """Say on stderr why the command ends. Returns its exit status, or None for a bug."""
+    status = 2
     if isinstance(error, KeyboardInterrupt):
         status, text = 130, str(error) or interrupted
     elif isinstance(error, UserError):
-        status, text = 2, f"error: {error}"
-    elif isinstance(error, ModuleNotFoundError):
-        status, text = 2, f"error: no package {error.name}: activate .venv, or pip install -r requirements.txt"
-    elif isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
-        status, text = 2, f"error: {error.filename}: {error.strerror}; give another path, or check its permissions"
+        text = f"error: {error}"
     elif is_lack_of_memory(error):
         text = f"error: too little memory ({first_line(error)}); close other programs, or raise a limit (ulimit -v)"
-        status = 2
+        if is_unmapped(error):
+            text += "; if this disk is mounted noexec, install on another"
+    elif isinstance(error, ImportError | OSError) and (problem := library_problem(error)):
+        text = f"error: {problem}"
+    elif isinstance(error, OSError) and error.filename and error.errno not in PATH_BUGS:
+        advice = "check its permissions, and that its drive is there, or give another path"
+        text = f"error: {error.filename}: {error.strerror}; {advice}"
     elif "busy or unavailable" in str(error):  # CUDA's words, on a card that an administrator set to one process
-        status, text = (
-            2,
-            "error: the GPU accepts one process at a time, and another is using it (see nvidia-smi); wait, or give --device cpu",
+        advice = "wait, or give --device cpu"
+        text = f"error: the GPU accepts one process at a time, and another is using it (see nvidia-smi); {advice}"
+    elif is_failed_card(error):
+        text = (
+            f"error: the GPU stopped working ({first_line(error)}): the card, its driver or its power failed, or the "
+            "computer slept; continue a training run with --resume, and restart the computer if that fails, too "
+            "('sudo dmesg | grep -i xid' says more)"
         )
     else:
         return None
@@ -205,8 +232,38 @@ def report_end(error: BaseException, interrupted: str) -> int | None:
 
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether this machine's memory (not a GPU's) ran out, for example while a library was loaded."""
-    no_library = isinstance(error, ImportError | OSError) and "failed to map segment" in str(error)
-    return no_library or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or is_unmapped(error)
+
+
+def is_unmapped(error: BaseException) -> bool:
+    """Whether the system refused to map a library into memory: there is none left, or the disk may hold no programs."""
+    return isinstance(error, ImportError | OSError) and "failed to map segment" in str(error)
+
+
+def is_failed_card(error: BaseException) -> bool:
+    """Whether a GPU failed while it computed. Nothing more can be computed on it in this process."""
+    return isinstance(error, RuntimeError) and bool(CARD_FAILED.search(str(error)))
+
+
+def library_problem(error: ImportError | OSError) -> str:
+    """Why a package or a library cannot be loaded, and what to do. Empty for other errors, and for our own modules."""
+    said, name = first_line(error), getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and name in sys.stdlib_module_names:
+        return f"{sys.executable} was built without {name}; set up .venv with another Python"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{sys.executable} has no package {name}: activate .venv (if this folder was moved, or Python replaced: make "
+            "clean, then make demo), or pip install -r requirements.txt"
+        )
+    of_others = "-packages" in str(getattr(error, "path", ""))  # in site-packages, or Debian's dist-packages
+    if "cannot import name" in said and of_others:
+        return f"package {name} does not fit ({said}); pip install -r requirements.txt, or add -c constraints.txt, too"
+    if "one of its dependencies" in said or "DLL load failed" in said:  # Windows
+        return (
+            f"a library cannot be loaded ({said}); install https://aka.ms/vs/17/release/vc_redist.x64.exe, or close other "
+            "programs"
+        )
+    return ""
 
 
 def first_process_has_spoken(seconds: float = 3) -> bool:

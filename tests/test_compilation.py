@@ -1,6 +1,8 @@
 """internals/compilation.py: a compiled run is the same; one whose compiler fails continues without it and says why."""
 
+import logging
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from model import GPT
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-COMPILER = "it needs a C compiler and Python's headers"
+COMPILER = f"Python's headers (Ubuntu: sudo apt install build-essential python3.{sys.version_info.minor}-dev)"
 
 
 # Errors of Inductor and Triton, as seen with PyTorch 2.13 and 2.14
@@ -64,6 +66,17 @@ def test_a_run_does_without_a_compiler_that_does_not_know_this_python(monkeypatc
     assert compiling == "off, because compiling failed (RuntimeError: torch.compile is not supported on Python 3.15+)"
 
 
+def test_a_card_that_fails_meanwhile_is_no_failure_of_the_compiler(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    sizes = ModelConfig(n_layer=1, n_head=1, n_embd=16, n_inner=16, block_size=8, vocab_size=64)
+    model, cpu = GPT(sizes), Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=1)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
+
+
 def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):
     def broken(*args, **kwargs):
         torch.rand(1)
@@ -81,6 +94,9 @@ def test_a_compiled_model_is_the_same_run_and_saves_under_plain_names(
     compile = torch.compile  # only its front half runs: no compiler of machine code is needed
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile(model, dynamic=dynamic, backend="eager"))
     train.train(tiny(data_dir, tmp_path, compile="on"))
-    assert "compile    on\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "compile    on\n" in out and out.count("Compiling the model: the first time this may take a minute\n") == 1
+    # On cards of fewer than 68 multiprocessors Inductor warns about a mode that nobody asked for
+    assert not logging.getLogger("torch._inductor.utils").isEnabledFor(logging.WARNING)
     assert_same_end(tmp_path, straight)
     assert all(name.startswith("transformer.") for name in checkpoint.load(tmp_path / "last.pt")["model"])

@@ -2,25 +2,31 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from glob import glob
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from conftest import REPO
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 INDEX = "https://download.pytorch.org/whl"
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 
 
-def requirements(file: str) -> dict[str, Requirement]:
+def requirements(file: str, system: str = "linux", python: str = "3.11") -> dict[str, Requirement]:
+    """What a file asks for on this system, with this Python, by name."""
+    machine = {**default_environment(), "sys_platform": system, "python_version": python}
     lines = [line.split("#")[0].strip() for line in (REPO / file).read_text().splitlines()]
-    found = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    asked = [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+    found = [requirement for requirement in asked if not requirement.marker or requirement.marker.evaluate(machine)]
     return {canonicalize_name(requirement.name): requirement for requirement in found}
 
 
@@ -58,9 +64,26 @@ def test_the_constraints_keep_every_build_of_their_pytorch(build):
 
 def test_python_3_10_is_left_what_it_can_install():
     """numpy and others of the constraints need Python 3.11."""
-    old = {**default_environment(), "python_version": "3.10", "python_full_version": "3.10.13"}
-    free = {name for name, pin in PINS.items() if pin.marker and not pin.marker.evaluate(old)}
-    assert "numpy" in free and "torch" not in free
+    pins = requirements("constraints.txt", python="3.10")
+    assert "numpy" not in pins and "torch" in pins
+
+
+def test_what_is_pinned_for_python_3_10_runs_there():
+    pins = requirements("constraints.txt", python="3.10")
+    for package in metadata.distributions():
+        pin = pins.get(canonicalize_name(package.name))
+        if pin and pin.specifier.contains(package.version):
+            needs = SpecifierSet(package.metadata["Requires-Python"] or "")
+            assert needs.contains("3.10.13"), f'constraints.txt: {pin} needs ; python_version >= "3.11"'
+
+
+def test_macos_gets_a_pytorch_that_computes_rightly_on_apples_gpus():
+    assert requirements("constraints.txt", "darwin")["torch"].specifier.contains("2.14.1")  # see device_notice
+    assert requirements("constraints.txt", "win32")["torch"] == PINS["torch"]
+
+
+def test_the_makefile_knows_which_python_this_pytorch_has_builds_for():
+    assert pinned("torch").startswith("2.13."), "a new PyTorch: look at Python's upper limit in the Makefile"
 
 
 MAKE_ENV = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "TORCH")}
@@ -70,7 +93,9 @@ def installs(*arguments: str) -> list[str]:
     """The pip calls of `make -n demo`, with no environment yet."""
     command = ["make", "-n", "-B", "demo", *arguments]
     made = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, env=MAKE_ENV).stdout
-    return [line.split("constraints.txt ")[1].strip() for line in made.splitlines() if "pip install" in line]
+    calls = [line.split("pip install ")[1] for line in made.splitlines() if "pip install " in line]
+    assert all("--no-user" in call for call in calls)  # a user's setting; pip refuses it in an environment
+    return [call.split("constraints.txt ")[1].strip() for call in calls]
 
 
 @needs_make
@@ -126,34 +151,52 @@ def stand_in(path: Path, version: tuple[int, int]) -> None:
     """A Python that says it has this version, and makes no environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.version_info = {version}\n"
-        "exec(sys.argv[2]) if sys.argv[1] == '-c' else sys.exit('called: ' + ' '.join(sys.argv[1:]))\n"
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} - \"$@\" <<'END'\nimport sys\nsys.version_info = {version}\n"
+        "exec(sys.argv[2]) if sys.argv[1] == '-c' else sys.exit('called: ' + ' '.join(sys.argv[1:]))\nEND\n"
     )
     path.chmod(0o755)
 
 
 def makes(folder: Path, *arguments: str) -> str:
-    """What `make .venv/installed` prints before it fails, in a folder that is not the repository."""
+    """What `make .venv/installed` says on stderr before it fails, in a folder that is not the repository."""
     for name in ("Makefile", "requirements.txt", "constraints.txt"):
         shutil.copy(REPO / name, folder)
     command = ["make", ".venv/installed", *arguments]
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=MAKE_ENV)
     assert made.returncode
-    return made.stdout + made.stderr
+    return made.stderr
 
 
 @needs_make
-def test_make_sets_up_nothing_with_a_python_that_is_too_old(tmp_path):
-    stand_in(tmp_path / "python3.9", (3, 9))
-    stand_in(tmp_path / "python3.10", (3, 10))
-    assert "python3.9 is not Python 3.10 or newer." in makes(tmp_path, "PYTHON=./python3.9")
-    assert "called" not in makes(tmp_path, "PYTHON=./python3.9")
-    assert "python3 is not Python 3.10 or newer." in makes(tmp_path, "PYTHON=./no-such-python3")
-    assert "called: -m venv .venv" in makes(tmp_path, "PYTHON=./python3.10")
+def test_make_sets_up_nothing_with_a_python_that_does_not_fit(tmp_path):
+    for minor in (9, 10, 14, 15):
+        stand_in(tmp_path / f"python3.{minor}", (3, minor))
+    for name in ("python3.9", "python3.15", "no-such-python3"):
+        printed = makes(tmp_path, f"PYTHON=./{name}")
+        assert f"{name} is not Python 3.10 to 3.14. Name one" in printed and "called" not in printed
+    for name in ("python3.10", "python3.14"):
+        printed = makes(tmp_path, f"PYTHON=./{name}")
+        assert "called: -m venv .venv" in printed and f"sudo apt install {name}-venv." in printed
 
 
 @needs_make
-def test_make_says_what_to_do_with_an_environment_of_an_old_python(tmp_path):
-    stand_in(tmp_path / ".venv/bin/python", (3, 9))
+@pytest.mark.parametrize("version", [(3, 9), (3, 12), (3, 15)])
+def test_make_says_what_to_do_with_an_environment_that_does_not_fit(tmp_path, version):
+    """Python 3.12 would, but the one here has no pip."""
+    stand_in(tmp_path / ".venv/bin/python", version)
     printed = makes(tmp_path, f"PYTHON={sys.executable}")
-    assert "Delete .venv first: make clean" in printed and "called" not in printed
+    assert "delete .venv first: make clean" in printed and "called: -m venv" not in printed
+
+
+@needs_make
+def test_make_says_what_to_do_with_a_venv_that_is_no_folder(tmp_path):
+    (tmp_path / ".venv").touch()
+    assert "If .venv is there already, delete it: make clean" in makes(tmp_path, f"PYTHON={sys.executable}")
+    assert (tmp_path / ".venv").is_file()
+
+
+@needs_make
+def test_make_keeps_an_environment_of_windows(tmp_path):
+    (tmp_path / ".venv/Scripts").mkdir(parents=True)
+    assert ".venv was made on Windows: rename or delete it first" in makes(tmp_path, f"PYTHON={sys.executable}")
+    assert list((tmp_path / ".venv").iterdir()) == [tmp_path / ".venv/Scripts"]

@@ -76,7 +76,7 @@ def test_losses_have_four_digits():
 def test_text_keeps_all_but_control_characters():
     text = "l’été\u00a0: 5\u202fkm, 日本\u3000語, می\u200cخواهم, क्\u200dष, Wort\u00adteil, 👩\u200d👩\u200d👧\n\tend"
     assert screen.printable(text) == text
-    assert screen.printable("a\x1b[31m\x9b\r\0\x7f\ud800z") == "a\ufffd[31m\ufffd\ufffd\ufffd\ufffd\ufffdz"
+    assert screen.printable("a\x1b[31m\x9b\r\0\x7f\ud800z") == "a\ufffd[31m\ufffd\ufffd\ufffd\ufffdz"
 
 
 def row(iter: int, loss: float, bits: float, train: float | None) -> dict:

@@ -1,5 +1,6 @@
 """How commands start and end: one line for a foreseen problem, a traceback for a bug, at any time."""
 
+import ast
 import errno
 import io
 import os
@@ -11,7 +12,7 @@ import time
 import pytest
 from conftest import REPO, assert_user_error, run_script
 
-from internals import text_stream
+from internals import start, text_stream
 from internals.start import SPINS, UserError, first_line, run
 from internals.text_stream import ReaderGone
 
@@ -32,12 +33,17 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path):
     def refuse():  # as Path.exists does where a folder may not be entered
         raise PermissionError(errno.EACCES, "Permission denied", "/home/other/run")
 
-    for main in (refuse, lambda: os.stat(tmp_path / ("x" * 300))):
+    def go():  # as Path.exists does on a drive of the network that has gone
+        raise OSError(errno.ESTALE, "Stale file handle", "/mnt/drive/run")
+
+    for main in (refuse, go, lambda: os.stat(tmp_path / ("x" * 300))):
         with pytest.raises(SystemExit) as exit:
             run(main)
         assert exit.value.code == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: /") and error.endswith("; give another path, or check its permissions\n")
+        assert error.startswith("error: /") and error.endswith(
+            "; check its permissions, and that its drive is there, or give another path\n"
+        )
 
 
 def test_a_bug_keeps_its_traceback():
@@ -56,6 +62,31 @@ def test_a_card_for_one_process_that_has_one_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
         run(main)
     assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: the GPU accepts one process at a time")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: unspecified launch failure",
+        "CUDA error: unknown error",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: the launch timed out and was terminated",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    ],
+)
+def test_a_card_that_fails_is_one_line(capsys, said):
+    def main():
+        raise RuntimeError(f"{said}\nCompile with TORCH_USE_CUDA_DSA")
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.count("\n") == 1
+    assert message.startswith(f"error: the GPU stopped working ({said}): ") and "--resume" in message
+
+
+def test_a_bug_on_a_card_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="illegal"):
         run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
 
@@ -83,6 +114,7 @@ def test_too_little_memory_is_one_line(capsys, error, words):
     message = capsys.readouterr().err
     assert exit.value.code == 2 and message.count("\n") == 1
     assert message.startswith("error: too little memory (") and words in message
+    assert ("noexec" in message) == (words == NOT_LOADED)
 
 
 def test_too_little_memory_for_the_imports_is_one_line():
@@ -113,13 +145,46 @@ def without(package: str) -> str:
 @pytest.mark.parametrize("script", [f"{name}.py" for name in COMMANDS])
 def test_a_missing_package_is_one_line(script):
     code = without("tyro").format(script=script, flag="--preset=demo")
-    assert_user_error(run_script("-c", code), "no package tyro", "activate .venv", "pip install -r requirements.txt")
+    assert_user_error(
+        run_script("-c", code), "no package tyro", "activate .venv", "make clean", "pip install -r requirements.txt"
+    )
 
 
 @pytest.mark.parametrize("script", ["train.py", "generate.py", "export.py"])
 def test_pytorch_missing_is_one_line(script):
     code = without("torch").format(script=script, flag="--out-dir=nowhere" if script != "generate.py" else "--seed=1")
     assert_user_error(run_script("-c", code), "no package torch", "pip install -r requirements.txt")
+
+
+def test_a_python_built_without_a_part_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: (_ for _ in ()).throw(ModuleNotFoundError("No module named '_lzma'", name="_lzma")))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {sys.executable} was built without _lzma; set up .venv with another Python\n"
+    )
+
+
+def test_a_package_that_is_too_old_is_one_line(tmp_path):
+    old = tmp_path / "site-packages"
+    old.mkdir()
+    (old / "filelock.py").touch()
+    code = f"import sys; from internals import start; start.begin(); sys.path.insert(0, {str(old)!r}); from {{}} import lock"
+    result = run_script("-c", code.format("filelock"))
+    assert_user_error(result, "package filelock does not fit (cannot import name 'lock'", "-r requirements.txt")
+    ours = run_script("-c", code.format("internals.shell"))
+    assert ours.returncode == 1 and "Traceback" in ours.stderr
+
+
+def test_a_python_that_is_too_old_is_one_line():
+    code = "import sys; from internals import start; sys.version_info = (3, 9, 18); start.begin()"
+    assert_user_error(run_script("-c", code), "this is Python 3.9, and 3.10 is needed: activate .venv")
+
+
+@pytest.mark.parametrize("file", ["internals/start.py", *(f"{name}.py" for name in COMMANDS)])
+def test_a_python_that_is_too_old_gets_as_far_as_the_message(file):
+    ast.parse((REPO / file).read_text(encoding="utf-8"), feature_version=(3, 8))
+    assert start.report_end.__annotations__["return"] == "int | None"  # not evaluated
 
 
 NOTEBOOK = """
@@ -248,3 +313,19 @@ def test_a_reader_of_the_help_that_has_gone_on_windows_is_no_traceback():
     )
     result = run_script("-c", code)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OSError(22, 'The specified module could not be found. Error loading \"c10.dll\" or one of its dependencies.')",
+        "ImportError('DLL load failed while importing _C: The specified module could not be found.')",
+    ],
+    ids=["OSError", "ImportError"],
+)
+def test_a_library_that_windows_cannot_load_is_one_line(error):
+    code = (
+        "from internals import start; start.begin()\nimport os; os.name = 'nt'\n"
+        f"error = {error}\nerror.winerror = 126\nraise error"
+    )
+    assert_user_error(run_script("-c", code), "error: a library cannot be loaded (", "vc_redist.x64.exe")
