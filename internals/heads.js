@@ -4,6 +4,7 @@ const { text, heads, weights } = data.attention, size = text.length;
 // The attention of token i to token j, of a head that is packed as one byte for each pair: rows of 1, 2, 3, ... bytes
 const weight = (head, i, j) => (j > i ? 0 : head.charCodeAt((i * (i + 1)) / 2 + j) / 255);
 const words = text.map((part) => fill(add($("looks"), "span", { class: "a" }), part));
+const named = (j) => `\u2068${visible(text[j])}\u2069`; // whatever its direction
 let shown = size - 1; // the token whose attention the text shows
 
 function look(head) {
@@ -11,6 +12,9 @@ function look(head) {
     word.style.setProperty("--a", Math.sqrt(weight(head, shown, j)));
     word.classList.toggle("on", j === shown);
   });
+  const seen = text.map((_, j) => [weight(head, shown, j), j]).sort(([a], [b]) => b - a).filter(([share]) => share);
+  const shares = seen.slice(0, 3).map(([share, j]) => `${named(j)} ${percent(share)}`);
+  $("most").textContent = `${named(shown)} looks most at ${shares.join(", ")}`;
 }
 
 function choose(button, head) {

@@ -16,6 +16,9 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 HEADS = Path(__file__).with_name("heads.js").read_text(encoding="utf-8")
 MARK = '<meta name="generator" content="Wikipedia Transformer, {kind}">'  # marks a page as ours
+NO_SCRIPT = """<noscript><p>This page needs its own script to show pictures and texts. The script is in this file and loads
+nothing. A preview, such as that of iPads, iPhones and mail programs, runs no script: open the page in a browser. On an iPad
+or iPhone, it must come from a web server.</p></noscript>"""
 
 
 def render(kind: str, title: str, body: str, data: dict[str, Any]) -> str:
@@ -44,9 +47,9 @@ def render(kind: str, title: str, body: str, data: dict[str, Any]) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
+{NO_SCRIPT}
 {body}
 <div id="tip" role="status" hidden></div>
-<noscript>This page needs its own script to show pictures and texts. The script is in this file and loads nothing.</noscript>
 <script type="application/json" id="data">{as_json(data)}</script>
 {"".join(f"<script>{script}</script>" for script in scripts)}
 </body>
@@ -81,7 +84,8 @@ def facts(rows: dict[str, str]) -> str:
 
 # A text in the colours of its surprise, for the body of a page
 EXPECTED = """<h2>What the model expects</h2><p class="figure"><b id="bits"></b> bits per byte</p>
-<p class="text" id="passage" tabindex="0" role="application" aria-label="the text; arrow keys go from token to token"></p>
+<p class="text" id="passage" lang="" translate="no" tabindex="0" role="application"
+aria-label="the text; arrow keys go from token to token"></p>
 <p class="legend" aria-hidden="true">sure <span class="scale"></span> guessing blindly</p>
 <p class="note">The colour is the model's surprise at a token in bits: 1 bit where it gave the token an even
 chance, 10 bits where it gave it 1 in 1,024. Point at a token, tap it, or go there with the arrow keys, to read its

@@ -24,7 +24,7 @@ from model import GPT
 
 ATTENTION_TOKENS = 96  # the longest text whose attention is shown
 
-BODY = """<header><h1>{title}</h1>
+BODY = """<header><h1 lang="" translate="no">{title}</h1>
 <p class="status">{status}</p></header>
 {slider}
 <section>{expected}
@@ -39,7 +39,9 @@ SLIDER = """<section class="slider"><output id="label" for="slider"></output>
 ATTENTION = """<section><h2>{heading}</h2>
 <div class="heads" id="heads"></div>
 <p class="figure"><b id="head"></b></p>
-<p class="text" id="looks" tabindex="0" role="application" aria-label="the text; arrow keys choose a token"></p>
+<p class="text" id="looks" lang="" translate="no" tabindex="0" role="application"
+aria-label="the text; arrow keys choose a token"></p>
+<p class="note" id="most" aria-live="polite"></p>
 <p class="note">Each picture is a head's attention: a row for each token, a column for each token that it can look at. The colour is
 stronger where it looks more. Choose a head, then point at a token of the text, tap it, or go there with the arrow keys: the colour shows where that token looks.</p>
 <p class="note">A head mixes what it finds there into the token. What it finds has passed through the layers below, so attention

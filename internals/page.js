@@ -18,7 +18,7 @@ function walk(event, list, at, act) {
 }
 
 function fill(span, text) { // line breaks can be seen, and pointed at
-  text.split("\n").forEach((part, n) => (n && add(span, "small", {}, "\u21b5\n"), span.append(part)));
+  text.split("\n").forEach((part, n) => (n && add(span, "small", {}, "\u21b5").after("\n"), span.append(part)));
   return span;
 }
 
@@ -80,7 +80,7 @@ function chart() {
   };
   svg.onpointermove = (event) => chart.read(iterAt(event));
   svg.onpointerleave = () => chart.read(data.views[place]?.iter ?? end);
-  svg.onclick = (event) => data.views.length && show(nearest(data.views.map((v, n) => [v.iter, n]), iterAt(event))[1]);
+  svg.onclick = (event) => places.length && show(nearest(places, iterAt(event))[1]);
   const stops = [...new Set(losses.map((point) => point[0]))].sort((a, b) => a - b);
   svg.onkeydown = (event) => walk(event, stops, stops.indexOf(chart.at), chart.read);
   svg.onpointerleave();
@@ -89,7 +89,9 @@ function chart() {
 // ---- Texts coloured by surprise
 
 const percent = (p) => (p < 0.001 ? "< 0.1 %" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %");
-const visible = (text) => text.replace(/ /g, "\u2423").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "(nothing)";
+const MARKS = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5" };
+const mark = (c) => MARKS[c] ?? `<U+${c.codePointAt().toString(16).toUpperCase().padStart(4, "0")}>`;
+const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Z}]/gu, mark) || "(nothing)";
 
 function colour(into, tokens) { // tokens that share a character are shown as one
   let group = [];
@@ -123,13 +125,14 @@ function tip(span) {
     line("own", name, `${percent(2 ** -bits)}, ${bits.toFixed(1)} bits`);
     span.tokens.alternatives[n].forEach(([text, p]) => line("", visible(text), percent(p)));
   });
-  const at = span.getClientRects()[0], room = document.documentElement.clientWidth - $("tip").offsetWidth - 12;
+  const at = [...span.getClientRects()].reduce((a, b) => (b.width > a.width ? b : a)); // its space may end the line above
+  const room = document.documentElement.clientWidth - $("tip").offsetWidth - 12;
   $("tip").style.left = `${Math.max(12, Math.min(at.left, room)) + scrollX}px`;
   const below = at.bottom + 8, above = at.top - 8 - $("tip").offsetHeight;
   $("tip").style.top = `${(below + $("tip").offsetHeight > innerHeight && above > 0 ? above : below) + scrollY}px`;
 }
-document.addEventListener("pointerover", (event) => event.pointerType === "mouse" && tip(event.target.closest(".t")));
-for (const tap of ["click", "pointerup"]) document.addEventListener(tap, (event) => tip(event.target.closest(".t"))); // iOS sends no click
+document.addEventListener("pointerover", (event) => event.pointerType === "mouse" && tip(event.target.closest?.(".t")));
+for (const tap of ["click", "pointerup"]) document.addEventListener(tap, (event) => tip(event.target.closest?.(".t"))); // iOS sends no click
 $("passage").onkeydown = (event) => {
   const spans = [...$("passage").children];
   walk(event, spans, spans.indexOf($("passage").querySelector(".on")), (span) => {
@@ -142,9 +145,11 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && tip(nu
 
 // ---- The slider: its place is in the address, so that reloading keeps it; the newest view is always #latest
 
+const places = data.views.map((view, n) => [view.iter, n]), newest = places.length - 1;
+
 function show(number) {
-  place = Math.max(0, Math.min(number, data.views.length - 1));
-  const view = data.views[place], last = place === data.views.length - 1;
+  place = Math.max(0, Math.min(number, newest));
+  const view = data.views[place];
   if (!view) return;
   if ($("slider")) {
     $("slider").value = place;
@@ -160,22 +165,25 @@ function show(number) {
   $("bits").textContent = view.passage.bits_per_byte?.toFixed(3) ?? "\u2013";
   if ($("chart")) chart.read(view.iter);
   tip(null);
-  if ($("slider")) try { history.replaceState(null, "", "#" + (last ? "latest" : view.iter)); } catch {} // too often, says Safari
+  if ($("slider")) try { history.replaceState(null, "", "#" + (place === newest ? "latest" : view.iter)); } catch {} // too often, says Safari
 }
 
-const hash = location.hash.slice(1), found = data.views.findIndex((view) => String(view.iter) === hash);
-let place = found >= 0 ? found : $("chart") || hash === "latest" ? data.views.length - 1 : 0;
+const hash = location.hash.slice(1), chosen = /^\d+$/.test(hash) && places.length; // it may have been thinned out since
+let place = chosen ? nearest(places, hash)[1] : $("chart") || hash === "latest" ? newest : 0;
 if ($("chart")) { chart(); addEventListener("resize", chart); }
 if ($("slider")) $("slider").oninput = () => show(+$("slider").value);
-const focused = history.state; // of the page before it reloaded itself
+if (!places.length) for (const box of document.querySelectorAll(".slider, .columns")) box.remove();
+const before = history.state; // of the page before it reloaded itself
 show(place);
-if (focused) $(focused)?.focus({ preventScroll: true });
-if (data.due) (function follow() { // a killed run writes no new page, but the next may also be hours away
+if (before) $(before.focus)?.focus({ preventScroll: true });
+if (before?.focus === "chart") chart.read(before.at);
+if (data.due) { // a killed run writes no new page, but the next may also be hours away
   const wait = Date.now() > 1000 * data.due ? 300000 : 10000; // milliseconds
   if (wait > 10000) $("state").textContent = "no news, perhaps killed";
-  setTimeout(() => {
-    if (!$("tip").hidden || document.querySelector("#slider:active")) return follow();
-    try { history.replaceState(document.activeElement.id, "", location.hash); } catch {}
+  setTimeout(function reload() {
+    const busy = !$("tip").hidden || document.querySelector("#slider:active") || !getSelection().isCollapsed;
+    if (busy) return setTimeout(reload, wait);
+    try { history.replaceState({ focus: document.activeElement.id, at: chart.at }, "", location.hash); } catch {}
     location.reload();
   }, wait);
-})();
+}

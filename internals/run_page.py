@@ -13,7 +13,8 @@ NAMES = {"training": "training", "validation": "validation", "rate": "learning r
 UNITS = {"training": ["plain"], "validation": ["plain", "bits"], "rate": ["plain"]}
 POINTS = 2_000  # of the training curve, at most
 VIEWS = 200  # evaluations, at most: each has 17 KB
-RISING = "It rises at first, when gradients are large and erratic, and then falls"
+RISING = " It rises at first, when gradients are large and erratic, and then falls, so that the model settles."
+FALLING = " It falls, so that the model settles."
 
 OTHER_ARTICLES = """ The reference was trained on other articles. It can be compared only in bits per byte, so it is
 drawn at the loss that gives the same bits per byte on this run's text."""
@@ -28,11 +29,11 @@ BODY = """<header><h1>{title}</h1>
 <p class="note">The loss is the mean surprise at the next token, in nats: training measures it on the text of the step,
 validation on text that the model never trains on. Guessing among all {vocab_size:,} tokens gives {blind:.2f}; lower is
 better.{reference}</p>
-<p class="note">The learning rate is how far each step moves the weights. {rate}, so that the model settles.</p></section>
+<p class="note">The learning rate is how far each step moves the weights.{rate}</p></section>
 <section class="slider"><output id="label" for="slider"></output>
 <input id="slider" type="range" min="0" max="{last}" value="{last}" step="1" aria-label="evaluation"></section>
 <div class="columns">
-<section><h2>What the model writes</h2><p class="text" id="sample"></p>
+<section><h2>What the model writes</h2><p class="text" id="sample" lang="" translate="no"></p>
 <p class="note">Text that the model wrote at this evaluation, after {prompt}. Each token is drawn at random from the likely
 ones (temperature {temperature:g}, the {top_k} likeliest).</p></section>
 <section>{expected}
@@ -62,7 +63,7 @@ def run_page(
             then. None: training has ended.
     """
     title = run.out_dir.resolve().name
-    samples = samples[:: -(math.ceil(len(samples) / VIEWS) or 1)][::-1]  # with the newest
+    samples = thinned(samples, VIEWS)
     finished = rows[-1]["iter"] >= run.cfg.max_iters
     data = {
         "due": None if finished else due,
@@ -82,7 +83,7 @@ def run_page(
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
         prompt=prompt_of(samples, run.cfg.sample_prompt),
-        rate=RISING if run.cfg.warmup else "It falls",
+        rate=(RISING if run.cfg.warmup else FALLING) if run.cfg.final_lr < run.cfg.learning_rate else "",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,
@@ -90,17 +91,26 @@ def run_page(
     return html_page.render("run", f"{title}: a training run", body, data)
 
 
+def thinned(rows: list[Any], most: int) -> list[Any]:
+    """At most `most` rows: the first, every second, third, ... after it, and the newest. One more row moves none of
+    them, unless the step grows.
+    """
+    step = max(1, math.ceil((len(rows) - 1) / (most - 1)))
+    return rows[:-1:step] + rows[-1:]
+
+
 def prompt_of(samples: list[dict[str, Any]], prompt: str) -> str:
     """What the samples continue, in words."""
     if any(row["prompt"] != prompt for row in samples):  # the run was resumed with another
         return "its prompt, which is marked"
-    return f"the prompt “{html.escape(prompt)}”" if prompt else "the beginning of an article"
+    if not prompt:
+        return "the beginning of an article"
+    return f'the prompt “<bdi lang="" translate="no">{html.escape(prompt)}</bdi>”'
 
 
 def curve(rows: list[dict[str, Any]], reference: Reference | None) -> dict[str, list[list[float]]]:
-    """The points `[iteration, value]` of each curve. A long training curve keeps every second, third, ... point."""
-    steps = [row for row in rows if row.get("train_loss") is not None]
-    steps = steps[:: math.ceil(len(steps) / POINTS) or 1]
+    """The points `[iteration, value]` of each curve. That of a long training is thinned."""
+    steps = thinned([row for row in rows if row.get("train_loss") is not None], POINTS)
     return {
         "training": [[row["iter"], round(row["train_loss"], 4)] for row in steps],
         "validation": [[row["iter"], round(row["val_loss"], 4)] for row in rows if "val_loss" in row],

@@ -46,12 +46,25 @@ def test_the_slider_moves_and_its_place_survives_a_reload(browser, run):
     assert browser.run("label.textContent") == "iteration 8"
 
 
+def test_an_evaluation_that_is_not_shown_any_more_leads_to_the_nearest(browser, run):
+    browser.open((run / "run.html").as_uri() + "#9")
+    assert browser.run("label.textContent") == "iteration 8" and browser.run("location.hash") == "#8"
+
+
 def with_data(page: str, count: int, **changes) -> str:
     """The page of a run with its first `count` evaluations alone, and with other data."""
     raw = re.search(r'id="data">(.*?)</script>', page, re.S)[1]
     data = json.loads(raw)
     now = json.dumps({**data, "views": data["views"][:count], **changes}).replace("<", "\\u003c")
     return page.replace(raw, now).replace(f'max="{len(data["views"]) - 1}"', f'max="{max(0, count - 1)}"')
+
+
+def with_passage(page: str, words: list[str]) -> str:
+    """The page of a run with one evaluation alone, whose passage is these tokens of 1, 2, 3, ... bits."""
+    bits = [None, *map(float, range(1, len(words)))]
+    passage = {"text": words, "bits": bits, "alternatives": [[]] * len(words), "bits_per_byte": 1.0}
+    view = {"iter": 0, "label": "iteration 0", "prompt": "", "sample": "", "passage": passage}
+    return with_data(page, 1, views=[view])
 
 
 @pytest.fixture
@@ -101,6 +114,7 @@ def test_a_run_without_samples_has_a_chart(browser, run, tmp_path):
     browser.open((tmp_path / "run.html").as_uri())
     assert browser.run("reading.textContent").startswith("iteration 20")
     browser.run("document.querySelector('#chart').dispatchEvent(new MouseEvent('click', { clientX: 300 }))")
+    assert browser.run("document.querySelectorAll('.slider, .columns').length") == 0
 
 
 @pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
@@ -118,6 +132,8 @@ def test_alternatives_show_at_a_token(browser, run, touch):
         assert text.replace(" ", "␣").replace("\n", "↵") in shown and re.search(rf"{100 * p:.1f}|{100 * p:.0f}", shown)
     inside = "(() => { const r = $('tip').getBoundingClientRect(); return r.left >= 0 && r.right <= innerWidth; })()"
     assert browser.run(inside)
+    browser.run("document.dispatchEvent(new PointerEvent('pointerup'))")  # outside the window
+    assert browser.run("$('tip').hidden")
 
 
 def test_a_character_of_several_tokens_is_one(browser, run):
@@ -199,6 +215,50 @@ def test_the_tip_of_the_lowest_token_is_in_the_window(browser, run):
     assert 0 <= top < bottom <= height
 
 
+def test_the_tip_of_a_broken_token_is_at_its_word(browser, run, tmp_path):
+    """Its space ends the line above."""
+    page = with_passage((run / "run.html").read_text(encoding="utf-8"), [" brownish"] * 200)
+    (tmp_path / "run.html").write_text(page)
+    browser.open((tmp_path / "run.html").as_uri())
+    browser.run("window.broken = [...passage.children].find((span) => span.getClientRects().length > 1), tip(broken)")
+    space, word = browser.run("[...broken.getClientRects()].map((box) => box.left)")
+    assert browser.run("$('tip').getBoundingClientRect().left") == pytest.approx(word, abs=1) and space > word + 50
+
+
+def test_the_slider_does_not_hide_the_chosen_token(browser, run, tmp_path):
+    page = with_passage((run / "run.html").read_text(encoding="utf-8"), [" brownish"] * 200)
+    (tmp_path / "run.html").write_text(page)
+    browser.show(390, 600)
+    browser.open((tmp_path / "run.html").as_uri())
+    browser.run("passage.focus()")
+    browser.key("End", 35)
+    browser.key("Home", 36)
+    top = browser.run("document.querySelector('.on').getBoundingClientRect().top")
+    assert top >= browser.run("document.querySelector('.slider').getBoundingClientRect().bottom")
+
+
+def test_invisible_tokens_have_names(browser, run):
+    browser.open((run / "run.html").as_uri())
+    names = browser.run("['\\x1b', '\\u200b', '\\u{e0001}', 'a b\\tc\\n', ''].map(visible)")
+    assert names == ["<U+001B>", "<U+200B>", "<U+E0001>", "a␣b⇥c↵", "(nothing)"]
+
+
+def test_a_copied_passage_has_no_marks(browser, run):
+    browser.open((run / "run.html").as_uri())
+    browser.run("getSelection().selectAllChildren(passage)")
+    copied = browser.run("getSelection().toString()")
+    assert copied in TEXT and "\n\n" in copied and "↵" in browser.run("passage.textContent")
+
+
+def test_a_contrast_theme_leaves_the_colours_of_surprise(browser, run):
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "forced-colors", "value": "active"}])
+    browser.open((run / "run.html").as_uri())
+    colour = "getComputedStyle(span).backgroundColor"
+    colours = browser.run(f"[...{TOKEN}].map((span) => {colour})")
+    paper = browser.run(f"((span) => {colour})(document.body)").removeprefix("rgb(").removesuffix(")")
+    assert len(set(colours)) > 10 and not any(paper in colour for colour in colours)
+
+
 def test_a_printed_chart_is_whole(browser, run):
     """It is drawn for the screen, and scaled to the paper."""
     browser.open((run / "run.html").as_uri())
@@ -215,6 +275,25 @@ def test_a_page_that_reloads_itself_keeps_the_focus(browser, waits, run, tmp_pat
     browser.open((tmp_path / "run.html").as_uri())
     browser.run("window.before = true, slider.focus()")
     browser.wait_until("!window.before && document.readyState === 'complete' && document.activeElement.id === 'slider'")
+    browser.run("window.before = true, $('chart').focus()")
+    browser.key("Home", 36)
+    browser.wait_until("!window.before && document.readyState === 'complete' && document.activeElement.id === 'chart'")
+    assert browser.run("reading.innerText").startswith("iteration 0")
+
+
+@pytest.mark.parametrize(
+    "busy", [f"tip({TOKEN}[3])", "getSelection().selectAllChildren(sample)"], ids=["tip", "selection"]
+)
+def test_a_page_in_use_waits(browser, waits, run, tmp_path, busy):
+    """It cannot know whether its run was killed: a new page may have come meanwhile."""
+    page = with_data((run / "run.html").read_text(encoding="utf-8"), 4, due=time.time() + 3600)
+    (tmp_path / "run.html").write_text(page)
+    browser.open((tmp_path / "run.html").as_uri())
+    browser.run(f"window.before = true, {busy}, Date.now = () => 1e14")
+    browser.wait_until("waits.length > 1")
+    assert set(waits()) == {10_000} and browser.run("window.before && state.textContent") == "finished"
+    browser.run("tip(null), getSelection().empty()")
+    browser.wait_until("!window.before")
 
 
 def test_the_page_of_several_samples_opens_at_the_first(browser, run, tmp_path):
@@ -246,9 +325,12 @@ def test_the_page_of_a_text_shows_where_heads_look(browser, run, tmp_path):
     browser.wait_until("looks.children[0].classList.contains('on')")
     strength = "[...looks.children].map((word) => +word.style.getPropertyValue('--a'))"
     assert browser.run(strength)[0] == 1 and set(browser.run(strength)[1:]) == {0}  # the first token sees only itself
+    first, second = browser.run("['0', '1'].map((n) => `\u2068${looks.children[n].textContent}\u2069`)")
+    assert browser.run("most.textContent") == f"{first} looks most at {first} 100 %"
     browser.run("looks.focus()")
     browser.key("ArrowRight", 39)
     assert browser.run("looks.children[1].classList.contains('on')")
+    assert browser.run("most.textContent").startswith(f"{second} looks most at ")  # for a screen reader
 
 
 def test_a_line_break_can_be_chosen_among_the_words_that_heads_look_at(browser, run, tmp_path):
@@ -265,12 +347,8 @@ def test_a_line_break_can_be_chosen_among_the_words_that_heads_look_at(browser, 
 
 def test_a_passage_from_right_to_left_is_read_from_right_to_left(browser, run, tmp_path):
     """Each token is an element of its own, but the line has one direction."""
-    page = (run / "run.html").read_text(encoding="utf-8")
-    view = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["views"][0]
-    words = ["שלום ", "עולם ", "וספרים"]
-    view["passage"] = {name: v[: len(words)] if isinstance(v, list) else v for name, v in view["passage"].items()}
-    view["passage"]["text"] = words
-    (tmp_path / "run.html").write_text(with_data(page, 1, views=[view]), encoding="utf-8")
+    page = with_passage((run / "run.html").read_text(encoding="utf-8"), ["שלום ", "עולם ", "וספרים"])
+    (tmp_path / "run.html").write_text(page, encoding="utf-8")
     browser.open((tmp_path / "run.html").as_uri())
     lefts = browser.run(
         "[...document.querySelectorAll('#passage .t')].map((span) => span.getBoundingClientRect().left)"

@@ -131,6 +131,14 @@ def test_the_prompt_of_several_samples_is_measured_once(run, tmp_path, monkeypat
         assert view["passage"]["bits"][1:] == pytest.approx(known, abs=2e-3)
 
 
+def test_texts_are_not_said_to_be_english(run, tmp_path):
+    model, tokenizer, _ = load_model(run / "last.pt")
+    TextPage(str(tmp_path / "page.html"), model, tokenizer, torch.device("cpu"), "").write("", list(b"Ein"), [[]])
+    tags = parsed(tmp_path / "page.html").tags
+    texts = [attributes for tag, attributes in tags if tag == "h1" or attributes.get("id") in ("passage", "looks")]
+    assert [(attributes["lang"], attributes["translate"]) for attributes in texts] == [("", "no")] * 3
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

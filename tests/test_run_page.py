@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -44,8 +45,15 @@ def test_a_long_training_curve_is_thinned():
     steps = [{"iter": n, "train_loss": 2.0, "learning_rate": 0.1} for n in range(1, 5_001)]
     evaluations = [{"iter": n, "val_loss": 3.0} for n in range(3_000)]
     drawn = run_page.curve([*evaluations, *steps], None)
-    assert [iter for iter, _ in drawn["training"]] == list(range(1, 5_001, 3))  # at most 2,000 points
+    assert [iter for iter, _ in drawn["training"]] == [*range(1, 5_001, 3), 5_000]  # at most 2,000 points
     assert len(drawn["rate"]) == len(drawn["training"]) and len(drawn["validation"]) == 3_000
+
+
+def test_one_more_evaluation_moves_none_of_those_shown():
+    for count in range(201, 399):
+        shown, then = (run_page.thinned(list(range(n)), 200) for n in (count, count + 1))
+        assert then[:-1][: len(shown) - 1] == shown[:-1] and (shown[0], then[-1]) == (0, count) and len(then) <= 200
+    assert [run_page.thinned(list(range(n)), 200) for n in (0, 1, 200)] == [[], [0], list(range(200))]
 
 
 def test_the_head_names_what_is_not_the_presets(run):
@@ -55,6 +63,25 @@ def test_the_head_names_what_is_not_the_presets(run):
         assert words in text
     assert "vocab_size" not in text and "out_dir" not in text
     assert "(temperature 0.8, the 200 likeliest)" in text
+
+
+def test_a_learning_rate_that_stays_is_not_said_to_fall(text_data, tmp_path, run):
+    assert "and then falls, so that the model settles" in parsed(run / "run.html").text
+    train.train(tiny(text_data, tmp_path, max_iters=1, min_lr=1e-2))
+    assert "settles" not in parsed(tmp_path / "run.html").text
+
+
+def test_texts_are_not_said_to_be_english(run, tmp_path):
+    """A prompt from right to left must not turn the sentence around it."""
+    page = (run / "run.html").read_text(encoding="utf-8")
+    assert f'after the prompt “<bdi lang="" translate="no">{html.escape(PROMPT)}</bdi>”.' in page
+    texts = [a for _, a in Parsed(page).tags if a.get("id") in ("sample", "passage")]
+    assert [(a["lang"], a["translate"]) for a in texts] == [("", "no")] * 2
+
+
+def test_a_page_that_cannot_run_its_script_says_so_first(run):
+    page = (run / "run.html").read_text(encoding="utf-8")
+    assert page.index("<body>") < page.index("<noscript>") < page.index("<h1>")
 
 
 def test_after_a_change_of_the_prompt_each_sample_is_said_to_have_its_own(text_data, tmp_path):
