@@ -70,7 +70,8 @@ def print_text(prompt: str, steps: Iterable[list[TextStream]]) -> None:
     """Print prompt and continuation of each sample, with a blank line between samples.
 
     All samples grow together. The first one that has not ended is printed as it grows; later ones wait for their turn.
-    A pipe or a file gets the exact text. A terminal gets U+FFFD in place of control characters, which it would obey.
+    A pipe or a file gets the exact text. A terminal, which would obey control characters, gets what `printable` makes
+    of them.
     """
     shown = printable if sys.stdout.isatty() else str
     current, printed, before = 0, 0, prompt  # the sample in turn, its pieces already printed, the text due before them
