@@ -265,9 +265,7 @@ class TrainConfig(Compute, DataDir):
     sample_prompt: str = ""  # each evaluation shows how the model continues this text; empty: a new article
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also gets the rows of metrics.jsonl
 
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: with cuda
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: takes a minute, then a GPU is faster; auto: on cuda
     seed: Natural = 1337  # of initial weights, dropout and batch order
 
     model: ModelConfig = field(default_factory=ModelConfig)

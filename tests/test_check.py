@@ -11,7 +11,7 @@ from conftest import write_data
 from runs import little_memory, metrics, tiny
 
 import train
-from internals import checkpoint, preflight
+from internals import checkpoint, preflight, start
 from internals.memory import Memory
 from internals.start import UserError
 
@@ -52,6 +52,7 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a run that would be refused without a GPU")
 def test_check_tells_of_a_run_that_would_be_refused(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "UNASKED_FLOPS", 0)
+    monkeypatch.setattr(start, "seconds_passed", lambda: 0.0)
     for minutes in (None, 1.0):
         train.train(tiny(data_dir, tmp_path / "run", device="auto", check=True, max_minutes=minutes))
         out = " ".join(capsys.readouterr().out.split())

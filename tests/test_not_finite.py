@@ -50,7 +50,7 @@ def test_not_a_number_stops_before_it_is_saved_and_names_the_batch(data_dir, tmp
     assert ("the loss of micro-step 2 of 2" if where == "loss" else "the gradient is not finite") in text
     saved = checkpoint.load(tmp_path / "last.pt")
     assert saved["iter"] == 5 and all(tensor.isfinite().all() for tensor in saved["model"].values())
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"Start anew with --init-from .*best\.pt"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"Start a new run with --init-from .*best\.pt"):
         poison(patch, where, call=0)  # last.pt itself leads there
         train.train(tiny(data_dir, tmp_path, resume=True))
     train.train(tiny(data_dir, tmp_path, resume=True))

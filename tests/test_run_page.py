@@ -201,7 +201,7 @@ def test_a_full_disk_costs_one_line(text_data, tmp_path, monkeypatch, run, capsy
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: (full_disk(tmp_path / "run.html.tmp"), evaluate(*args))[1])
     train.train(tiny(text_data, tmp_path, sample_prompt=PROMPT))
-    assert capsys.readouterr().out.count("run.html could not be written") == 1
+    assert capsys.readouterr().out.count("run.html: could not be written") == 1
     assert_same_end(tmp_path, run)
 
 

@@ -221,7 +221,9 @@ def test_a_tokenizer_that_is_lost_or_damaged_half_way(tmp_path, monkeypatch):
         prepare(config(out, tmp_path / "a.parquet", **TRAIN))
     (out / "tokenizer.json").unlink()
     assert_user_error(
-        run_script("train.py", "--data-dir", out, "--device", "cpu", "--check"), "tokenizer.json", "cannot be read"
+        run_script("train.py", "--data-dir", out, "--device", "cpu", "--check"),
+        "tokenizer.json",
+        "is missing; restore it",
     )
 
 
