@@ -42,6 +42,7 @@ def measure(work: str, preset: str, seconds: float) -> float:
     from internals.cli import with_preset
     from internals.cpu_kernels import pack_weights
     from internals.device import resolve_dtype
+    from internals.machine import keep_freed_memory
     from internals.optimizer import make_optimizer
     from internals.run_length import resolve_model
     from model import GPT
@@ -57,6 +58,7 @@ def measure(work: str, preset: str, seconds: float) -> float:
         def step() -> int:
             return sum(1 for _ in generate(packed, prompt, 20, Sampling()))
     else:
+        keep_freed_memory()  # as train.py does
         dtype = resolve_dtype("auto", cpu)[0]
         optimizer = make_optimizer(model, with_preset(TrainConfig, preset), cpu, dtype)
         idx = torch.randint(model.config.vocab_size, (1024 // block_size, block_size + 1))
