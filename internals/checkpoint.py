@@ -89,9 +89,12 @@ def load_last(path: Path, mmap: bool = False) -> dict[str, Any]:
     except Unreadable:
         raise
     except UserError as error:
-        best, begin = path.with_name("best.pt"), "to begin a new run"
-        with_best = f" with the best model, give --init-from {shell_join([str(best)])} and another --out-dir"
-        raise UserError(f"{error}; {begin}{with_best if best.exists() else ', give --overwrite'}") from error
+        best = path.with_name("best.pt")
+        advice = "to begin a new run, give another --out-dir, or --overwrite, which deletes it"
+        if best.exists():
+            name = shell_join([str(best)])
+            advice = f"to begin a new run with the best model, give --init-from {name} and another --out-dir"
+        raise UserError(f"{error}; {advice}") from error
 
 
 def load_best(path: Path) -> dict[str, Any]:

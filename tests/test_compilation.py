@@ -52,29 +52,33 @@ def test_a_failed_compiler_is_named_with_what_to_install(error, said, advice):
     assert advice in problem and ("; it needs" in problem) == bool(advice)
 
 
-def test_a_run_does_without_a_compiler_that_does_not_know_this_python(monkeypatch):
-    """Unlike other failures, this one comes before the first forward pass."""
-
-    def refuse(*args, **options):
-        raise RuntimeError("torch.compile is not supported on Python 3.15+")
-
-    monkeypatch.setattr(torch, "compile", refuse)
+@pytest.fixture
+def compiled_where(monkeypatch):
+    """A model, and a function that compiles it where torch.compile says this."""
     sizes = ModelConfig(n_layer=1, n_head=1, n_embd=16, n_inner=16, block_size=8, vocab_size=64)
     model, cpu = GPT(sizes), Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=1)
-    forward, compiling = training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
+
+    def compile_model(complaint: str):
+        def refuse(*args, **options):
+            raise RuntimeError(complaint)
+
+        monkeypatch.setattr(torch, "compile", refuse)
+        return training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
+
+    return model, compile_model
+
+
+def test_a_run_does_without_a_compiler_that_does_not_know_this_python(compiled_where):
+    """Unlike other failures, this one comes before the first forward pass."""
+    model, compile_model = compiled_where
+    forward, compiling = compile_model("torch.compile is not supported on Python 3.15+")
     assert forward is model
     assert compiling == "off, because compiling failed (RuntimeError: torch.compile is not supported on Python 3.15+)"
 
 
-def test_a_card_that_fails_meanwhile_is_no_failure_of_the_compiler(monkeypatch):
-    def fail(*args, **options):
-        raise RuntimeError("CUDA error: unspecified launch failure")
-
-    monkeypatch.setattr(torch, "compile", fail)
-    sizes = ModelConfig(n_layer=1, n_head=1, n_embd=16, n_inner=16, block_size=8, vocab_size=64)
-    model, cpu = GPT(sizes), Machine(torch.device("cpu"), torch.float32, "", rank=0, processes=1)
+def test_a_card_that_fails_meanwhile_is_no_failure_of_the_compiler(compiled_where):
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
-        training_model(model, TrainConfig(model=sizes, compile="on"), cpu)
+        compiled_where[1]("CUDA error: unspecified launch failure")
 
 
 def test_a_compiler_that_fails_costs_no_more_than_a_line(data_dir, tmp_path, monkeypatch, straight, capsys):

@@ -292,7 +292,11 @@ def test_a_damaged_checkpoint_is_told_from_a_missing_one(data_dir, tmp_path):
             UserError, match=r"last.pt: is damaged.*; .* give --init-from .*best.pt and another --out-dir"
         ):
             train.train(tiny(data_dir, tmp_path, **again))
-    (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
+    best = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(UserError, match=r"last.pt: is damaged.*; .* give another --out-dir, or --overwrite"):
+        train.train(tiny(data_dir, tmp_path, resume=True))
+    (tmp_path / "last.pt").write_bytes(best)
     with pytest.raises(UserError, match=r"last.pt: cannot be resumed from \(missing: best_val_loss"):
         train.train(tiny(data_dir, tmp_path, resume=True))
 
