@@ -30,7 +30,7 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range("at least 1, and below 2^63", lambda value: 1 <= value < 2**63)]
 Natural = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
-Rate = Annotated[float, Range("from 0 to 1e12", lambda value: 0 <= value <= 1e12)]  # float32 holds a product of three
+Rate = Annotated[float, Range("from 0 to 1e12", lambda value: 0 <= value <= 1e12)]  # float32 holds products of such
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
@@ -94,7 +94,7 @@ class Checked:
             if set(allowed) <= {*words, *KINDS} and value is not tyro.MISSING:
                 fits = value in words or type(value) in allowed or (type(value) is int and float in allowed)
                 require(fits, f"{flag} {value!r}: must be {' or '.join(KINDS.get(kind, kind) for kind in allowed)}")
-            for limit in limits if value is not None else ():
+            for limit in [] if value is None else limits:
                 require(limit.contains(value), f"{flag} {value}: must be {limit.words}")
 
 
@@ -183,8 +183,8 @@ class PrepareConfig(DataDir):
         several_with_hub = "wikipedia" in self.sources and len(self.sources) > 1
         require(not several_with_hub, "--source wikipedia: cannot be combined with files; give each its own folder")
         require(self.tokenizer != "", "--tokenizer: is empty; give gpt2, bytes, train or a tokenizer.json")
-        has_choice = self.vocab_size is None or self.tokenizer == "train"
-        require(has_choice, f"--vocab-size {self.vocab_size}: only for --tokenizer train; others have a fixed size")
+        size_fits = self.vocab_size is None or self.tokenizer == "train"
+        require(size_fits, f"--vocab-size {self.vocab_size}: only for --tokenizer train; others have a fixed size")
         require(all(self.show), "--show: names no token; give token numbers, counted from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)

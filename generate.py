@@ -22,7 +22,6 @@ import contextlib
 import copy
 import secrets
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -141,11 +140,11 @@ class Writer:
                 if cfg.json:
                     print_json(prompt, seed, steps)
                 else:
-                    print_text(prompt, steps if cfg.stream else deque(steps, maxlen=1))
+                    print_text(prompt, steps if cfg.stream else list(steps)[-1:])
             except ReaderGone:
                 if not self.page:
                     raise
-                deque(steps, maxlen=0)  # the page still has a reader: generate the rest of its text
+                list(steps)  # the page still has a reader: generate the rest of its text
         if self.page:
             with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
                 self.page.write(self.drawn(seed) if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
@@ -214,7 +213,7 @@ def generate_text(
     options = Sampling(**sampling)
     streams = [TextStream(tokenizer, stop, ignore_eot) for _ in range(options.num_samples)]
     with attention_of_any_length():
-        deque(continue_text(model, encode(tokenizer, prompt), max_new_tokens, options, streams), maxlen=0)
+        list(continue_text(model, encode(tokenizer, prompt), max_new_tokens, options, streams))
     return [stream.text for stream in streams]
 
 
@@ -247,7 +246,7 @@ def continue_text(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token, and how often to continue the prompt."""
+    """How to choose the next token, and how many times to continue the prompt."""
 
     temperature: float = 1.0  # below 1 favours likely tokens, above 1 unlikely ones; 0: always the likeliest token
     top_k: int | None = None  # choose among the k likeliest tokens, k at least 1; None: among all
@@ -292,12 +291,12 @@ def generate(
         next_ids = sample(logits, sampling)  # (R,)
         context.append(next_ids)
         tokens = dict(zip(samples, next_ids.tolist(), strict=True))
-        running = [i for i, (row, token) in enumerate(tokens.items()) if not stop(row, token)]
-        yield [tokens.get(row) for row in range(sampling.num_samples)]
+        running = [row for row, number in enumerate(samples) if not stop(number, tokens[number])]
+        yield [tokens.get(number) for number in range(sampling.num_samples)]
         if not running:
             return
         if len(running) < len(samples):
-            samples = [samples[i] for i in running]
+            samples = [samples[row] for row in running]
             context.select(running)
 
 
@@ -315,7 +314,7 @@ class Context:
 
     def restart(self) -> None:
         """Compute all tokens again, from position 0."""
-        self.cache, self.new = KeyValueCache(self.model.config), self.ids
+        self.cache, self.new = KeyValueCache(self.model.config), self.ids  # new: the tokens that the cache lacks
 
     def logits(self) -> Tensor:
         """The logits of the next token, (R, V)."""

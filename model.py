@@ -44,7 +44,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
     numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
-    keep = numbers >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    keep = numbers >= min(round(p * 2**16), 2**16 - 1) - 2**15  # as an int16, 2^15 would wrap around
     return x * keep.to(x.dtype).div_(1 - p)
 
 
@@ -156,7 +156,7 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Output head and cross-entropy in one, a chunk of rows at a time, gradients included.
 
-    With 50,257 tokens the logits are by far the largest tensor of training. The plain way holds four of them: the result
+    With a vocabulary of 50,257 tokens the logits are by far the largest tensor of training. The plain way holds four of them: the result
     of the matrix product, its float32 copy, and the gradients of both. Here the forward pass turns a chunk of logits into
     its loss and into its share of the gradients of `x` and `weight` (the gradient of softmax and cross-entropy is softmax
     minus one-hot), and then forgets the chunk. The backward pass only scales.
@@ -203,8 +203,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tensor:
-    """The cross-entropy of each row in nats, float32. Overwrites the logits: with `with_gradient`, by the gradient of
-    the sum of all rows.
+    """The cross-entropy of each row in nats, float32. May overwrite the logits; with `with_gradient` they become the
+    gradient of the sum of all rows.
 
     Args:
         logits: (rows, padded V).
@@ -213,7 +213,8 @@ def cross_entropy_(logits: Tensor, target: Tensor, with_gradient: bool) -> Tenso
     exact = logits.float()
     likeliest, at_target = exact.amax(dim=1, keepdim=True), exact.gather(1, target)  # (rows, 1) each
     probabilities = torch.softmax(exact, dim=1, out=exact)
-    # -log p(target), by way of the likeliest token: unlike the target's, its p cannot be rounded to 0
+    # -log p(target) = z_max - z_target - log p(max), since p(target) / p(max) = exp(z_target - z_max). Unlike the target's p,
+    # the likeliest token's cannot be rounded to 0
     losses = likeliest - at_target - probabilities.amax(dim=1, keepdim=True).log()
     if with_gradient:  # last, since float32 logits share their memory with `exact` and `probabilities`
         # Of the sum, not of the mean, whose gradient float16 could not hold

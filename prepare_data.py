@@ -2,7 +2,7 @@
 
     python prepare_data.py                                  all of English Wikipedia, from the Hugging Face hub
     python prepare_data.py --max-tokens 1.2e9               about a quarter of it, enough for the default training run
-    python prepare_data.py --preset laptop                  one file of it, with its own tokenizer, for two CPU cores
+    python prepare_data.py --preset laptop                  60 million tokens of it, with their own tokenizer, for two CPU cores
     python prepare_data.py --preset demo                    the embedded sample
     python prepare_data.py --source my_texts --data-dir data/my_texts
     python prepare_data.py --language hi --tokenizer train --data-dir data/hindi    with its own tokenizer
@@ -70,7 +70,7 @@ from internals.windows import TokenStream
 MOST_WORKERS = 8  # by default: more gain nothing (docs/data.md), and each holds a copy of the vocabulary
 COMMIT_SECONDS = 1.0  # between saves of the progress: a killed run loses that much work, and the chunks in hand
 LOCK_SECONDS = 10.0  # to wait for another run that is about to end
-LEAST_CUT = 4096  # tokens: --max-tokens does not cut an article for less
+LEAST_CUT = 4096  # tokens: an article that exceeds --max-tokens by less, or by less than a tenth of it, stays whole
 
 
 def prepare(cfg: PrepareConfig) -> None:
@@ -299,7 +299,7 @@ class Pipeline:
             split = self.progress.splits[split_name]
             split.tokens = self.shards[split_name].tokens
             split.bytes += int(new.text_bytes[chosen].sum())
-            split.articles += int(chosen.sum()) * new.ends
+            split.articles += int(chosen.sum()) if new.ends else 0  # a document counts where it ends
         self.progress.add_text(work.name, new)
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
 """Train a GPT-2 on a folder of token shards.
 
     python train.py                               the default model on data/wikipedia
-    python train.py --resume                      continue a stopped run, exactly
+    python train.py --resume                      continue a stopped run
     python train.py --check                       will it fit, how long will it take? (writes nothing)
     torchrun --standalone --nproc-per-node 8 train.py    the same run on eight GPUs, faster
 
@@ -108,7 +108,7 @@ def train(cfg: TrainConfig) -> None:
 
     # 3. The loop
     tokenizer = load_sample_tokenizer(run)
-    micro_batch = MicroBatch(run.batch_size, model, machine)
+    micro_batch = MicroBatch(run.batch_size, model, machine)  # retry_smaller(f, ...) calls f(batch size, ...)
     reevaluate_best(run, state, micro_batch)
     with catch_signals(machine) as stop, lock_run_folder(run), contextlib.closing(RunLog(run, state)) as log:
         stopping = False
@@ -177,7 +177,7 @@ def forward_backward(
 
     Args:
         batch_size: sequences in a micro-step.
-        forward: the model, compiled: inputs and targets (B, T) to the loss.
+        forward: the model, compiled or not: inputs and targets (B, T) to the loss.
 
     Returns:
         (micro-steps,) the losses of this process, on the device. Nothing here waits for them.
@@ -190,7 +190,7 @@ def forward_backward(
             loss = forward(inputs, targets)
         state.scaler.scale(loss / (len(micro_steps) * machine.processes)).backward()
         losses.append(loss.detach())
-    losses = torch.stack(losses)
+    losses = torch.stack(losses)  # here, since after the exchange nothing may run out of memory
     machine.sum_gradients(state.model)
     return losses
 
@@ -228,7 +228,8 @@ def evaluate(batch_size: int, model: GPT, windows: ValidationWindows, machine: M
     """The mean loss over all validation windows, in nats per token. Each process evaluates its share of them."""
     model.eval()
     total = torch.zeros(1, device=machine.device)
-    begin, end = (len(windows) * (machine.rank + n) // machine.processes for n in (0, 1))
+    begin = len(windows) * machine.rank // machine.processes
+    end = len(windows) * (machine.rank + 1) // machine.processes
     for first in range(begin, end, batch_size):
         last = min(first + batch_size, end)
         inputs, targets = machine.to_device(windows.batch(first, last))
@@ -311,12 +312,11 @@ def eval_only(cfg: TrainConfig, machine: Machine) -> None:
     micro_batch = MicroBatch(resolve_batch_size(cfg, machine).batch_size, model, machine)
     val_loss = micro_batch.retry_smaller(evaluate, model, windows, machine)
     require_finite(val_loss, f"of {name}", f"check its weights{machine.or_float32}")
-    row = validation_row(val_loss, meta)
     rows = {
         "model": name,
         "data": f"{cfg.data_dir}: {windows.tokens:,} tokens of the validation split",
         "device": f"{machine.name}, {machine.describe()['dtype']}",
-        "loss": f"{val_loss:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte",
+        "loss": f"{val_loss:.4f} nats per token, {validation_row(val_loss, meta)['bits_per_byte']:.4f} bits per byte",
     }
     machine.print(lines(rows))
 

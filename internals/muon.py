@@ -43,7 +43,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            stacks = defaultdict(list)  # shape -> (weights, gradient, momentum) of each matrix, views of the parameters
+            stacks = defaultdict(list)  # shape -> (weights, gradient, mean) of each matrix, views of the parameters
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -53,9 +53,9 @@ class Muon(torch.optim.Muon):
                 for matrix in zip(*(tensor.chunk(self.matrices_in(parameter)) for tensor in whole), strict=True):
                     stacks[matrix[0].shape].append(matrix)
             for shape, matrices in stacks.items():
-                weights, gradients, momentum = zip(*matrices, strict=True)
-                torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-                look_ahead = torch._foreach_lerp(gradients, momentum, group["momentum"])  # Nesterov's
+                weights, gradients, means = zip(*matrices, strict=True)
+                torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+                look_ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
                 update = orthogonalise(torch.stack(look_ahead).to(self.dtype), group)
                 # The update's root mean square is then at most about 0.2 lr (less where the momentum has a low rank)
                 step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
@@ -68,7 +68,8 @@ class Muon(torch.optim.Muon):
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:
     """The matrices, (matrices, rows, columns), with all singular values moved close to 1: Newton-Schulz iteration in their
-    dtype. The result is roughly the nearest matrix with orthogonal rows or columns."""
+    dtype. The result is roughly the nearest matrix with orthogonal rows or columns. `group` holds torch.optim.Muon's
+    defaults: 5 steps, the coefficients 3.4445, -4.775 and 2.0315, eps 1e-7."""
     a, b, c = group["ns_coefficients"]
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # the products are smaller with few rows

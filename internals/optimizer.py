@@ -24,9 +24,9 @@ def make_optimizer(
     """Muon for the matrices in the blocks, AdamW for the rest; or AdamW for all (`--optimizer adamw`).
 
     Muon is Jordan et al., 2024, its steps scaled to the size of AdamW's (Liu et al., 2025). AdamW is Loshchilov and
-    Hutter, 2019. Only matrices decay: biases and norms have no size to limit. The learning rate of a parameter group is
-    `get_lr` times the group's `lr_scale`. Muon's matrix products are in bfloat16 if the model's are (`dtype`), else in
-    float32: hardware without bfloat16 emulates it very slowly or refuses.
+    Hutter, 2019. Only matrices decay, as in nanoGPT. The learning rate of a parameter group is `get_lr` times the group's
+    `lr_scale`. Muon's matrix products are in bfloat16 if the model's are (`dtype`), else in float32: hardware without
+    bfloat16 emulates it very slowly or refuses.
     """
     muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and cfg.optimizer == "muon"]
     others = [p for p in model.parameters() if p not in set(muon)]

@@ -126,6 +126,7 @@ def token_bytes(tokenizer: str) -> np.ndarray:
 
 def cut_tokens(encoding: tiktoken.Encoding, tokens: np.ndarray, length: int) -> np.ndarray:
     """The first `length` of more tokens, or a few fewer if the cut would be inside a character."""
+    # While the next token begins inside a character: with a byte of the form 10xxxxxx
     while length and encoding.decode_single_token_bytes(int(tokens[length]))[0] & 0xC0 == 0x80:
         length -= 1
     return tokens[:length]
