@@ -1,4 +1,4 @@
-"""The settings of a command that resumes a run: those of last.pt, changed by the flags that were given."""
+"""The settings of a command about a run that exists: those of its checkpoint, changed by the flags that were given."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from config import NOT_SETTINGS, PRESETS, TrainConfig
 from internals import checkpoint
-from internals.cli import parse, with_preset
+from internals.cli import is_given, parse, with_preset
 from internals.settings import as_typed, differences, with_settings, with_settings_of
 from internals.start import UserError
 
@@ -18,12 +18,15 @@ class Resumed(NamedTuple):
 
 
 def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resumed:
-    """The settings of a command that resumes: those of last.pt, changed by the flags that were given.
+    """The settings of a command that resumes: those of last.pt, changed by the flags that were given. `--eval-only` takes
+    the text of best.pt. Any other command keeps its own.
 
     Args:
         cfg: the parsed command.
         args: its command line; None: this process's.
     """
+    if cfg.eval_only:
+        return Resumed(with_text_of_best(cfg), [])
     last = Path(cfg.out_dir, "last.pt")
     if not (cfg.resume or cfg.auto_resume) or not last.exists():
         return Resumed(cfg, [])
@@ -53,7 +56,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     if usual.max_epochs or cfg.max_minutes or cfg.max_epochs:  # max_iters follows from them
         silent.add("max_iters")
     kept = [
-        f"kept from last.pt: {name} {as_typed(old)} (config.py: {as_typed(new)}); "
+        f"kept from last.pt: {name} {as_typed(old)} ({cfg.config or 'config.py'}: {as_typed(new)}); "
         + (
             "a different value needs another --out-dir"
             if name in (*vars(resumed.model), "optimizer", "init_from")
@@ -63,3 +66,16 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
         if name not in silent
     ]
     return Resumed(resumed, kept)
+
+
+def with_text_of_best(cfg: TrainConfig) -> TrainConfig:
+    """`cfg` with the data folder and the validation tokens on which the loss of best.pt was measured, unless a flag or a
+    file chooses others. Another text with the same tokenizer would give a loss that says nothing about the run."""
+    best = Path(cfg.out_dir, "best.pt")
+    if cfg.init_from or cfg.config or not best.exists():
+        return cfg
+    saved = checkpoint.load(best, mmap=True)["config"]
+    names = [name for name in ("data_dir", "eval_tokens") if name in saved]
+    return dataclasses.replace(
+        cfg, **{name: saved[name] for name in names if not is_given(f"--{name.replace('_', '-')}")}
+    )

@@ -239,9 +239,8 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
             "or another --out-dir"
         )
     if "init_from" in changed:
-        raise UserError(
-            f"{last} did not start from {cfg.init_from!r}; leave --init-from out, or give another --out-dir"
-        )
+        old, new = (repr(name) if name else "random weights" for name in changed["init_from"])
+        raise UserError(f"{last} started from {old}, not from {new}; leave --init-from out, or give another --out-dir")
     done, last_iter = saved["iter"], saved["config"]["max_iters"]
     if cfg.max_iters <= done < last_iter:
         raise UserError(

@@ -41,6 +41,7 @@ class Tracker:
     def __init__(self, name: str):
         self.name = name
         self.store: Store | None = None
+        self.path: Path | None = None  # of tracker.json, once open
         self.sent = -1.0  # `seconds` of the last row that was handed over
 
     def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
@@ -82,6 +83,9 @@ class Tracker:
 
         if self.store:
             self._attempt(close)
+        elif self.path:  # it failed, perhaps on a full disk that has room again
+            with contextlib.suppress(UserError):
+                self._remember(sent=self.sent)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,11 @@ from conftest import write_data
 from runs import little_memory, metrics, tiny
 
 import train
+from config import TrainConfig
 from internals import checkpoint, preflight, start
+from internals.cli import parse
 from internals.memory import Memory
+from internals.resume import resume_settings
 from internals.start import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -47,6 +51,22 @@ def test_check_and_eval_only_write_nothing(data_dir, tmp_path, monkeypatch, stra
     assert "holds last.pt, loss.png, not written by train.py" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         train.train(tiny(data_dir, tmp_path / "new", eval_only=True))
+
+
+def test_eval_only_takes_the_text_of_the_run_unless_a_flag_names_another(data_dir, straight, tmp_path, monkeypatch):
+    def chosen(*args):
+        args = ["--eval-only", "--out-dir", str(straight), *args]
+        monkeypatch.setattr(sys, "argv", ["train.py", *args])
+        cfg, _ = resume_settings(parse(TrainConfig, "", args))
+        return cfg.data_dir, cfg.eval_tokens
+
+    defaults = TrainConfig().data_dir, TrainConfig().eval_tokens
+    assert chosen() == (str(data_dir), 256) != defaults
+    assert chosen("--data_dir", "elsewhere") == ("elsewhere", 256)
+    assert chosen("--eval-tokens=64") == (str(data_dir), 64)
+    assert (
+        chosen("--init-from", "gpt2") == chosen("--out-dir", str(tmp_path)) == defaults
+    )  # without a best.pt of this run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a run that would be refused without a GPU")

@@ -160,6 +160,12 @@ def test_flags_of_a_resumed_run_are_checked_against_its_own_settings(data_dir, t
         cfg, kept = resume_settings(parse(TrainConfig, "", args), args)
         assert (cfg.learning_rate, cfg.min_lr, cfg.eval_tokens, cfg.tokens_per_iter) == (1e-2, 5e-3, 64, 48)
         assert any("learning_rate 0.01 (config.py: 0.004)" in line for line in kept) == (how != config)
+    wider = tmp_path / "wider.json"
+    settings = json.loads((tmp_path / "config.json").read_text())
+    wider.write_text(json.dumps(settings | {"tokens_per_iter": 512}))
+    args = [*out_dir, "--auto-resume", "--config", str(wider)]
+    _, kept = resume_settings(parse(TrainConfig, "", args), args)
+    assert any(f"tokens_per_iter 128 ({wider}: 512)" in line for line in kept), kept
     for changes, words in (
         ({"min_lr": 0.02}, "must not be above --learning-rate 0.01"),
         ({"eval_tokens": 8}, "window"),
@@ -181,7 +187,7 @@ def test_resuming_refuses_another_model_tokenizer_or_data(data_dir, tmp_path, st
     with pytest.raises(UserError, match="was trained on other data"):
         train.train(tiny(other, straight, resume=True))
     sizes = dict(n_layer=2, n_head=2, n_embd=16, n_inner=32)
-    with pytest.raises(UserError, match="did not start from 'my/gpt2'; leave --init-from out"):
+    with pytest.raises(UserError, match="started from random weights, not from 'my/gpt2'; leave --init-from out"):
         train.train(tiny(data_dir, straight, resume=True, init_from="my/gpt2", **sizes))
     with pytest.raises(UserError, match="--config: only for a new run; change a resumed run with flags"):
         resume_settings(tiny(data_dir, straight, resume=True, config=str(straight / "config.json")))

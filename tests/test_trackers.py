@@ -20,6 +20,7 @@ from runs import assert_same_end, flags, tiny
 
 import train
 from internals import checkpoint, trackers
+from internals.start import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -227,6 +228,30 @@ def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypa
         train.train(tiny(data_dir, tmp_path, max_iters=max_iters, resume=max_iters > 8, tracker="wandb"))
         rows += [row["iter"] for row in store.rows] if store else []
     assert rows == list(range(21))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_store_no_row(data_dir, tmp_path, monkeypatch):
+    """The store fails, and tracker.json cannot say which row was the last. At the end of the run it can."""
+    store, write_json = Recorder(), trackers.write_json
+    store.late = 0.0
+    monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id: store)
+
+    def fail(row):
+        if row["iter"] == 5:
+            monkeypatch.setattr(store, "log", store.rows.append)
+            monkeypatch.setattr(trackers, "write_json", full)
+            raise OSError("No space left on device")
+        store.rows.append(row)
+
+    def full(path, content):
+        monkeypatch.setattr(trackers, "write_json", write_json)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(store, "log", fail)
+    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="wandb"))
+    assert [row["iter"] for row in store.rows] == list(range(5))
+    train.train(tiny(data_dir, tmp_path, max_iters=9, resume=True, tracker="wandb"))
+    assert [row["iter"] for row in store.rows] == list(range(10))
 
 
 def test_a_row_that_somebody_edited_costs_the_store_and_not_the_run(data_dir, tmp_path, monkeypatch, capsys):
