@@ -269,7 +269,7 @@ def reevaluate_best(run: Run, state: TrainState, micro_batch: MicroBatch) -> Non
     if not path.exists():
         state.best_val_loss = math.inf
         return
-    saved = checkpoint.load_best(path)
+    saved = checkpoint.load(path, advice="; delete it, and the next evaluation writes a new one")
     is_newer = saved["iter"] > run.resumed_at
     if is_newer or before != len(run.val_windows):
         best = checkpoint.build_model(saved, str(path)).to(run.machine.device)
