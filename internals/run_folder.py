@@ -25,7 +25,7 @@ def check_own(out_dir: Path) -> None:
     present = [name for name in names if os.path.lexists(out_dir / name)]
     if not present or has_settings(out_dir / "config.json"):  # config.json is the first file that a run writes
         return
-    if not has_checkpoint(out_dir):
+    if not (content(out_dir / "last.pt") or content(out_dir / "best.pt")):
         raise UserError(
             f"--out-dir {out_dir} holds {', '.join(present)}, not written by train.py; give another --out-dir, or move "
             "what is there"
@@ -46,12 +46,11 @@ def has_settings(config_json: Path) -> bool:
     return isinstance(settings, dict) and {"max_iters", "tokens_per_iter", "model"} <= settings.keys()
 
 
-def has_checkpoint(out_dir: Path) -> bool:
-    for name in ("last.pt", "best.pt"):
-        with contextlib.suppress(UserError):
-            checkpoint.load(out_dir / name, mmap=True)
-            return True
-    return False
+def content(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; empty if it cannot be read."""
+    with contextlib.suppress(UserError):
+        return checkpoint.load(path, mmap=True)
+    return {}
 
 
 def check_unused(out_dir: Path) -> None:
@@ -66,7 +65,7 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds a run (last.pt); continue it with --resume, delete it with --overwrite, or give "
             "another --out-dir"
         )
-    if best.exists() and not is_untrained(best):
+    if best.exists() and content(best).get("iter") != 0:  # one that cannot be read may be worth something
         raise UserError(
             f"--out-dir {out_dir} holds a model (best.pt); delete it with --overwrite, or give another --out-dir"
         )
@@ -75,13 +74,6 @@ def check_unused(out_dir: Path) -> None:
             f"--out-dir {out_dir} holds files of a run whose checkpoints are gone ({', '.join(kept)}); move them, delete "
             "them with --overwrite, or give another --out-dir"
         )
-
-
-def is_untrained(best: Path) -> bool:
-    """Whether a best.pt is that of iteration 0. One that cannot be read may be worth something."""
-    with contextlib.suppress(UserError):
-        return checkpoint.load(best, mmap=True)["iter"] == 0
-    return False
 
 
 def check_source_stays(init_from: str, out_dir: Path) -> None:
