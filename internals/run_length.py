@@ -86,11 +86,7 @@ def resolve_as_before(cfg: TrainConfig, settings: dict[str, Any]) -> TrainConfig
 
     Only `--resume --batch-size auto` stays: it asks for a new number, for another GPU, say.
     """
-    if cfg.eval_interval == "auto":
-        cfg = dataclasses.replace(cfg, eval_interval=settings["eval_interval"])
-    if cfg.tokens_per_iter == "auto":
-        cfg = dataclasses.replace(cfg, tokens_per_iter=settings["tokens_per_iter"])
-    if cfg.batch_size == "auto" and cfg.auto_resume:
-        cfg = dataclasses.replace(cfg, batch_size=settings["batch_size"])
+    names = ["eval_interval", "tokens_per_iter", *(["batch_size"] if cfg.auto_resume else [])]
+    taken = {name: settings[name] for name in names if getattr(cfg, name) == "auto"}
     model = {name: settings["model"][name] for name, value in vars(cfg.model).items() if value == "auto"}
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **model))
+    return dataclasses.replace(cfg, **taken, model=dataclasses.replace(cfg.model, **model))
