@@ -92,27 +92,21 @@ def describe(tokenizer: tiktoken.Encoding, ids: list[int], known: list[Surprise]
         token up to three `[text, probability]`. `bits_per_byte`: of all tokens but the first, or None without any.
     """
     raw = [tokenizer.decode_single_token_bytes(token) for token in ids]
-    bits: list[float | None] = [None]
-    alternatives: list[list[list[Any]]] = [[]]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(raw[0])
+    alternatives: list[list[list[Any]]] = [[]]
     rows = [row for part in known for row in zip(*(column.tolist() for column in part), strict=True)]
-    for token, (token_bits, others, p) in zip(raw[1:], rows, strict=True):
+    for token, (_, others, p) in zip(raw[1:], rows, strict=True):
         begun = decoder.getstate()[0]  # bytes of a character that the tokens so far leave unfinished
-        bits.append(round(token_bits, 3))
-        alternatives.append(
-            [
-                [readable(begun, tokenizer.decode_single_token_bytes(other)), round(share, 5)]
-                for other, share in zip(others, p, strict=True)
-            ]
-        )
+        texts = [readable(begun, tokenizer.decode_single_token_bytes(other)) for other in others]
+        alternatives.append([[text, round(share, 5)] for text, share in zip(texts, p, strict=True)])
         decoder.decode(token)
     size = sum(len(token) for token, id in zip(raw[1:], ids[1:], strict=True) if id != tokenizer.eot_token)
     return {
         "text": token_texts(tokenizer, ids),
-        "bits": bits,
+        "bits": [None, *(round(bits, 3) for bits, *_ in rows)],
         "alternatives": alternatives,
-        "bits_per_byte": round(sum(row[0] for row in rows) / size, 4) if size else None,
+        "bits_per_byte": round(sum(bits for bits, *_ in rows) / size, 4) if size else None,
     }
 
 
