@@ -21,18 +21,11 @@ from model import GPT
 def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Callable[[Tensor, Tensor], Tensor], str]:
     """The model for the iterations, compiled if `--compile` says so, and `on` or `off` (with a reason if it failed).
 
-    `model` itself does not change: evaluating, sampling and saving use it.
+    `model` itself does not change: evaluating, sampling and saving use it. The compiled one is tried in a forward and a
+    backward pass. If that fails in any process, the run loses only the speed-up.
     """
-    if cfg.compile == "on" or (cfg.compile == "auto" and machine.device.type == "cuda"):
-        return try_compile(model, cfg, machine)
-    return model, "off"
-
-
-def try_compile(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Any, str]:
-    """The compiled model, tried in a forward and a backward pass. If that fails in any process: `model`, and why.
-
-    If the compiler fails, the run loses only the speed-up.
-    """
+    if cfg.compile == "off" or (cfg.compile == "auto" and machine.device.type != "cuda"):
+        return model, "off"
     machine.print("Compiling the model: the first time this may take a minute")
     # Inductor warns on cards of fewer than 68 multiprocessors (RTX 3060, T4) about a mode that nobody asked for
     logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)
