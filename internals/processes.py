@@ -172,7 +172,9 @@ def connect_to_first() -> list[socket.socket]:
         if rank > 0:
             dist.broadcast_object_list(port)
             return [socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60)]
-        with listen(backlog=processes) as server:
+        dual = socket.has_dualstack_ipv6()  # a free port, for IPv4 and IPv6 if the system has both
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=dual) as server:
             server.settimeout(60)
             port[0] = server.getsockname()[1]
             dist.broadcast_object_list(port)
@@ -182,10 +184,3 @@ def connect_to_first() -> list[socket.socket]:
             f"process {rank} cannot connect to process 0 at {os.environ['MASTER_ADDR']}:{port[0]} ({error}); "
             "let the machines reach each other on all ports"
         ) from error
-
-
-def listen(backlog: int) -> socket.socket:
-    """A server at a free port of this machine, for IPv4 and IPv6 if the system has both."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=backlog)
