@@ -59,7 +59,7 @@ from internals.reader import Chunk, ReadOptions
 from internals.screen import command_to_train, given_command, listed
 from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
-from internals.source_size import choose_by_size, refuse_hopeless_source, refuse_short, refuse_short_source
+from internals.source_size import choose_by_size, enough_tokens, refuse_hopeless_source, refuse_short
 from internals.start import UserError
 from internals.text_files import LocalFiles, Source
 from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer, token_bytes
@@ -121,7 +121,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
         refuse_hopeless_source(cfg, source)
     tokenizer = find_tokenizer(cfg, source, progress)
     if not progress.tokens:
-        refuse_short_source(cfg, source, tokenizer)
+        refuse_short(cfg, *enough_tokens(cfg, source, tokenizer))
     if cfg.overwrite:
         folder.delete()  # only now: a mistake in the flags, the files' form or the length must not cost the old shards
     write_tokenizer(tokenizer, cfg, source, progress)

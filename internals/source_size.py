@@ -2,7 +2,7 @@
 
 choose_by_size          the vocabulary of a trained tokenizer, and the validation share
 refuse_hopeless_source  ends the command if the text is too short for any tokenizer
-refuse_short_source     ends the command if it is too short with this one. Nothing has been written or deleted then
+refuse_short            ends it if so many tokens are too few
 """
 
 import dataclasses
@@ -59,11 +59,6 @@ def refuse_hopeless_source(cfg: PrepareConfig, source: Source) -> None:
     tokens, empty = enough_tokens(cfg, source, "bytes")  # no tokenizer makes more tokens
     if tokens < sum(cfg.least_tokens.values()):
         refuse_short(cfg, tokens, empty)
-
-
-def refuse_short_source(cfg: PrepareConfig, source: Source, tokenizer: str) -> None:
-    """Raise UserError if the text is empty, or too short for the preset's model."""
-    refuse_short(cfg, *enough_tokens(cfg, source, tokenizer))
 
 
 def enough_tokens(cfg: PrepareConfig, source: Source, tokenizer: str) -> tuple[int, int]:

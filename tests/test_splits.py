@@ -131,7 +131,7 @@ def test_that_advice_works_where_whole_documents_would_be_too_few(tmp_path):
 def test_a_share_that_turns_out_too_small_costs_no_second_pass_and_no_work(tmp_path, monkeypatch):
     """As with a Wikipedia from the hub, whose size is not known before."""
     write_jsonl(tmp_path / "a.jsonl", make_articles(200))
-    monkeypatch.setattr("prepare_data.refuse_short_source", lambda cfg, source, tokenizer: None)
+    monkeypatch.setattr("prepare_data.enough_tokens", lambda cfg, source, tokenizer: (10**12, 0))
     monkeypatch.setattr(Pipeline, "start_again_with_tail", None)
     with pytest.raises(
         UserError, match=r"--val-fraction 1e-06: leaves 0 of .*such as 0\.0.*changed ones need --overwrite"
