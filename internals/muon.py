@@ -50,7 +50,8 @@ class Muon(torch.optim.Muon):
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 whole = (parameter, parameter.grad, self.state[parameter]["momentum_buffer"])
-                for matrix in zip(*(tensor.chunk(self.matrices_in(parameter)) for tensor in whole), strict=True):
+                count = 3 if parameter in self.in_three else 1
+                for matrix in zip(*(tensor.chunk(count) for tensor in whole), strict=True):
                     stacks[matrix[0].shape].append(matrix)
             for shape, matrices in stacks.items():
                 weights, gradients, means = zip(*matrices, strict=True)
@@ -61,9 +62,6 @@ class Muon(torch.optim.Muon):
                 step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, update.float().contiguous().unbind(), alpha=-step_size)
-
-    def matrices_in(self, parameter: Tensor) -> int:
-        return 3 if parameter in self.in_three else 1
 
 
 def orthogonalise(matrices: Tensor, group: dict[str, Any]) -> Tensor:
