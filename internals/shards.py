@@ -82,16 +82,13 @@ class ShardWriter:
             path, partial = shard_path(self.data_dir, split, index), self._partial(index)
             if path.exists() and not partial.exists():  # the last run was stopped in `finish`
                 rename(path, partial)
+            if not partial.exists() or partial.stat().st_size < self._size(index):
+                raise UserError(f"{partial}: is missing or was cut short; {AGAIN}")
+            os.truncate(partial, self._size(index))
         for path in self.data_dir.glob(f"{split}_*.bin.partial"):
             name = SHARD_NAME.fullmatch(path.name)
             if name and int(name[2]) >= self.count:
                 path.unlink()
-            elif name and path.stat().st_size > self._size(int(name[2])):
-                os.truncate(path, self._size(int(name[2])))
-        for index in range(self.count):
-            path = self._partial(index)
-            if not path.exists() or path.stat().st_size != self._size(index):
-                raise UserError(f"{path}: is missing or was cut short; {AGAIN}")
 
     @property
     def count(self) -> int:
