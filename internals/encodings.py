@@ -187,10 +187,8 @@ def suggestion(head: bytes) -> str:
         wide = min(even, odd) > len(head) // 8
         name = ("utf-32" if wide else "utf-16") + ("-le" if odd >= even else "-be")
         return f" (perhaps {name})"
-    try:
-        from charset_normalizer import from_bytes
-    except ImportError:
-        return ""
+    from charset_normalizer import from_bytes  # which comes with requests, as tiktoken needs it
+
     best = from_bytes(head).best()
     if best is None or best.encoding in ("utf_8", "ascii"):
         return ""
