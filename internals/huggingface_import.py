@@ -256,7 +256,8 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
     ):
         if names:
             raise UserError(f"{source}: {plural(len(names), 'tensor')} {problem}: {min(names)}, ...")
-    if head is not None and not is_same(head, weights["transformer.wte.weight"]):
+    embedding = weights["transformer.wte.weight"]
+    if head is not None and not torch.equal(head, embedding.to(head.dtype)):  # it may be a rounded copy
         raise UserError(f"{source}: its output head is not tied to its embedding; only tied heads are supported")
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     shapes["transformer.wte.weight"] = torch.Size([rows, config.n_embd])
@@ -264,13 +265,6 @@ def read_weights(source: str, rows: int, config: ModelConfig) -> dict[str, Tenso
     embedding = fitted["transformer.wte.weight"][: config.vocab_size]
     padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
     return fitted | {"transformer.wte.weight": torch.cat([embedding, padding])}
-
-
-def is_same(head: Tensor, embedding: Tensor) -> bool:
-    """Whether a head is a copy of the embedding, perhaps in another dtype."""
-    return head.shape == embedding.shape and torch.allclose(
-        head, embedding.to(head.dtype), rtol=0, atol=0, equal_nan=True
-    )
 
 
 def fit_tensor(source: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
