@@ -29,10 +29,6 @@ NAME_ANOTHER = "; name a run's best.pt, last.pt or folder"
 REQUIRED = {"format", "model", "config", "tokenizer", "iter", "tokens", "val_loss"}
 
 
-class Unreadable(UserError):
-    """The file may be whole, but cannot be read now: too little memory, no permission, a failing disk."""
-
-
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint. `path` always holds the old one or the new one, complete."""
     with writing(path):
@@ -93,7 +89,7 @@ def check_file(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: {no_checkpoint(path)}") from error
     except OSError as error:
-        raise Unreadable(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a folder; name the checkpoint in it, best.pt or last.pt")
     if not stat.S_ISREG(mode):
@@ -138,9 +134,9 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
     except Exception as error:  # zip, pickle, torch, JSON and safetensors each have their own errors for a damaged file
         if is_out_of_memory(error):
             advice = "close other programs or use a machine with more memory"
-            raise Unreadable(f"{path}: does not fit into memory ({first_line(error)}); {advice}") from error
+            raise UserError(f"{path}: does not fit into memory ({first_line(error)}); {advice}") from error
         if cause := refusal_to_read(path, error):
-            raise Unreadable(f"{path}: cannot be read ({cause.strerror or first_line(cause)})") from error
+            raise UserError(f"{path}: cannot be read ({cause.strerror or first_line(cause)})") from error
         empty = " (it is empty)" if os.path.getsize(path) == 0 else ""
         raise UserError(f"{path}: {otherwise}{empty}") from error
 

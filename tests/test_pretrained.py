@@ -292,7 +292,7 @@ def test_a_file_without_permission_says_so(places, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)}
     )  # fmt: skip
-    assert "Unreadable: private.pt: cannot be read (Permission denied)" in result.stderr
+    assert "UserError: private.pt: cannot be read (Permission denied)" in result.stderr
 
 
 @pytest.mark.parametrize(
