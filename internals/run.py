@@ -181,30 +181,22 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
     Raises:
         UserError: there is nothing to resume, or a new run would overwrite an old one or its own source.
     """
-    last, saved = Path(cfg.out_dir, "last.pt"), None
-    resumes = (cfg.resume or cfg.auto_resume) and last.exists()
-    if len(machine.gather(torch.tensor([resumes])).unique()) > 1:
-        raise different_folders(cfg)
-    if cfg.resume and not resumes:
+    last = Path(cfg.out_dir, "last.pt")
+    saved = checkpoint.load_last(last) if (cfg.resume or cfg.auto_resume) and last.exists() else None
+    if len(machine.gather(torch.tensor([saved["iter"] if saved else -1])).unique()) > 1:
+        raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
+    if cfg.resume and not saved:
         raise UserError(f"--resume: there is no run in {cfg.out_dir} (no last.pt); leave --resume out to start one")
-    if resumes:
-        saved = checkpoint.load_last(last)
-        if missing := {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"} - saved.keys():
-            raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
+    needed = {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"}
+    if saved and (missing := needed - saved.keys()):
+        raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
     if not cfg.check:
         check_own(Path(cfg.out_dir))
         if not (saved or cfg.overwrite):
             check_unused(Path(cfg.out_dir))
     if cfg.overwrite:
         check_source_stays(cfg.init_from, Path(cfg.out_dir))
-    seen = torch.tensor([saved["iter"] if saved else -1])
-    if len(machine.gather(seen).unique()) > 1:
-        raise different_folders(cfg)
     return saved
-
-
-def different_folders(cfg: TrainConfig) -> UserError:
-    return UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
 
 
 def keep_dtype(machine: Machine, cfg: TrainConfig, saved: dict[str, Any]) -> Machine:
