@@ -117,14 +117,10 @@ def with_preset(cls: Callable[..., C], preset: str) -> C:
     Raises:
         UserError: somebody has edited a default or the preset, and it is wrong.
     """
-    given = {f.name: f.default for f in dataclasses.fields(cls)}
+    optional = {f.name for f in dataclasses.fields(cls) if f.default != tyro.MISSING}
     try:
-        values = {
-            name: value
-            for name, value in preset_values(preset).items()
-            if given.get(name, tyro.MISSING) != tyro.MISSING
-        }
-        if "model" in given:
+        values = {name: value for name, value in preset_values(preset).items() if name in optional}
+        if "model" in optional:
             values["model"] = with_preset(ModelConfig, preset)
         return cls(**values)
     except ValueError as error:

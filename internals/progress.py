@@ -161,11 +161,9 @@ def tokenizer_settings(cfg: PrepareConfig) -> dict[str, Any]:
     if cfg.trained_size:
         return {"tokenizer": "own", "trained": True, "vocab_size": cfg.trained_size}
     tokenizer = given_tokenizer(cfg.tokenizer)
-    return (
-        {"tokenizer": "own", "tokenizer_sha256": sha256_of(tokenizer)}
-        if is_json(tokenizer)
-        else {"tokenizer": tokenizer}
-    )
+    if is_json(tokenizer):
+        return {"tokenizer": "own", "tokenizer_sha256": sha256_of(tokenizer)}
+    return {"tokenizer": tokenizer}
 
 
 def tokenizer_flags(settings: dict[str, Any]) -> str:
@@ -220,12 +218,8 @@ def begun_with(flag: str, old: Any, new: Any) -> str:
 def describe(source: dict[str, Any]) -> str:
     if source["kind"] == "hub":
         return f"{source['repository']} {source['config']}, revision {source['revision']}"
-    what = (
-        "the sample"
-        if source["kind"] == "sample"
-        else f"{plural(source['files'], 'file')} of {source['bytes']:,} bytes"
-    )
-    return f"{what}, SHA-256 {source['sha256'][:8]}"
+    files = f"{plural(source['files'], 'file')} of {source['bytes']:,} bytes"
+    return f"{'the sample' if source['kind'] == 'sample' else files}, SHA-256 {source['sha256'][:8]}"
 
 
 class Display:
