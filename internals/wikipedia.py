@@ -27,6 +27,7 @@ REPOSITORY = "wikimedia/wikipedia"
 ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them, besides those of huggingface_hub
 TEXT_PER_BYTE = 1.7  # of the hub's files: English has 20.2 GB of text in 11.7 GB
 FILE_BYTES = 3  # of the hub's files per token, with a margin: English takes 2.5 with GPT-2's tokenizer
+BLOCK_BYTES = 1 << 18  # of a download: what a broken connection may lose; huggingface_hub's 10 MB may never arrive
 OFFLINE = "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE"
 ANSWER_SECONDS = 120  # to wait for an answer about the repository; for a file, huggingface_hub waits 10 s at a time
 
@@ -52,7 +53,8 @@ class HubWikipedia(Source):
         self.downloads = Downloads(data_dir)
         self.identity = {"kind": "hub", "repository": REPOSITORY, "config": self.config, "revision": revision}
         # Xet, the hub's newer protocol, has hung for over an hour (github.com/huggingface/xet-core, issue 883). Plain
-        # HTTP asks again after 10 s of silence and continues the download. Set this before the first import.
+        # HTTP asks again after 10 s of silence and continues the download. Set this before the first import. It matters
+        # for `keep` alone: `_download_part` always takes plain HTTP.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         warnings.filterwarnings("ignore", "Not enough free disk space")  # huggingface_hub's; we print our own message
         if endpoint := os.environ.pop("HF_ENDPOINT", "").rstrip("/"):  # with the slash, it would ask for //api
@@ -76,8 +78,6 @@ class HubWikipedia(Source):
         resolved = known or ask_hub(f"{REPOSITORY} {self.config}", find)
         self.commit, self.files = resolved["commit"], [SourceFile(**file) for file in resolved["files"]]
         self.bytes = sum(file.bytes for file in self.files)
-        for path in self.downloads.folder.rglob("*.incomplete"):
-            path.unlink()  # of a killed download; huggingface_hub would not resume it
         return resolved
 
     def _find_files(self) -> dict[str, Any]:
@@ -208,6 +208,7 @@ class HubWikipedia(Source):
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import constants, hf_hub_download
 
+        constants.DOWNLOAD_CHUNK_SIZE = BLOCK_BYTES
         cached = self._cached(file)
         for path in (self.downloads.folder / file.name, cached):
             if path and path.exists() and is_whole(path, file):
@@ -215,15 +216,43 @@ class HubWikipedia(Source):
         if constants.HF_HUB_OFFLINE:
             state = f"is damaged ({cached})" if cached else "is not on this machine"
             raise UserError(f"{file.name}: {state}, and {OFFLINE} is set; go online and unset it")
-        start, folder = time.monotonic(), None if self.keep else self.downloads.folder
-        path = Path(
-            hf_hub_download(**self._where(file), local_dir=folder, force_download=not self.keep or bool(cached))
-        )
+        start = time.monotonic()
+        if self.keep:
+            path = Path(hf_hub_download(**self._where(file), force_download=bool(cached)))
+        else:
+            path = self._download_part(file)
         self.seconds_per_byte = (time.monotonic() - start) / file.bytes
         if not is_whole(path, file):  # huggingface_hub checks the size only
             path.resolve().unlink()  # in the cache, the path is a link to it
             path.unlink(missing_ok=True)
             raise OSError("the download is damaged (its SHA-256 is not the hub's)")
+        return path
+
+    def _download_part(self, file: SourceFile) -> Path:
+        """Download a file into the data folder, from the byte where an earlier try or an earlier run stopped.
+
+        hf_hub_download would begin at the first byte. HfFileSystem of huggingface_hub calls `http_get` like this, too.
+        """
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        path = self.downloads.folder / file.name
+        part = path.with_name(f"{path.name}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as content:
+            if content.tell() > file.bytes:  # the hub sent something else
+                content.seek(0)
+                content.truncate()
+            http_get(
+                hf_hub_url(**self._where(file)),
+                content,
+                resume_size=content.tell(),
+                headers=build_hf_headers(),
+                expected_size=file.bytes,
+                displayed_filename=file.name,
+            )
+        os.replace(part, path)
         return path
 
 

@@ -34,9 +34,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     commit = SHA  # of every branch
     faults: collections.deque = collections.deque()  # noqa: RUF012
     unanswered = 0  # this many requests about the repository get no answer
-    head_status = 200  # of HEAD requests for a parquet file
+    file_status = 200  # of requests for a parquet file
     tree_failures = 0  # this many requests for a folder's files get status 500
     downloads: list = []  # noqa: RUF012  (file, revision) of each request
+    begins: list = []  # noqa: RUF012  the first byte that each of them asked for
 
     def files(self):
         for top, _, names in os.walk(self.folder):
@@ -153,11 +154,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             headers += [("X-Linked-Size", str(len(data))), ("X-Linked-Etag", etag)]
             # Like the real hub, offer Xet, its newer protocol. A client that uses it fails.
             headers += [("X-Xet-Hash", entry["lfs"]["oid"]), ("X-Xet-Refresh-Route", "/no-xet-here")]
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        first = int(part[1]) if part else 0
         fault = "ok"
-        if self.command == "HEAD" and "lfs" in entry and self.head_status != 200:
-            return self.answer(self.head_status, b'{"error": "no"}')
+        if "lfs" in entry and self.file_status != 200:
+            return self.answer(self.file_status, b'{"error": "no"}')
         if self.command == "GET" and "lfs" in entry:
             self.downloads.append((name, revision))
+            self.begins.append(first)
             fault = self.faults.popleft() if self.faults else "ok"
         if fault == "limit":
             return self.answer(429, b'{"error": "Too Many Requests"}')
@@ -167,11 +171,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             data = data[: len(data) // 2] + b"\0" * 64 + data[len(data) // 2 + 64 :]
         if fault == "truncate":
             data = data[: len(data) // 2]
-        first, last, code = 0, len(data) - 1, 200
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        last, code = len(data) - 1, 200
         if part:
-            first, code = int(part[1]), 206
-            last = min(int(part[2]) if part[2] else last, last)
+            code, last = 206, min(int(part[2]) if part[2] else last, last)
             headers.append(("Content-Range", f"bytes {first}-{last}/{len(data)}"))
         body = data[first : last + 1]
         if fault == "drop":
@@ -190,7 +192,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def serve(folder, repo="wikimedia/wikipedia", port=0, faults=()) -> http.server.ThreadingHTTPServer:
     """A server. Its `RequestHandlerClass` has its faults, downloads and commit."""
-    attributes = {"folder": str(folder), "repo": repo, "faults": collections.deque(faults), "downloads": []}
+    attributes = {"folder": str(folder), "repo": repo, "faults": collections.deque(faults)}
+    attributes |= {"downloads": [], "begins": []}
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), type("FolderHub", (Hub,), attributes))
 
 

@@ -156,6 +156,47 @@ def test_faults_of_the_hub_are_overcome(tmp_path, serve, keep):
     assert files(tmp_path / "out") == files(tmp_path / "once")
 
 
+ONE_FILE = "20231101.simple/train-00000-of-00004.parquet"
+
+
+@pytest.fixture
+def one_file(hub_folder):
+    """The repository on the hub, with only one file."""
+    for path in hub_folder.rglob("*.parquet"):
+        if not path.match(ONE_FILE):
+            path.unlink()
+    return hub_folder / ONE_FILE
+
+
+def test_a_download_continues_where_it_stopped(tmp_path, serve, one_file):
+    """After a broken connection, and in the next run."""
+    _, env = serve()
+    assert run_script(*hub_command(tmp_path / "once"), env=env).returncode == 0
+    handler, env = serve(["drop"] + ["error"] * 1000)
+    small = "from internals import wikipedia; wikipedia.BLOCK_BYTES = 1000"
+    assert run_script(*without_pauses(hub_command(tmp_path / "out"), small), env=env).returncode == 2
+    part = tmp_path / "out" / ".downloads-in-progress" / f"{ONE_FILE}.part"
+    there = part.stat().st_size
+    assert there > one_file.stat().st_size // 2 - 1000 and set(handler.begins) == {0, there}
+    handler.faults.clear()
+    handler.begins.clear()
+    result = run_script(*hub_command(tmp_path / "out"), env=env)
+    assert result.returncode == 0, result.stderr
+    assert handler.begins == [there] and files(tmp_path / "out") == files(tmp_path / "once")
+
+
+@pytest.mark.parametrize("more", [None, 1])
+def test_a_part_of_something_else_is_not_continued_for_ever(tmp_path, serve, one_file, more):
+    """A login page, for example. It may be longer than the file."""
+    handler, env = serve()
+    part = tmp_path / "out" / ".downloads-in-progress" / f"{ONE_FILE}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * (one_file.stat().st_size + more if more else 10))
+    result = run_script(*without_pauses(hub_command(tmp_path / "out")), env=env)
+    assert result.returncode == 0, result.stderr
+    assert handler.begins == ([0] if more else [10, 0])
+
+
 @pytest.mark.parametrize("fault", ["error", "corrupt"])
 def test_a_hub_that_stays_broken_is_one_message_and_the_run_resumes(tmp_path, serve, fault):
     _, env = serve()
@@ -208,9 +249,9 @@ def test_which_answers_of_the_hub_are_worth_another_try(own_cache, status, hint)
     ("status", "words"), [(403, ["the hub refuses it (403", "HF_TOKEN"]), (500, ["500", "6 times"])]
 )
 def test_the_hubs_answer_is_told_when_it_refuses_to_describe_a_file(tmp_path, serve, keep, status, words):
-    """huggingface_hub asks with HEAD first, and hides the answer in the cause of another error."""
+    """With --keep-downloads, huggingface_hub asks with HEAD first, and hides the answer in the cause of another error."""
     handler, env = serve()
-    handler.head_status = status
+    handler.file_status = status
     result = run_script(*without_pauses(hub_command(tmp_path / "out", *keep)), env=env)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     [message] = re.findall(r"error: 20231101.*", result.stderr)
