@@ -17,6 +17,8 @@ from internals.start import UserError, first_line
 
 T = TypeVar("T")
 
+LONGEST_PAUSE, LONGEST_ASKED_PAUSE = 60, 300  # seconds between two tries: usually, and where the server asks for it
+
 
 def patiently(
     what: str, action: Callable[[], T], attempts: int, advice: str, give_up: Callable[[Exception], None]
@@ -38,10 +40,16 @@ def patiently(
                 raise UserError(
                     f"{what}: could not be fetched ({first_line(error)}), tried {attempts} times; {advice}"
                 ) from error
-            pause = 2 ** (attempt - 1)
+            pause = max(min(2 ** (attempt - 1), LONGEST_PAUSE), min(retry_after(error), LONGEST_ASKED_PAUSE))
             message = f"{what}: {first_line(error)}; trying again in {pause} s\n"
             tqdm.write(message, file=sys.stderr, end="")  # in one piece: several threads may print
             time.sleep(pause)
+
+
+def retry_after(error: Exception) -> int:
+    """How many seconds the server wants us to wait before the next try; 0 if it says nothing."""
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def origin(error: Exception) -> Exception:

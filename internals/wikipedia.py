@@ -24,7 +24,9 @@ from internals.text_files import Source, SourceFile
 T = TypeVar("T")
 
 REPOSITORY = "wikimedia/wikipedia"
-ATTEMPTS = 6  # per request, with pauses of 1, 2, 4, 8 and 16 s between them, besides those of huggingface_hub
+# Tries per request, besides those of huggingface_hub. The pauses are 1, 2, 4, 8, 16 and 32 s, then a minute each: half a
+# minute in all for a first answer, and for a file six minutes, in which a router can restart
+ATTEMPTS, FILE_ATTEMPTS = 6, 12
 TEXT_PER_BYTE = 1.7  # of the hub's files: English has 20.2 GB of text in 11.7 GB
 FILE_BYTES = 3  # of the hub's files per token, with a margin: English takes 2.5 with GPT-2's tokenizer
 BLOCK_BYTES = 1 << 18  # of a download: what a broken connection may lose; huggingface_hub's 10 MB may never arrive
@@ -203,7 +205,7 @@ class HubWikipedia(Source):
         return Path(path) if isinstance(path, str) else None
 
     def _fetch(self, file: SourceFile) -> Path:
-        return ask_hub(file.name, functools.partial(self._download, file), self.download_folder)
+        return ask_hub(file.name, functools.partial(self._download, file), self.download_folder, FILE_ATTEMPTS)
 
     def _download(self, file: SourceFile) -> Path:
         from huggingface_hub import constants, hf_hub_download
@@ -283,7 +285,7 @@ def is_whole(path: Path, file: SourceFile) -> bool:
     return path.stat().st_size == file.bytes and (file.sha256 is None or sha256(path) == file.sha256)
 
 
-def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None) -> T:
+def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None, attempts: int = ATTEMPTS) -> T:
     """The result of `action`, tried several times while the network or the hub fails.
 
     Args:
@@ -294,7 +296,7 @@ def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None) -> T
     advice = "try again when the network is back; or check HF_ENDPOINT, HF_TOKEN and the variables of your proxy"
     # Only a full disk gets here: `patiently` explains every other failure
     with writing(str(folder or constants.HF_HUB_CACHE), "finished work is kept"):
-        return patiently(what, action, ATTEMPTS, advice, functools.partial(check_retryable, what))
+        return patiently(what, action, attempts, advice, functools.partial(check_retryable, what))
 
 
 def check_retryable(what: str, error: Exception) -> None:

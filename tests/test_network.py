@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from articles import command, posix
@@ -133,6 +134,24 @@ def test_what_the_network_may_mend_is_retried_after_longer_and_longer_pauses(mon
 
     assert patiently("the file", action, 4, "advice", lambda error: None) == "text"
     assert pauses == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "pauses"),
+    [({}, [1, 2, 4, 8, 16, 32, 60, 60]), ({"Retry-After": "50"}, [50] * 6 + [60] * 2), ({"Retry-After": "9999"}, [300] * 8),
+     ({"Retry-After": "Fri, 27 Nov 2026 21:00:00 GMT"}, [1, 2, 4, 8, 16, 32, 60, 60])],
+)  # fmt: skip
+def test_a_pause_is_at_most_a_minute_unless_the_server_asks_for_more(monkeypatch, asked, pauses):
+    slept, error = [], OSError("429 Too Many Requests")
+    error.response = SimpleNamespace(headers=asked)
+    monkeypatch.setattr(network.time, "sleep", slept.append)
+
+    def action():
+        raise error
+
+    with pytest.raises(UserError, match=r"\(429 Too Many Requests\), tried 9 times; advice"):
+        patiently("the file", action, 9, "advice", lambda error: None)
+    assert slept == pauses
 
 
 @contextlib.contextmanager
