@@ -3,6 +3,7 @@
 import errno
 import itertools
 import math
+import re
 import sys
 import threading
 import time
@@ -30,10 +31,12 @@ def patiently(
     for attempt in itertools.count(1):
         try:
             return action()
-        except (UserError, ImportError):  # a package that is missing stays missing
+        except UserError:
             raise
         except Exception as raised:  # the errors of the libraries, and of their libraries, have no common base
             refuse_local_failure(what, raised)
+            if isinstance(raised, ImportError):  # a package that is missing stays missing
+                raise
             error = origin(raised)
             give_up(error)
             if attempt == attempts:
@@ -61,7 +64,13 @@ def origin(error: Exception) -> Exception:
 
 
 def refuse_local_failure(what: str, error: Exception) -> None:
-    """Raise if the error comes from a file on this machine: a full disk, or a folder that cannot be written."""
+    """Raise if the error comes from this machine: a full disk, a folder that cannot be written, or a SOCKS proxy for which
+    packages are missing."""
+    if re.search("SOCKS proxy, but|dependencies for SOCKS", str(error)):  # the words of httpx and requests
+        raise UserError(
+            f"{what}: ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names a SOCKS proxy; pip install socksio pysocks, or name an HTTP "
+            "proxy"
+        ) from error
     cause = system_error(error)
     if cause is None or cause.errno is None:
         return

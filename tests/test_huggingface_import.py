@@ -308,6 +308,7 @@ def test_the_hub_is_asked_for_exactly_these_files(foreign, tmp_path, monkeypatch
     [
         (OSError(28, "No space left on device"), "could not be written (No space left on device); make room; HF_HOME can"),
         (PermissionError(13, "Permission denied", "/cache/x"), "/cache/x: Permission denied; make room or make it writable"),
+        (ImportError("Using SOCKS proxy, but"), "names a SOCKS proxy; pip install socksio pysocks"),
         (OSError("no answer from the proxy"), "the hub did not provide it (OSError); check the name, or go online"),
     ],
 )  # fmt: skip

@@ -101,6 +101,21 @@ def test_a_missing_package_is_not_retried(monkeypatch):
         patiently("the file", action, 6, "advice", lambda error: None)
 
 
+@pytest.mark.parametrize(
+    "error",  # of httpx and of requests
+    [ImportError("Using SOCKS proxy, but the 'socksio' package is not installed. Make sure to install httpx using `...`."),
+     ValueError("Missing dependencies for SOCKS support.")],
+)  # fmt: skip
+def test_a_socks_proxy_without_its_packages_is_named_and_not_retried(monkeypatch, error):
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+
+    def action():
+        raise error
+
+    with pytest.raises(UserError, match=r"^the file: ALL_PROXY.* SOCKS proxy; pip install socksio pysocks, or "):
+        patiently("the file", action, 6, "advice", lambda error: None)
+
+
 def test_a_download_that_failed_ahead_of_time_is_tried_again(tmp_path, monkeypatch):
     source = HubWikipedia("simple", "20231101", "main", tmp_path, False, None)
     source.files = [SourceFile(name, 1, None) for name in ("a", "b")]
