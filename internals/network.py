@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import math
 import re
 import sys
@@ -41,12 +42,22 @@ def patiently(
             give_up(error)
             if attempt == attempts:
                 raise UserError(
-                    f"{what}: could not be fetched ({first_line(error)}), tried {attempts} times; {advice}"
+                    f"{what}: could not be fetched ({first_line(error)}), tried {attempts} times; "
+                    f"{remedy(error) or advice}"
                 ) from error
             pause = max(min(2 ** (attempt - 1), LONGEST_PAUSE), min(retry_after(error), LONGEST_ASKED_PAUSE))
             message = f"{what}: {first_line(error)}; trying again in {pause} s\n"
             tqdm.write(message, file=sys.stderr, end="")  # in one piece: several threads may print
             time.sleep(pause)
+
+
+def remedy(error: Exception) -> str:
+    """What helps against an error of the network that waiting does not mend; empty for others."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "if a proxy reads along, point SSL_CERT_FILE and REQUESTS_CA_BUNDLE to its certificate"
+    if isinstance(error, json.JSONDecodeError):
+        return "the answer is not the hub's: does this network have a login page? Open one page in a browser"
+    return ""
 
 
 def retry_after(error: Exception) -> int:

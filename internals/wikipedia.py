@@ -293,7 +293,10 @@ def ask_hub(what: str, action: Callable[[], T], folder: Path | None = None, atte
     """
     from huggingface_hub import constants
 
-    advice = "try again when the network is back; or check HF_ENDPOINT, HF_TOKEN and the variables of your proxy"
+    advice = (
+        "try again when the network is back; if it is slow to answer, set HF_HUB_DOWNLOAD_TIMEOUT=60 (seconds); or check "
+        "HF_ENDPOINT, HF_TOKEN and the variables of your proxy"
+    )
     # Only a full disk gets here: `patiently` explains every other failure
     with writing(str(folder or constants.HF_HUB_CACHE), "finished work is kept"):
         return patiently(what, action, attempts, advice, functools.partial(check_retryable, what))
@@ -307,5 +310,7 @@ def check_retryable(what: str, error: Exception) -> None:
         check_writable(what, folder)
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if 400 <= status < 500 and status not in (408, 429):
-        hint = "is HF_TOKEN right?" if status in (401, 403) else "is --revision right?"
+        hint = "is --revision right?"
+        if status in (401, 403):
+            hint = "is HF_TOKEN right, or what hf auth login stored? The data is public: HF_HUB_DISABLE_IMPLICIT_TOKEN=1 sends neither"
         raise UserError(f"{what}: the hub refuses it ({first_line(error)}); {hint}") from error

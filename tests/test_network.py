@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import signal
 import socket
 import threading
@@ -149,6 +150,20 @@ def test_what_the_network_may_mend_is_retried_after_longer_and_longer_pauses(mon
 
     assert patiently("the file", action, 4, "advice", lambda error: None) == "text"
     assert pauses == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [(OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"), "SSL_CERT_FILE and REQUESTS_CA_BUNDLE"),
+     (json.JSONDecodeError("Expecting value", "<html>", 0), "login page"),
+     (OSError("Connection refused"), "times; advice")],
+)  # fmt: skip
+def test_the_advice_fits_the_error(error, advice):
+    def action():
+        raise error
+
+    with pytest.raises(UserError, match=advice):
+        patiently("the file", action, 1, "advice", lambda error: None)
 
 
 @pytest.mark.parametrize(

@@ -230,15 +230,18 @@ def test_what_the_hub_does_not_have(tmp_path, serve):
     assert_user_error(result, "HF_HUB_OFFLINE")
 
 
+TOKEN = r"is HF_TOKEN right, or what hf auth login stored\? .* HF_HUB_DISABLE_IMPLICIT_TOKEN=1"
+
+
 @pytest.mark.parametrize(
     ("status", "hint"),
-    [(408, ""), (429, ""), (500, ""), (503, ""), (401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "--revision")],
+    [(408, ""), (429, ""), (500, ""), (503, ""), (401, TOKEN), (403, TOKEN), (404, "is --revision right")],
 )
 def test_which_answers_of_the_hub_are_worth_another_try(own_cache, status, hint):
     error = OSError(f"{status} Client Error")
     error.response = SimpleNamespace(status_code=status)
     if hint:
-        with pytest.raises(UserError, match=rf"a file: the hub refuses it \({status} Client Error\); is {hint} right"):
+        with pytest.raises(UserError, match=rf"a file: the hub refuses it \({status} Client Error\); {hint}"):
             check_retryable("a file", error)
     else:
         check_retryable("a file", error)
