@@ -24,7 +24,7 @@ VOCABULARY_ADVICE = (
     "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it and can be written; data can also be "
     "prepared with --tokenizer bytes"
 )
-FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 3  # with the pauses, 48 seconds at most
+SILENT_SECONDS, FETCH_SECONDS, FETCH_ATTEMPTS = 15.0, 180.0, 3  # to wait for the next bytes, and for all of them
 
 
 @functools.cache
@@ -97,11 +97,11 @@ def given_tokenizer(name: str) -> str:
 
 
 def fetch(url: str) -> bytes:
-    """The file at `url`, within `FETCH_SECONDS` per attempt."""
+    """The file at `url`. An attempt ends after `FETCH_SECONDS`, or `SILENT_SECONDS` after the last byte that came."""
     import requests
 
     def download() -> bytes:
-        answer = requests.get(url, timeout=FETCH_SECONDS)
+        answer = requests.get(url, timeout=SILENT_SECONDS)
         answer.raise_for_status()
         return answer.content
 

@@ -13,7 +13,7 @@ import pytest
 from articles import command, posix
 from conftest import assert_user_error, run_script, without_network_settings
 
-from internals import network
+from internals import network, tokenizer
 from internals.network import patiently
 from internals.start import UserError
 from internals.text_files import SourceFile
@@ -49,7 +49,7 @@ def fetch_vocabulary(tmp_path, proxy, seconds):
         "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
     }
     code = (
-        f"from internals import tokenizer; tokenizer.FETCH_SECONDS = {seconds}\n"
+        f"from internals import tokenizer; tokenizer.SILENT_SECONDS = {seconds}\n"
         "from config import PrepareConfig; from internals import cli, start; import prepare_data\n"
         "start.run(lambda: prepare_data.prepare(cli.parse(PrepareConfig, '')))"
     )
@@ -63,6 +63,19 @@ def test_a_silent_network_is_bounded_and_announced(tmp_path, silent):
     assert "fetching the gpt2 tokenizer's vocabulary" in result.stderr and "trying again" in result.stderr
     assert_user_error(result, "tried 3 times", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes")
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_vocabulary_may_arrive_slowly(monkeypatch):
+    """Only a silence is limited to a few seconds."""
+
+    def get(url, timeout):
+        assert timeout == 0.1
+        time.sleep(0.3)
+        return SimpleNamespace(content=b"text", raise_for_status=lambda: None)
+
+    monkeypatch.setattr("requests.get", get)
+    monkeypatch.setattr(tokenizer, "SILENT_SECONDS", 0.1)
+    assert tokenizer.fetch("http://127.0.0.1/vocabulary") == b"text"
 
 
 def test_no_network_at_all(tmp_path):
