@@ -114,7 +114,7 @@ def prepare_locked(cfg: PrepareConfig, data_dir: Path) -> None:
     progress.resolved = source.resolve(progress.resolved)
     cfg = choose_by_size(cfg, source)
     if resumes:
-        check_same_settings(cfg, folder.progress, "is half done,")
+        check_same_settings(cfg, progress.settings_to_keep(folder.progress, cfg), "is half done,")
         print(f"resuming {cfg.data_dir}: {progress.tokens:,} tokens are done")
     print(source.summary())
     if cfg.trained_size and not progress.tokens:

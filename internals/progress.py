@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -96,6 +97,14 @@ class Progress:
             ids = "the same id or text" if len(self.ids) == 1 else f"one of {len(self.ids)} ids or texts"
             text += f", because all {self.documents:,} have {ids}: {printable(', '.join(self.ids))}"
         return text
+
+    def settings_to_keep(self, saved: dict[str, Any], cfg: PrepareConfig) -> dict[str, Any]:
+        """The settings that a resumed run must have: the saved ones, with the new `--max-tokens` if neither has mattered yet.
+
+        It matters where the text ends, for what a preset chooses by the size, and where the end of the text is held out.
+        """
+        has_mattered = self.end or self.tail or cfg.by_size or self.tokens >= (cfg.max_tokens or math.inf)
+        return saved if has_mattered else saved | {"max_tokens": cfg.max_tokens}
 
     def start_again(self) -> None:
         """Go back to the first file, and hold out the end of the text."""

@@ -162,7 +162,7 @@ def test_another_command_is_refused_half_way(tmp_path):
         prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     state = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert state["splits"]["train"]["tokens"] > 1_000_000  # what was done is kept
-    for other in ({"val_fraction": 0.1}, {"text_column": "x"}, {"shard_tokens": 7}, {"max_tokens": 10**9}):
+    for other in ({"val_fraction": 0.1}, {"text_column": "x"}, {"shard_tokens": 7}, {"max_tokens": 1000}):
         with pytest.raises(UserError, match="--" + next(iter(other)).replace("_", "-")):
             prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **other))
     for change in ({"ids": None}, {"splits": state["splits"] | {"val": {"tokens": 1, "bytes": None, "articles": 1}}}):
@@ -183,6 +183,34 @@ def test_another_command_is_refused_half_way(tmp_path):
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
     prepare(config(tmp_path / "once", tmp_path / "a.jsonl"))
     assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def stopped(tmp_path, monkeypatch, **flags):
+    """Stop a run after some thousand tokens."""
+    monkeypatch.setattr(reader, "CHUNK_BYTES", 10_000)
+    write_jsonl(tmp_path / "a.jsonl", make_articles(300, words=100))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(patched, 3)
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", **flags))
+
+
+@pytest.mark.parametrize(("first", "then"), [(90_000, 60_000), (60_000, 90_000), (None, 60_000), (60_000, None)])
+@pytest.mark.parametrize("more", [{}, {"tokenizer": "train", "vocab_size": 300}], ids=["bytes", "train"])
+def test_max_tokens_may_change_while_it_has_not_been_reached(tmp_path, monkeypatch, first, then, more):
+    stopped(tmp_path, monkeypatch, max_tokens=first, **more)
+    with pytest.raises(UserError, match="--max-tokens"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", max_tokens=2000, **more))  # more is done
+    for folder in ("out", "once"):
+        prepare(config(tmp_path / folder, tmp_path / "a.jsonl", max_tokens=then, **more))
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_max_tokens_stays_where_the_end_of_the_text_is_held_out(tmp_path, monkeypatch):
+    """Another number might not have led to that, and a tokenizer would have learned from another sample."""
+    monkeypatch.setattr(LocalFiles, "has_few_documents", lambda self: True)
+    stopped(tmp_path, monkeypatch, max_tokens=90_000)
+    with pytest.raises(UserError, match="half done, with --max-tokens 90000, not 80000"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl", max_tokens=80_000))
 
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch):
