@@ -41,7 +41,7 @@ class Source:
     missing_bytes = 0  # of the files not done that must be downloaded, those that have arrived included
     peak_bytes = 0  # the most that they take on the disk at one time
     bytes_on_disk = 0  # what they take now
-    seconds_per_byte = 0.0  # of the last download
+    seconds_per_byte = 0.0  # of the last download, or of several that share the line
     download_folder: Path  # whose disk they take; it may not exist yet
 
     def recall(self, provenance: dict[str, Any]) -> None:

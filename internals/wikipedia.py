@@ -218,19 +218,22 @@ class HubWikipedia(Source):
         if constants.HF_HUB_OFFLINE:
             state = f"is damaged ({cached})" if cached else "is not on this machine"
             raise UserError(f"{file.name}: {state}, and {OFFLINE} is set; go online and unset it")
-        start = time.monotonic()
+        start, part = time.monotonic(), self.downloads.folder / f"{file.name}.part"
+        left = file.bytes - (part.stat().st_size if part.exists() else 0)
         if self.keep:
             path = Path(hf_hub_download(**self._where(file), force_download=bool(cached)))
         else:
-            path = self._download_part(file)
-        self.seconds_per_byte = (time.monotonic() - start) / file.bytes
+            path = self._download_part(file, part)
+        if left > 0:
+            sharing = sum(not future.done() for future in list(self._futures.values()))  # downloads on the same line
+            self.seconds_per_byte = (time.monotonic() - start) / left / max(1, sharing)
         if not is_whole(path, file):  # huggingface_hub checks the size only
             path.resolve().unlink()  # in the cache, the path is a link to it
             path.unlink(missing_ok=True)
             raise OSError("the download is damaged (its SHA-256 is not the hub's)")
         return path
 
-    def _download_part(self, file: SourceFile) -> Path:
+    def _download_part(self, file: SourceFile, part: Path) -> Path:
         """Download a file into the data folder, from the byte where an earlier try or an earlier run stopped.
 
         hf_hub_download would begin at the first byte. HfFileSystem of huggingface_hub calls `http_get` like this, too.
@@ -239,8 +242,6 @@ class HubWikipedia(Source):
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        path = self.downloads.folder / file.name
-        part = path.with_name(f"{path.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as content:
             if content.tell() > file.bytes:  # the hub sent something else
@@ -254,8 +255,7 @@ class HubWikipedia(Source):
                 expected_size=file.bytes,
                 displayed_filename=file.name,
             )
-        os.replace(part, path)
-        return path
+        return part.replace(part.with_suffix(""))
 
 
 def check_writable(what: str, folder: str | Path) -> None:

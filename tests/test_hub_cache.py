@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from articles import command, config, files, make_articles, posix, write_parquet
 from conftest import assert_user_error, run_script
 from hub_commands import hub_command, without_pauses
 
+from internals import wikipedia
 from internals.progress import Display, Progress
 from internals.start import UserError
 from internals.text_files import SourceFile
@@ -113,6 +115,27 @@ def test_only_missing_files_count_as_downloads(tmp_path, monkeypatch, cached, ma
         monkeypatch.setattr(source, "_fetch", lambda file: Path(file.name))
         source.fetch(5)
         assert source.missing_bytes == (105 if missing in (209, 615) else 0)  # those before it are done
+
+
+@pytest.mark.parametrize(("there", "under_way", "seconds"), [(0, 1, 1.0), (0, 2, 0.5), (5, 1, 2.0), (10, 1, 0.0)])
+def test_downloads_at_the_same_time_share_the_line(tmp_path, monkeypatch, there, under_way, seconds):
+    """Ten seconds for a file of ten bytes, some of which an earlier run had downloaded."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # HubWikipedia sets it
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    source, clock = HubWikipedia("simple", "20231101", "main", tmp_path), iter([0, 10])
+    source.downloads.folder.mkdir()
+    (source.downloads.folder / "a.parquet.part").write_bytes(b"x" * there)
+    source._futures = {number: Future() for number in range(3)}
+    for number in range(under_way, 3):
+        source._futures[number].set_result("done")
+    monkeypatch.setattr(wikipedia, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(source, "_cached", lambda file: None)
+    monkeypatch.setattr(source, "_download_part", lambda file, part: part)
+    monkeypatch.setattr(wikipedia, "is_whole", lambda path, file: True)
+    source._download(SourceFile("a.parquet", 10, None))
+    assert source.seconds_per_byte == seconds
 
 
 def test_a_download_may_get_its_name_while_the_disk_is_looked_at(tmp_path, monkeypatch):
