@@ -87,7 +87,7 @@ class HubWikipedia(Source):
         from huggingface_hub import HfApi, constants
 
         if constants.HF_HUB_OFFLINE:
-            return self._find_cached(Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}")
+            return self._find_cached(cache_folder())
         commit = HfApi().dataset_info(REPOSITORY, revision=self.identity["revision"]).sha
         # With hf://, a folder wikimedia/wikipedia on this machine is not taken for the hub. With an empty cache, an old one
         # of load_dataset does not answer where the hub fails
@@ -130,7 +130,15 @@ class HubWikipedia(Source):
 
     def summary(self) -> str:
         files = plural(len(self.files), "file")
-        return f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {file_size(self.bytes)}"
+        text = f"{REPOSITORY} {self.config} at commit {self.commit[:12]}: {files} of {file_size(self.bytes)}"
+        blobs = cache_folder() / "blobs"
+        stopped = len(list(blobs.glob("*.incomplete")))
+        if self.keep and stopped:  # not deleted: they may be another program's
+            text += (
+                f"\nnote: {plural(stopped, 'stopped download')} in {blobs}; delete the .incomplete files there while no "
+                "program is downloading"
+            )
+        return text
 
     def provenance(self) -> dict[str, Any]:
         return {**self.identity, "commit": self.commit, "files": len(self.files), "bytes": self.bytes}
@@ -256,6 +264,13 @@ class HubWikipedia(Source):
                 displayed_filename=file.name,
             )
         return part.replace(part.with_suffix(""))
+
+
+def cache_folder() -> Path:
+    """The repository's folder in the Hugging Face cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{REPOSITORY.replace('/', '--')}"
 
 
 def check_writable(what: str, folder: str | Path) -> None:

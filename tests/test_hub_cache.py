@@ -148,6 +148,18 @@ def test_a_download_may_get_its_name_while_the_disk_is_looked_at(tmp_path, monke
     assert source.bytes_on_disk == 0
 
 
+def test_stopped_downloads_in_the_cache_are_named_and_stay(tmp_path, serve):
+    _, env = serve()
+    blobs = tmp_path / "home1" / "hub" / "datasets--wikimedia--wikipedia" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in ("a", "b"):
+        (blobs / f"{name}.incomplete").write_text("some of it")
+    for flags in ([], ["--keep-downloads"]):
+        result = run_script(*hub_command(tmp_path / f"out{len(flags)}", *flags), env=env)
+        assert result.returncode == 0 and len(list(blobs.glob("*.incomplete"))) == 2, result.stderr
+        assert (f"2 stopped downloads in {blobs}; delete the" in result.stdout) == bool(flags)
+
+
 def test_a_damaged_file_in_the_cache_is_downloaded_again(tmp_path, serve):
     handler, env = serve()
     assert run_script(*hub_command(tmp_path / "first", "--keep-downloads"), env=env).returncode == 0
