@@ -57,7 +57,9 @@ def compile_problem(error: Exception) -> str:
     text = str(error)
     said = next((line for line in text.splitlines() if "fatal error" in line), first_line(error))
     reason = f"{type(error).__name__}: {textwrap.shorten(said, 160)}"
-    if re.search(r"C(\+\+)? compiler|No such file|Command '\['\S*(gcc|clang)", text):
+    if "failed to map segment" in text:  # /tmp is mounted noexec
+        reason += "; set TORCHINDUCTOR_CACHE_DIR to a folder on a disk from which programs may run"
+    elif re.search(r"C(\+\+)? compiler|No such file|Command '\['\S*(gcc|clang)", text):
         headers = f"python3.{sys.version_info.minor}-dev"
         reason += f"; it needs a C compiler and Python's headers (Ubuntu: sudo apt install build-essential {headers})"
     elif re.search(r"Compiler: .+ is not found", text):  # Inductor on Windows

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")  # Linux's control groups, as a container sees its own
-QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of version 2 and of version 1
+OWN_CGROUP = Path("/proc/self/cgroup")
+VERSION_1, VERSION_2 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"), ("cpu.max",)
 
 
 def count_cores() -> int:
@@ -17,9 +18,21 @@ def count_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """The limit of a container, in seconds of CPU time per second; None without one."""
-    for files in QUOTA_FILES:
+    """The limit of a container or a service, in seconds of CPU time per second; None without one."""
+    quotas = []
+    for folder, files in ((CGROUP, VERSION_1), *((folder, VERSION_2) for folder in own_groups())):
         with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in files).split())
-            return quota / period if quota > 0 else None
-    return None
+            quota, period = map(int, " ".join((folder / name).read_text() for name in files).split())
+            quotas += [quota / period] if quota > 0 else []
+    return min(quotas, default=None)
+
+
+def own_groups() -> list[Path]:
+    """The folders of this process's control group of version 2, and of all groups above it. In a container it is CGROUP
+    alone. A service has its own: JupyterHub can limit each user's."""
+    own = CGROUP
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUP.read_text().splitlines():
+            if line.startswith("0::/"):
+                own = CGROUP / line.removeprefix("0::/")
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUP)]

@@ -176,7 +176,10 @@ def locked(folder: str | Path, flag: str, held: str, seconds: float = 0.0) -> It
             raise UserError(f"{flag} {error.filename}: {reason}; give a folder") from error
     descriptor = None
     try:
-        descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's, in a group's folder: a local disk locks a file that is only read, too
+            descriptor = os.open(Path(folder, ".lock"), os.O_RDONLY)
         deadline = time.monotonic() + seconds
         while not lock_descriptor(descriptor, blocking=False):
             if time.monotonic() >= deadline:

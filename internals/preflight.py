@@ -21,7 +21,7 @@ from internals.memory import MicroBatch, enough_memory, peak_memory
 from internals.optimizer import moment_bytes
 from internals.report import utilisation
 from internals.run import Run, TrainState
-from internals.run_folder import check_own, check_unused
+from internals.run_folder import check_own, check_unused, check_writable
 from internals.screen import about, duration, given_command, lines, plural, short_seconds, size, wrap
 from internals.shards import verify
 from internals.start import UserError
@@ -95,6 +95,7 @@ def preflight(
     machine.print("All of this fits.")
     try:
         refuse_long_run_on_cpu(run, state.model)
+        check_writable(run.out_dir)
         check_own(run.out_dir)
         check_unused(run.out_dir)
     except UserError as error:

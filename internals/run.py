@@ -26,7 +26,7 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING, require_same
-from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused
+from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused, check_writable
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
 from internals.settings import differences, upgrade, with_settings
 from internals.shards import read_meta, read_tokenizer
@@ -194,6 +194,8 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         check_own(Path(cfg.out_dir))
         if not (saved or cfg.overwrite):
             check_unused(Path(cfg.out_dir))
+        if machine.is_main and not saved:
+            check_writable(Path(cfg.out_dir))
     if cfg.overwrite:
         check_source_stays(cfg.init_from, Path(cfg.out_dir))
     return saved

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from internals import checkpoint
-from internals.files import atomic_write, writing
+from internals.files import atomic_write, nearest_folder, writing
 from internals.screen import printable
 from internals.start import UserError
 
@@ -35,6 +35,13 @@ def check_own(out_dir: Path) -> None:
             f"--out-dir {out_dir}: its config.json does not hold the settings of a run; delete it (last.pt has the "
             "settings, too), or give another --out-dir"
         )
+
+
+def check_writable(out_dir: Path) -> None:
+    """Raise UserError if nothing can be written there, before minutes of measuring or compiling."""
+    folder = nearest_folder(out_dir)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out-dir {out_dir}: {folder} cannot be written; give a folder that you can write to")
 
 
 def has_settings(config_json: Path) -> bool:

@@ -81,6 +81,8 @@ def begin() -> None:
         report_end(KeyboardInterrupt(), interrupted="Stopped.")
         os._exit(130)
 
+    global BEGAN
+    BEGAN = time.monotonic()  # again: in a notebook, `%run` finds this module imported by an earlier cell
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # an exception may be lost in a library's import
         signal.signal(signal.SIGINT, stop_at_once)

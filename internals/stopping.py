@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request to stop."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as a request to stop."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ from internals.run import Run
 
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
-    """Yields an event that SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal has gone) sets. The run then saves and ends
-    after the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
+    """Yields an event that SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal has gone) or SIGUSR1 (a SLURM job's time is up)
+    sets. The run then saves and ends after the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
     them to all processes of a job, and torchrun passes its own on. A signal that was ignored stays ignored (`nohup`).
     """
     stop = threading.Event()
@@ -31,7 +31,7 @@ def catch_signals(machine: Machine) -> Iterator[threading.Event]:
                 os.write(2, b"\nStopping after this iteration." + at_once + b"\n")
         stop.set()
 
-    with handling(handler, "SIGINT", "SIGTERM", "SIGHUP"):
+    with handling(handler, "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         yield stop
 
 

@@ -76,6 +76,11 @@ def test_a_run_does_without_a_compiler_that_does_not_know_this_python(compiled_w
     assert compiling == "off, because compiling failed (RuntimeError: torch.compile is not supported on Python 3.15+)"
 
 
+def test_a_disk_from_which_no_program_runs_is_named(compiled_where):
+    complaint = "/tmp/torchinductor_ann/c7/main.so: failed to map segment from shared object"
+    assert "set TORCHINDUCTOR_CACHE_DIR to a folder" in compiled_where[1](complaint)[1]
+
+
 def test_a_card_that_fails_meanwhile_is_no_failure_of_the_compiler(compiled_where):
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         compiled_where[1]("CUDA error: unspecified launch failure")

@@ -368,6 +368,7 @@ def test_on_windows_pytorch_gets_no_more_than_the_card_has(monkeypatch, system, 
         ({"cpu.max": "150000 100000"}, 2),
         ({"cpu.max": "20000 100000"}, 1),
         ({"cpu.max": "9000000 100000"}, 64),
+        ({"cpu.max": "max 100000", "user/cpu.max": "300000 100000", "user/job/cpu.max": "max 100000"}, 3),
         ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
     ],
@@ -375,9 +376,11 @@ def test_on_windows_pytorch_gets_no_more_than_the_card_has(monkeypatch, system, 
 @pytest.mark.parametrize("users", [None, "64"], ids=["ours", "the user's"])
 def test_threads_are_as_many_as_a_container_may_use_cores(monkeypatch, tmp_path, files, expected, users):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text("0::/user/job\n")
     monkeypatch.setattr(cores, "CGROUP", tmp_path)
+    monkeypatch.setattr(cores, "OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     threads = [64]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])

@@ -176,6 +176,23 @@ def test_on_a_mac_the_drive_empties_its_cache_before_the_rename(tmp_path, monkey
     assert calls == ["to the drive itself", "rename"] and (tmp_path / "file").read_text() == "new"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such rights")
+def test_a_lock_file_that_another_user_made_is_heeded(tmp_path, monkeypatch):
+    opened = os.open
+
+    def without_writing(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    with locked(tmp_path, "--out-dir", "is in use"):
+        monkeypatch.setattr(os, "open", without_writing)
+        with pytest.raises(UserError, match="is in use"), locked(tmp_path, "--out-dir", "is in use"):
+            pass
+    with locked(tmp_path, "--out-dir", "is in use"):
+        pass
+
+
 def test_a_lock_that_is_given_back_in_time_is_waited_for(tmp_path):
     taken = threading.Event()
 

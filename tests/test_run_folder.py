@@ -279,6 +279,17 @@ def test_a_file_system_without_locks_costs_a_warning(data_dir, tmp_path, monkeyp
     assert_same_end(tmp_path, straight)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path or mode != os.W_OK)
+    run = tiny(data_dir, tmp_path / "new" / "run", max_minutes=60)
+    monkeypatch.setattr(train, "fit_minutes", lambda *args: pytest.fail("it is measuring"))
+    with pytest.raises(UserError, match=r"--out-dir .*run: .* cannot be written; give a folder"):
+        train.train(run)
+    train.train(tiny(data_dir, tmp_path / "new", check=True))
+    assert "But --out-dir" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_file_that_cannot_be_opened_costs_a_warning(data_dir, tmp_path, straight, capsys):
     (tmp_path / ".lock").mkdir()
     train.train(tiny(data_dir, tmp_path))

@@ -285,6 +285,12 @@ def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(environment
     assert run_script("-c", code, env={**clean, **environment}).stdout.strip() == expected
 
 
+def test_the_time_of_a_command_begins_with_it_even_in_a_notebook():
+    """A notebook's process has imported this module for an earlier command."""
+    code = "from internals import start; start.BEGAN -= 60; start.begin(); print(start.seconds_passed() < 60)"
+    assert run_script("-c", code).stdout == "True\n"
+
+
 class Closed(io.StringIO):
     """Standard output whose reader has gone, as Windows reports it."""
 

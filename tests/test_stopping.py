@@ -103,7 +103,7 @@ def heeded():
 
 @pytest.mark.skipif(os.name != "posix", reason="a process of Windows cannot send itself signals")
 @pytest.mark.parametrize(
-    ("name", "it"), [*(("SIGINT", it) for it in (0, 7, 8, 13, 19)), ("SIGTERM", 8), ("SIGHUP", 13)]
+    ("name", "it"), [*(("SIGINT", it) for it in (0, 7, 8, 13, 19)), ("SIGTERM", 8), ("SIGHUP", 13), ("SIGUSR1", 6)]
 )
 def test_a_signal_saves_and_resuming_equals_uninterrupted(
     data_dir, tmp_path, monkeypatch, heeded, straight, capsys, name, it
