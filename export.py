@@ -18,9 +18,11 @@ if __name__ == "__main__":
     start.reconfigure(sys.stdout, errors="backslashreplace")  # a path that the output cannot encode
     CFG = parse(ExportConfig, "Write a trained model as a Hugging Face GPT-2 folder, or as GGUF for llama.cpp.")
 
+import functools
 import json
 import math
 import os
+import re
 import string
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +39,7 @@ from internals.pretrained import open_checkpoint
 from internals.screen import wrap
 from internals.shell import shell_join
 from internals.start import UserError
+from internals.stopping import end_like_ctrl_c
 from internals.tokenizer import tokenizer_name
 from model import GPT
 
@@ -53,6 +56,7 @@ LICENCES = {
 LICENCE_UNKNOWN = (
     "The licence of the training text is not recorded in the checkpoint. Write it here before publishing the weights."
 )
+STARTED_ELSEWHERE = " The model that it started from has a text and a licence of its own. Add them before publishing."
 
 
 def export(cfg: ExportConfig) -> None:
@@ -134,7 +138,8 @@ def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: in
     if cfg.format == "gguf":
         return shell_join(["llama-server", "-m", f"{cfg.out_dir}/model.gguf"])
     prompt, new_tokens = example(tokenizer, context)
-    quoted = repr if os.name == "nt" else json.dumps  # PowerShell drops double quotes inside a word
+    # PowerShell drops double quotes inside a word. Escapes of JSON are not all Python's
+    quoted = repr if os.name == "nt" else functools.partial(json.dumps, ensure_ascii=False)
     pipeline = f"pipeline({quoted('text-generation')}, {quoted(cfg.out_dir)})"
     call = f"{pipeline}({quoted(prompt)}, max_new_tokens={new_tokens})"
     code = f"from transformers import pipeline; print({call}[0][{quoted('generated_text')}])"
@@ -169,7 +174,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, u
         rows["perplexity"] = f"{perplexity:.2f} per token" if perplexity < 1e6 else "above a million: the run diverged"
     else:
         rows["validation loss"] = f"{loss} at the latest evaluation: not measured, or the run diverged"
-    header, licence = {"pipeline_tag": "text-generation"}, LICENCE_UNKNOWN
+    header = {"pipeline_tag": "text-generation"}
     if file_format == "hf":
         header["library_name"] = "transformers"
     if data:
@@ -179,21 +184,34 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, u
         if math.isfinite(loss):
             bits = loss / math.log(2) * data["val_tokens"] / data["val_bytes"]
             rows["bits per byte"] = f"{figure(bits)} of validation text"
-        licence = LICENCES.get(source["kind"], LICENCE_UNKNOWN)
         if source["kind"] == "hub":
-            header |= {"datasets": source["repository"], "language": json.dumps(source["config"].rpartition(".")[2])}
+            header["datasets"] = source["repository"]
+            language = source["config"].rpartition(".")[2].replace("simple", "en")
+            if re.fullmatch("[a-z]{2,3}", language):  # the hub refuses what is no code of ISO 639, such as zh-yue
+                header["language"] = json.dumps(language)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         header="\n".join(f"{key}: {value}" for key, value in header.items()),
         name=name,
         usage=usage,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-        licence=licence,
+        licence=licence(saved),
     )
+
+
+def licence(saved: dict[str, Any]) -> str:
+    """What is known of the licence of the texts that a model was trained on."""
+    kind = saved["data"]["source"]["kind"] if saved.get("data") else ""
+    return LICENCES.get(kind, LICENCE_UNKNOWN) + (STARTED_ELSEWHERE if saved["config"].get("init_from") else "")
 
 
 def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
+def main(cfg: ExportConfig) -> None:
+    with end_like_ctrl_c():  # SIGTERM, too, removes what is half-written
+        export(cfg)
+
+
 if __name__ == "__main__":
-    start.run(lambda: export(CFG))
+    start.run(lambda: main(CFG))

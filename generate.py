@@ -146,6 +146,8 @@ class Writer:
                     raise
                 list(steps)  # the page still has a reader: generate the rest of its text
         if self.page:
+            if cfg.num_samples > 1:
+                say("Measuring the samples for the page ...")  # half a minute for ten after a prompt of 1,000 tokens
             with enough_memory(PAGE_TOO_LARGE.format(cfg.html)):
                 self.page.write(self.drawn(seed) if cfg.max_new_tokens else "", ids, [stream.ids for stream in streams])
             say(f"Open this page in a browser: {cfg.html}")

@@ -16,7 +16,10 @@ USAGE = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
 ```sh
 llama-server -m $path
 curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens": $new_tokens}'
-```"""
+```
+
+A prompt and its continuation have $context tokens at most. `llama-server` stops there. In other programs, such as
+llama-cpp-python, limit `max_tokens`: beyond the context llama.cpp ends the whole process."""
 
 
 # llama.cpp's names for a tensor's dtype, and for a file whose matrices have it

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,27 @@ def test_card_tells_what_the_checkpoint_says(tmp_path):
     for words in (
         f"{count:,} (", "1,200", "4,915,200", "1.5000 nats", f"{math.exp(1.5):.2f} per token", "`b04c8d1c`",
         "9,000,000 tokens, 40,000,000 bytes", f"{1.5 / math.log(2) * 100_000 / 450_000:.4f} of", "CC BY-SA",
-        "datasets: wikimedia/wikipedia", 'language: "simple"', "random weights",
+        "datasets: wikimedia/wikipedia", 'language: "en"', "random weights",
     ):  # fmt: skip
         assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("wikipedia", "code"), [("no", '"no"'), ("ceb", '"ceb"'), ("zh-yue", None), ("be-tarask", None)]
+)
+def test_the_card_names_a_language_only_by_a_code_that_the_hub_knows(tmp_path, wikipedia, code):
+    source = DATA["source"] | {"config": f"20231101.{wikipedia}"}
+    text = card(tmp_path, data=DATA | {"source": source})
+    assert (f"\nlanguage: {code}\n" in text) if code else "language:" not in text
+
+
+def test_the_card_of_a_fine_tuned_model_does_not_speak_for_the_text_of_the_first(tmp_path):
+    save_checkpoint(tmp_path / "best.pt", "bytes", data=DATA)
+    saved = checkpoint.load(tmp_path / "best.pt")
+    saved["config"]["init_from"] = "openai-community/gpt2"
+    text = export.model_card("my-model", saved, checkpoint.load_model(tmp_path / "best.pt")[0], "hf", "usage")
+    assert "`openai-community/gpt2`" in text and export.STARTED_ELSEWHERE in text
+    assert export.STARTED_ELSEWHERE not in card(tmp_path, data=DATA)
 
 
 @pytest.mark.parametrize("loss", [800.0, 1e4, 1e300, math.inf, math.nan])
@@ -137,6 +156,15 @@ def test_killed_export_leaves_nothing_that_looks_whole(tmp_path, moment):
     assert all(path.name.startswith(".my-model-") for path in left)
     export.export(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(out_dir)))  # and it can be repeated
     assert (out_dir / "config.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process of Windows cannot send itself signals")
+def test_a_scheduler_that_ends_the_export_leaves_nothing(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "best.pt", "bytes")
+    monkeypatch.setattr(export, "model_card", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        export.main(ExportConfig(checkpoint=str(tmp_path / "best.pt"), out_dir=str(tmp_path / "my-model")))
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of mapped files")

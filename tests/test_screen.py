@@ -345,13 +345,13 @@ def test_exported_models_come_with_the_way_to_load_them(tmp_path):
     from internals.tokenizer import load_tokenizer
 
     assert set(screen.COMMANDS) == {path.name for path in REPO.glob("*.py")} - {"config.py", "model.py"}
-    cfg = ExportConfig(out_dir=str(tmp_path / "it's"), format="gguf")
-    assert shlex.split(export.loading_command(cfg, load_tokenizer("bytes"), 64))[-1] == f"{tmp_path}/it's/model.gguf"
+    cfg = ExportConfig(out_dir=str(tmp_path / "it's 🦉"), format="gguf")
+    assert shlex.split(export.loading_command(cfg, load_tokenizer("bytes"), 64))[-1] == f"{tmp_path}/it's 🦉/model.gguf"
     python, flag, code = shlex.split(
         export.loading_command(dataclasses.replace(cfg, format="hf"), load_tokenizer("bytes"), 64)
     )
     compile(code, "", "exec")
-    assert (python, flag) == ("python", "-c") and f'"{tmp_path}/it\'s"' in code
+    assert (python, flag) == ("python", "-c") and f'"{tmp_path}/it\'s 🦉"' in code
 
 
 def test_on_windows_the_way_to_load_an_export_needs_no_quotes_inside_quotes(monkeypatch):
