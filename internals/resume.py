@@ -71,10 +71,9 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
 def with_text_of_best(cfg: TrainConfig) -> TrainConfig:
     """`cfg` with the data folder and the validation tokens on which the loss of best.pt was measured, unless a flag or a
     file chooses others. Another text with the same tokenizer would give a loss that says nothing about the run."""
-    best = Path(cfg.out_dir, "best.pt")
-    if cfg.init_from or cfg.config or not best.exists():
+    if cfg.init_from or cfg.config:
         return cfg
-    saved = checkpoint.load(best, mmap=True)["config"]
+    saved = checkpoint.load(Path(cfg.out_dir, "best.pt"), mmap=True)["config"]
     names = [name for name in ("data_dir", "eval_tokens") if name in saved]
     return dataclasses.replace(
         cfg, **{name: saved[name] for name in names if not is_given(f"--{name.replace('_', '-')}")}

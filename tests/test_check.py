@@ -64,9 +64,9 @@ def test_eval_only_takes_the_text_of_the_run_unless_a_flag_names_another(data_di
     assert chosen() == (str(data_dir), 256) != defaults
     assert chosen("--data_dir", "elsewhere") == ("elsewhere", 256)
     assert chosen("--eval-tokens=64") == (str(data_dir), 64)
-    assert (
-        chosen("--init-from", "gpt2") == chosen("--out-dir", str(tmp_path)) == defaults
-    )  # without a best.pt of this run
+    assert chosen("--init-from", "gpt2") == defaults  # without a best.pt of this run
+    with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
+        chosen("--out-dir", str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a run that would be refused without a GPU")
