@@ -36,7 +36,7 @@ from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
 from internals.memory import enough_memory
 from internals.pretrained import open_checkpoint
-from internals.screen import wrap
+from internals.screen import rounded, wrap
 from internals.shell import shell_join
 from internals.start import UserError
 from internals.stopping import end_like_ctrl_c
@@ -98,7 +98,7 @@ def export(cfg: ExportConfig) -> None:
             out_dir.parent.mkdir(parents=True, exist_ok=True)
             files.rename(folder, out_dir)
             files.sync_folder(out_dir.parent)
-    print(wrap(f"{out_dir}: {model.num_parameters()['total'] / 1e6:.1f} million parameters in {names}"))
+    print(wrap(f"{out_dir}: {rounded(model.num_parameters()['total'])} parameters in {names}"))
     needs = " (pip install transformers)" if cfg.format == "hf" else ""
     print(f"Load it{needs}: {loading_command(cfg, tokenizer, model.config.block_size)}")
 

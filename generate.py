@@ -37,6 +37,7 @@ from internals.device import attention_of_any_length, device_notice, limit_threa
 from internals.html_text import TextPage, check_page_path
 from internals.memory import enough_memory
 from internals.pretrained import open_model
+from internals.screen import rounded
 from internals.start import UserError
 from internals.surprise import NOT_FINITE
 from internals.text_stream import ReaderGone, TextStream, print_json, print_text, write
@@ -62,7 +63,7 @@ def main(cfg: GenerateConfig) -> None:
         say(notice)
     dtype, dtype_reason = resolve_dtype(cfg.dtype, device, generating=True)
     parameters = model.num_parameters()["total"]
-    say(f"{description}: {parameters / 1e6:.1f} million parameters")
+    say(f"{description}: {rounded(parameters)} parameters")
     say(f"on {device} in {str(dtype).removeprefix('torch.')} ({dtype_reason})")
     # One thread is as fast for a small model, and another busy process does not slow it (benchmarks/busy.py)
     limit_threads(1 if device.type == "cpu" and parameters < ONE_THREAD else None)

@@ -31,6 +31,11 @@ def plural(count: int, noun: str, ending: str = "s") -> str:
     return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
+def rounded(count: int) -> str:
+    """`30.0 million`; below a million in full."""
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

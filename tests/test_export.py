@@ -274,7 +274,7 @@ def test_paths_that_are_not_utf8(tmp_path):
     assert os.listdir(tmp_path) == ["best.pt"]
     result = run_script(*command, "--format", "gguf", env=environment)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert "\\udce8: " in result.stdout and "\nLoad it" in result.stdout
+    assert "\\udce8:" in result.stdout and "\nLoad it" in result.stdout
     assert "| started from | `mod?l` |" in (out_dir / "README.md").read_text(encoding="utf-8")
 
 

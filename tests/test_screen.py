@@ -340,6 +340,14 @@ def test_check_names_the_run_itself(monkeypatch, here):
     assert screen.given_command(without="--check") == "python train.py --out-dir 'my runs/a'"
 
 
+def test_a_small_model_is_not_one_of_0_million_parameters():
+    assert [screen.rounded(count) for count in (48_000, 1_071_872, 29_985_408)] == [
+        "48,000",
+        "1.1 million",
+        "30.0 million",
+    ]
+
+
 def test_exported_models_come_with_the_way_to_load_them(tmp_path):
     import export
     from internals.tokenizer import load_tokenizer
