@@ -30,7 +30,7 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range("at least 1, and below 2^63", lambda value: 1 <= value < 2**63)]
 Natural = Annotated[int, Range("0 or more, and below 2^63", lambda value: 0 <= value < 2**63)]
-Rate = Annotated[float, Range("from 0 to 1e12", lambda value: 0 <= value <= 1e12)]  # float32 holds products of such
+Rate = Annotated[float, Range("from 0 to 1e12", lambda value: 0 <= value <= 1e12)]  # float32 holds a product of three
 Fraction = Annotated[float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Share = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
 Probability = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]

@@ -137,8 +137,8 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
             raise UserError(f"{path}: does not fit into memory ({first_line(error)}); {advice}") from error
         if cause := refusal_to_read(path, error):
             raise UserError(f"{path}: cannot be read ({cause.strerror or first_line(cause)})") from error
-        empty = " (it is empty)" if os.path.getsize(path) == 0 else ""
-        raise UserError(f"{path}: {otherwise}{empty}") from error
+        empty = " (an empty file)" if os.path.getsize(path) == 0 else ""
+        raise UserError(f"{path}{empty}: {otherwise}") from error
 
 
 def refusal_to_read(path: Path, error: Exception) -> OSError | None:

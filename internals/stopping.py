@@ -16,8 +16,9 @@ from internals.run import Run
 @contextlib.contextmanager
 def catch_signals(machine: Machine) -> Iterator[threading.Event]:
     """Yields an event that SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal has gone) or SIGUSR1 (a SLURM job's time is up)
-    sets. The run then saves and ends after the iteration. After any of them, Ctrl-C ends it at once. The others may come twice by themselves: a scheduler sends
-    them to all processes of a job, and torchrun passes its own on. A signal that was ignored stays ignored (`nohup`).
+    sets. The run then saves and ends after the iteration. After any of them, Ctrl-C ends it at once. The others may come
+    twice by themselves: a scheduler sends them to all processes of a job, and torchrun passes its own on. A signal that was
+    ignored stays ignored (`nohup`).
     """
     stop = threading.Event()
 
