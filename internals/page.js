@@ -42,7 +42,7 @@ function chart() {
   const losses = names.filter((name) => name !== "rate").flatMap((name) => data.curve[name]);
   const end = Math.max(1, ...losses.map((point) => point[0])), highest = Math.max(...losses.map((point) => point[1]));
   const lowest = Math.min(highest - 0.1, ...losses.map((point) => point[1]));
-  const peak = Math.max(1e-12, ...data.curve.rate.map((point) => point[1])) * 1.05;
+  const peak = (Math.max(0, ...data.curve.rate.map((point) => point[1])) || 1) * 1.05; // a rate of 0 is possible
   const x = (iter) => left + (iter / end) * (right - left), yRate = (rate) => bottom - (rate / peak) * (bottom - top);
   const y = (loss) => bottom - ((loss - lowest) / (highest - lowest)) * (bottom - top);
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`); // paper is narrower than the screen

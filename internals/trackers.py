@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,17 +44,21 @@ class Tracker:
         self.path: Path | None = None  # of tracker.json, once open
         self.sent = -1.0  # `seconds` of the last row that was handed over
 
-    def open(self, run: Run, rows: Iterable[dict[str, Any]]) -> None:
+    def open(self, run: Run, rows: list[dict[str, Any]]) -> None:
         """Start, or continue if the run was started with this tracker. `rows`: those of the run so far."""
+        path = run.out_dir / "tracker.json"
+        records = read_records(path)
+        for record in records.values():  # one without `sent` was in use when its process was killed, and has all rows
+            record.setdefault("sent", rows[-1].get("seconds", 0.0) if rows else 0.0)
+        if records:
+            with contextlib.suppress(UserError):  # the disk is full
+                write_json(path, records)
         if self.name == "none":
             return
-        self.path = run.out_dir / "tracker.json"
-        saved = read_records(self.path).get(self.name, {})
-        self.id = saved.get("id") or new_id(run.out_dir)
+        self.path, saved = path, records.get(self.name, {})
+        self.id, self.sent = saved.get("id") or new_id(run.out_dir), saved.get("sent", self.sent)
 
         def connect() -> None:
-            if saved:
-                self.sent = saved.get("sent", max((row.get("seconds", 0.0) for row in rows), default=0.0))
             self.store = STORES[self.name](run, self.id)
             since = self.sent - self.store.late
             for row in rows:

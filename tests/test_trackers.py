@@ -207,6 +207,19 @@ def test_a_tracker_that_comes_back_gets_the_rows_in_between_once(data_dir, tmp_p
     assert (first, second) == (list(range(21)), list(range(17)))
 
 
+def test_a_tracker_that_was_killed_gets_the_rows_that_the_run_made_without_it(data_dir, tmp_path, monkeypatch):
+    """tracker.json has no `sent` of it: a killed process cannot write one."""
+    store = Recorder()
+    store.late = 0.0
+    monkeypatch.setitem(trackers.STORES, "wandb", lambda run, id: store)
+    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="wandb"))
+    record = json.loads((tmp_path / "tracker.json").read_text())["wandb"]
+    (tmp_path / "tracker.json").write_text(json.dumps({"wandb": {"id": record["id"]}}))
+    for max_iters, name in ((12, "none"), (16, "wandb")):
+        train.train(tiny(data_dir, tmp_path, max_iters=max_iters, resume=True, tracker=name))
+    assert [row["iter"] for row in store.rows] == list(range(17))
+
+
 def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypatch):
     """It fails at the start of a new run, in the middle of one, and at the start of a resumed one."""
 
