@@ -1,7 +1,7 @@
 """Draw a run for the README: what the model wrote at four evaluations, above the curve of its validation loss.
 
     python train.py --preset demo
-    python benchmarks/strip.py checkpoints/demo --at 0 100 300 600 --picture docs/strip.png
+    python benchmarks/strip.py checkpoints/demo --at 0 100 300 600 --picture docs/demo.png
 
 Everything in the picture is in the run's metrics.jsonl and samples.jsonl. A sample is cut to the length that fits,
 nothing else is changed; control characters are shown as the replacement character.
