@@ -55,6 +55,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def flag_of(field_name: str) -> str:
+    """`flag_of("n_layer") -> "--n-layer"`"""
+    return f"--{field_name.replace('_', '-')}"
+
+
 def unescape(text: str) -> str:
     r"""A text from the command line with `\n`, `\r`, `\t` and `\\` as the characters that they stand for."""
     characters = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -86,7 +91,7 @@ class Checked:
 
     def __post_init__(self):
         for name, found in rules(type(self)).items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            value, flag = getattr(self, name), flag_of(name)
             limits = [part for part in found if isinstance(part, Range)]
             allowed = [part for part in found if part not in limits]
             words = [kind for kind in allowed if isinstance(kind, str)]
@@ -188,7 +193,7 @@ class PrepareConfig(DataDir):
         require(all(self.show), "--show: names no token; give token numbers, counted from 0")
         for name in ("separator", "text_column"):
             value = getattr(self, name)
-            require(value.encode("utf-8", "ignore").decode() == value, f"--{name.replace('_', '-')}: is not UTF-8")
+            require(value.encode("utf-8", "ignore").decode() == value, f"{flag_of(name)}: is not UTF-8")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -273,21 +278,16 @@ class TrainConfig(Compute, DataDir):
     def __post_init__(self):
         super().__post_init__()
         modes = [name for name in ("resume", "auto_resume", "overwrite", "check", "eval_only") if getattr(self, name)]
-        flags = [f"--{name.replace('_', '-')}" for name in modes]
-        require(len(modes) <= 1, f"{' and '.join(flags)}: give one of them")
+        require(len(modes) <= 1, f"{' and '.join(map(flag_of, modes))}: give one of them")
         if not (self.resume or self.auto_resume or self.eval_only):  # these take settings from a file
             self.check_together()
 
     def check_together(self) -> None:
         """Raise ValueError if settings contradict each other."""
-        require(
-            self.final_lr <= self.learning_rate,
-            f"--min-lr {self.min_lr}: must not be above --learning-rate {self.learning_rate}",
-        )
-        require(
-            self.eval_tokens >= self.model.block_size,
-            f"--eval-tokens {self.eval_tokens}: must hold at least one window of --block-size {self.model.block_size}",
-        )
+        most = f"must not be above --learning-rate {self.learning_rate}"
+        require(self.final_lr <= self.learning_rate, f"--min-lr {self.min_lr}: {most}")
+        least = f"must hold at least one window of --block-size {self.model.block_size}"
+        require(self.eval_tokens >= self.model.block_size, f"--eval-tokens {self.eval_tokens}: {least}")
         if self.tokens_per_iter != "auto":
             self.sequences_per_process(processes=1)
 

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import PrepareConfig
+from config import PrepareConfig, flag_of
 from internals.articles import tokenize
 from internals.bulk_encoding import bulk_encoder
 from internals.cli import with_preset
@@ -181,7 +181,7 @@ def refuse_flags(cfg: PrepareConfig, names: tuple[str, ...], reason: str) -> Non
     usual = with_preset(PrepareConfig, cfg.preset)
     for name in names:
         if getattr(cfg, name) != getattr(usual, name):
-            raise UserError(f"--{name.replace('_', '-')}: {reason}; leave the flag out")
+            raise UserError(f"{flag_of(name)}: {reason}; leave the flag out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

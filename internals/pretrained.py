@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tiktoken
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, flag_of
 from internals import checkpoint
 from internals.cli import is_given
 from internals.huggingface_import import (
@@ -82,7 +82,7 @@ def refuse_other_flags(asked: ModelConfig, config: ModelConfig) -> None:
         asked: the command's, in which a value may also be a default; config: the model's.
     """
     for name, value in vars(asked).items():
-        has, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        has, flag = getattr(config, name), flag_of(name)
         if name not in ("block_size", "dropout", "vocab_size") and value != has and is_given(flag):
             raise UserError(f"{flag} {value}: the model of --init-from has {has}; leave {flag} out")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import PrepareConfig
+from config import PrepareConfig, flag_of
 from internals.articles import FEW_IDS, Tokens
 from internals.cli import with_preset
 from internals.files import nearest_folder, sha256_of, write_json
@@ -202,7 +202,7 @@ def check_same_settings(cfg: PrepareConfig, saved: dict[str, Any], state: str) -
     if cfg.by_size and "max_tokens" in changes:  # share and vocabulary follow from it: they were not flags
         changes.pop("val_fraction", None)
         same_tokenizer = same_tokenizer or bool(tokenizer.get("trained") and saved.get("trained"))
-    differs = [begun_with(f"--{name.replace('_', '-')}", old, new) for name, (old, new) in changes.items()]
+    differs = [begun_with(flag_of(name), old, new) for name, (old, new) in changes.items()]
     if not same_tokenizer:
         differs.insert(0, f"with {tokenizer_flags(saved)}, not {tokenizer_flags(tokenizer)}")
     if differs:

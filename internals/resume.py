@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from config import NOT_SETTINGS, PRESETS, TrainConfig
+from config import NOT_SETTINGS, PRESETS, TrainConfig, flag_of
 from internals import checkpoint
 from internals.cli import is_given, parse, with_preset
 from internals.settings import as_typed, differences, with_settings, with_settings_of
@@ -45,7 +45,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
     resumed, fresh = (parse(TrainConfig, "", args, default=default) for default in (then, defaults))
     if cfg.resume and (given := [name for name in ("max_minutes", "max_epochs") if getattr(resumed, name)]):
         raise UserError(
-            f"--{given[0].replace('_', '-')}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
+            f"{flag_of(given[0])}: is only for a new run. The one in {cfg.out_dir} has {then.max_iters:,} "
             "iterations; change that with --max-iters"
         )
     if cfg.auto_resume:  # the same command began the run, so its --max-iters means what it meant then
@@ -60,7 +60,7 @@ def resume_settings(cfg: TrainConfig, args: Sequence[str] | None = None) -> Resu
         + (
             "a different value needs another --out-dir"
             if name in (*vars(resumed.model), "optimizer", "init_from")
-            else f"--{name.replace('_', '-')} {as_typed(new)} changes it"
+            else f"{flag_of(name)} {as_typed(new)} changes it"
         )
         for name, (old, new) in changed.items()
         if name not in silent
@@ -75,6 +75,4 @@ def with_text_of_best(cfg: TrainConfig) -> TrainConfig:
         return cfg
     saved = checkpoint.load(Path(cfg.out_dir, "best.pt"), mmap=True)["config"]
     names = [name for name in ("data_dir", "eval_tokens") if name in saved]
-    return dataclasses.replace(
-        cfg, **{name: saved[name] for name in names if not is_given(f"--{name.replace('_', '-')}")}
-    )
+    return dataclasses.replace(cfg, **{name: saved[name] for name in names if not is_given(flag_of(name))})

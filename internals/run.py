@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import NOT_SETTINGS, TrainConfig
+from config import NOT_SETTINGS, TrainConfig, flag_of
 from internals import checkpoint, pretrained
 from internals.batch_size import resolve_batch_size
 from internals.files import locked, writing
@@ -224,7 +224,7 @@ def check_same_run(saved: dict[str, Any], cfg: TrainConfig, meta: dict[str, Any]
         )
     changed = differences(upgrade(saved["config"]), cfg.settings(), cfg.settings())
     if model := {name: changed[name] for name in vars(cfg.model) if name in changed}:
-        values = ", ".join(f"--{name.replace('_', '-')} {old}, now {new}" for name, (old, new) in model.items())
+        values = ", ".join(f"{flag_of(name)} {old}, now {new}" for name, (old, new) in model.items())
         raise UserError(f"{last} has another model ({values}); give its values, or another --out-dir")
     if "optimizer" in changed:
         old, new = changed["optimizer"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import GenerateConfig, PrepareConfig, TrainConfig
+from config import GenerateConfig, PrepareConfig, TrainConfig, flag_of
 from internals.cli import COMMANDS, with_preset
 from internals.shell import shell_join
 from internals.start import CONTROLS
@@ -208,7 +208,7 @@ def command(script: str, preset: str, **flags: Any) -> str:
     if preset != TrainConfig.preset:
         words += ["--preset", preset]
     for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if value is True:
             words.append(flag)
         elif value != getattr(usual, name) or (flags.get("resume") and name != "out_dir"):

@@ -8,7 +8,7 @@ refuse_short            ends it if so many tokens are too few
 import dataclasses
 import math
 
-from config import PrepareConfig
+from config import PrepareConfig, flag_of
 from internals.articles import tokenize
 from internals.reader import ReadOptions
 from internals.screen import listed, plural
@@ -48,7 +48,7 @@ def choose_by_size(cfg: PrepareConfig, source: Source) -> PrepareConfig:
     if cfg.by_size and cfg.val_fraction is None:
         chosen["val_fraction"] = val_fraction_for(text_bytes)
     if chosen:
-        flags = ", ".join(f"--{name.removeprefix('usual_').replace('_', '-')} {chosen[name]:g}" for name in chosen)
+        flags = ", ".join(f"{flag_of(name.removeprefix('usual_'))} {chosen[name]:g}" for name in chosen)
         basis = "--max-tokens" if text_bytes < source.text_bytes else "the size of the source"
         print(f"chosen by {basis}: {flags}")
     return dataclasses.replace(cfg, **chosen)
