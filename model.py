@@ -34,13 +34,15 @@ LOGITS_IN_CACHE = 2**20
 WRITTEN_OUT_UP_TO = 512
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Set each element to 0 with probability `p`, and divide the others by 1 - p (Srivastava et al., 2014).
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """In training, set each element to 0 with probability `p`, and divide the others by 1 - p (Srivastava et al., 2014).
 
     On a CPU, F.dropout draws one random number after another, which took longer than all matrix products of a small
     model. Here 64 random bits decide about four elements, and `p` is rounded to a multiple of 1/65,536.
     """
-    if p == 0 or x.device.type != "cpu":
+    if p == 0 or not training:
+        return x
+    if x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits of each
     numbers = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
@@ -118,8 +120,7 @@ class CausalSelfAttention(nn.Module):
         else:  # softmax(q k^T / sqrt(D)) v, in the fused kernel that PyTorch has for the device (FlashAttention on GPUs)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, dropout_p=p)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # the heads side by side again
-        y = self.c_proj(y)
-        return dropout(y, self.dropout) if self.training else y
+        return dropout(self.c_proj(y), p)
 
 
 class MLP(nn.Module):
@@ -133,8 +134,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # GELU (Hendrycks and Gimpel, 2016) in GPT-2's form
-        x = self.c_proj(x)
-        return dropout(x, self.dropout) if self.training else x
+        return dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -295,8 +295,7 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         positions = self.transformer.wpe.weight[start : start + T]
         x = self.transformer.wte(idx) + positions  # (B, T, C) + (T, C)
-        if self.training:
-            x = dropout(x, self.config.dropout)
+        x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache, layer)
         if cache is not None:
