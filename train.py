@@ -125,9 +125,9 @@ def train(cfg: TrainConfig) -> None:
                     keep_earlier_run(run, stop)
                     log.begin()  # deletes an earlier run's files, now that this one has passed an evaluation
                 if evaluating or state.iter % cfg.log_interval == 0 or state.iter == 1:
-                    log.write_row(state, evaluating)
+                    log.write_row(evaluating)
                 if evaluating and tokenizer:
-                    log.write_sample(state, tokenizer, sample_text(run, state, tokenizer))
+                    log.write_sample(tokenizer, sample_text(run, state, tokenizer))
                 if evaluating or state.iter % cfg.checkpoint_interval == 0 or stopping:
                     log.flush()
                     save(run, state, best)

@@ -80,7 +80,7 @@ def main(args: Page) -> None:
             log.last = {"train_loss": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0}
             for _ in range(cfg.eval_interval // cfg.log_interval):
                 state.iter, state.seconds, state.val_loss = state.iter + cfg.log_interval, state.seconds + 1.0, 5.0
-                log.write_row(state, evaluated=False)
+                log.write_row(evaluated=False)
             log.metrics.rows[-1].update(report.validation_row(5.0, meta))
             begin = time.perf_counter()
             log.samples.add(samples.sample_row(run, state, tokenizer, text[:250]))

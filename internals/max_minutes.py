@@ -180,9 +180,9 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
             log.begin()
 
             def tell() -> None:
-                log.write_row(state, True)
+                log.write_row(True)
                 if tokenizer:
-                    log.write_sample(state, tokenizer, sample_text(run, state, tokenizer))
+                    log.write_sample(tokenizer, sample_text(run, state, tokenizer))
                 log.flush()
                 save(run, state, True)
                 log.tell_evaluation(True)
@@ -191,5 +191,5 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
             return timing._replace(
                 telling=mean_seconds(tell, 0.0, machine),
                 saving=mean_seconds(lambda: save(run, state, False), 0.0, machine),
-                row=mean_seconds(lambda: log.write_row(state, False), 0.0, machine),
+                row=mean_seconds(lambda: log.write_row(False), 0.0, machine),
             )

@@ -205,10 +205,11 @@ class RunLog:
         rate = self.cfg.tokens_per_iter / seconds
         self.bar.iteration(train_loss, rate, utilisation(rate, self.flops_per_token, self.machine), seconds)
 
-    def write_row(self, state: TrainState, evaluated: bool) -> None:
+    def write_row(self, evaluated: bool) -> None:
         """Add a row to metrics.jsonl; with the validation loss if this iteration was evaluated."""
         if not self.machine.is_main:
             return
+        state = self.state
         row = {
             "iter": state.iter,
             "tokens": state.tokens,
@@ -222,12 +223,12 @@ class RunLog:
         self.tracker.log(row)
         self.flush()
 
-    def write_sample(self, state: TrainState, tokenizer: tiktoken.Encoding, sample: str) -> None:
+    def write_sample(self, tokenizer: tiktoken.Encoding, sample: str) -> None:
         """Add a row to samples.jsonl: a text that the model wrote, and its surprise at the passage."""
         self.sample = sample
         self._attempt(
             "surprise",
-            lambda: self.samples.add(sample_row(self.run, state, tokenizer, sample)),
+            lambda: self.samples.add(sample_row(self.run, self.state, tokenizer, sample)),
             failure="no surprise at the passage, and no row for it in samples.jsonl",
         )
 

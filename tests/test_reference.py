@@ -8,7 +8,7 @@ import pytest
 from conftest import load_benchmark, run_script
 from pages import parsed
 from runs import tiny
-from test_report import META, run_log, state
+from test_report import META, run_log, state, write_row
 
 import prepare_data
 import train
@@ -75,7 +75,7 @@ def test_it_stands_beside_the_evaluations_it_has(tmp_path, monkeypatch, capsys):
     ship(monkeypatch, tmp_path, run_log(tmp_path).cfg)
     log = run_log(tmp_path)
     for iter in (0, 5):
-        log.write_row(state(iter), evaluated=True)
+        write_row(log, state(iter), evaluated=True)
         log.tell_evaluation(best=False)
     log.close()
     first, second = capsys.readouterr().out.splitlines()
@@ -88,7 +88,7 @@ def test_it_stands_beside_the_evaluations_it_has(tmp_path, monkeypatch, capsys):
 def test_of_another_text_it_is_named_so_in_the_page_and_the_page_says_why(tmp_path, monkeypatch, capsys):
     ship(monkeypatch, tmp_path, run_log(tmp_path).cfg, data_sha256="another")
     log = run_log(tmp_path)
-    log.write_row(state(0), evaluated=True)
+    write_row(log, state(0), evaluated=True)
     log.tell_evaluation(best=True)
     log.close()
     assert capsys.readouterr().out.rstrip().endswith("  reference, other articles 2.00")

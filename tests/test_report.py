@@ -46,15 +46,20 @@ def state(iter: int, seconds: float = 0.0, val_loss: float = 5.0) -> TrainState:
     return TrainState(None, None, None, iter, iter * 65_536, seconds, val_loss)
 
 
+def write_row(log: report.RunLog, state: TrainState, evaluated: bool) -> None:
+    log.state = state
+    log.write_row(evaluated)
+
+
 def test_rows_have_the_columns_of_the_format(tmp_path, capsys):
     log = run_log(tmp_path)
-    log.write_row(state(0), evaluated=True)
+    write_row(log, state(0), evaluated=True)
     log.tell_evaluation(best=True)
     log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
     log.iteration(4.4, 9e-4, 0.6, seconds=1.5)
-    log.write_row(state(2, 2.0), evaluated=False)
+    write_row(log, state(2, 2.0), evaluated=False)
     log.iteration(4.3, 8e-4, float("inf"), seconds=0.25)
-    log.write_row(state(3, 2.25), evaluated=True)
+    write_row(log, state(3, 2.25), evaluated=True)
     log.tell_evaluation(best=False)
     log.close()
     columns = ["iter", "tokens", "seconds", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"]
@@ -97,12 +102,12 @@ def test_a_file_that_can_be_neither_read_nor_renamed_is_named(tmp_path, monkeypa
 def test_resuming_cuts_the_rows_back(tmp_path):
     log = run_log(tmp_path)
     for iter in range(5):
-        log.write_row(state(iter), evaluated=False)
+        write_row(log, state(iter), evaluated=False)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iter": 5, "tok')  # killed in the middle of a row
     log = run_log(tmp_path, iter=3)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
-    log.write_row(state(4), evaluated=False)
+    write_row(log, state(4), evaluated=False)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
@@ -110,19 +115,19 @@ def test_rows_that_could_not_be_cut_are_cut_before_the_next_is_written(tmp_path,
     """The disk is full when a run resumes, and has room later."""
     log = run_log(tmp_path)
     for iter in range(5):
-        log.write_row(state(iter), evaluated=False)
+        write_row(log, state(iter), evaluated=False)
     with monkeypatch.context() as full:
         full.setattr(Rows, "cut", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         log = run_log(tmp_path, iter=2)
     assert "could not be written" in capsys.readouterr().out
-    log.write_row(state(3), evaluated=False)
+    write_row(log, state(3), evaluated=False)
     assert [row["iter"] for row in rows(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     log = run_log(tmp_path, machine=dataclasses.replace(MACHINE, rank=1, processes=2))
     log.iteration(4.5, 1e-3, 0.7, seconds=0.5)
-    log.write_row(state(1), evaluated=True)
+    write_row(log, state(1), evaluated=True)
     log.tell_evaluation(best=True)
     log.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
