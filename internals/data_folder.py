@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internals.files import sha256
-from internals.shards import HEADER_BYTES, MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER, unreadable
+from internals.shards import MAGIC, SHARD_NAME, TOKENIZER_FILE, UNFINISHED_HEADER, shard_bytes, unreadable
 from internals.start import UserError
 
 DOWNLOADS = ".downloads-in-progress"  # a name that no user gives to a folder
@@ -68,10 +68,10 @@ class DataFolder:
         length = self.recorded_length(split, int(number))
         if partial:
             return length > 0 or begins_as(path, UNFINISHED_HEADER)
-        sizes = [HEADER_BYTES + 2 * tokens for name, tokens in self.meta_entries(split) if name == path.name]
+        sizes = [shard_bytes(tokens) for name, tokens in self.meta_entries(split) if name == path.name]
         if sizes:
             return path.stat().st_size == sizes[0] or has_magic(path)
-        return length > 0 and path.stat().st_size == HEADER_BYTES + 2 * length and has_magic(path)
+        return length > 0 and path.stat().st_size == shard_bytes(length) and has_magic(path)
 
     def tokenizers(self) -> list[str]:
         """The SHA-256 of each tokenizer.json that was written here."""

@@ -29,6 +29,11 @@ SHARD_FIELDS = {"file": str, "tokens": int, "sha256": str}
 SHARD_NAME = re.compile(r"(train|val)_(\d{6,})\.bin(\.partial)?")
 
 
+def shard_bytes(tokens: int) -> int:
+    """The size of a shard's file."""
+    return HEADER_BYTES + 2 * tokens
+
+
 def shard_path(data_dir: str | Path, split: str, index: int) -> Path:
     return Path(data_dir) / f"{split}_{index:06d}.bin"
 
@@ -47,9 +52,9 @@ def read_shard(path: str | Path) -> np.ndarray:
         if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
             raise UserError(f"{path}: is not a token shard; {AGAIN}")
         tokens = int(header[2])
-        if size != HEADER_BYTES + 2 * tokens:
+        if size != shard_bytes(tokens):
             raise UserError(
-                f"{path}: has {size:,} bytes, but its {tokens:,} tokens need {HEADER_BYTES + 2 * tokens:,}; the file was "
+                f"{path}: has {size:,} bytes, but its {tokens:,} tokens need {shard_bytes(tokens):,}; the file was "
                 f"cut short or damaged: {AGAIN}"
             )
         return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
@@ -82,9 +87,9 @@ class ShardWriter:
             path, partial = shard_path(self.data_dir, split, index), self._partial(index)
             if path.exists() and not partial.exists():  # the last run was stopped in `finish`
                 rename(path, partial)
-            if not partial.exists() or partial.stat().st_size < self._size(index):
+            if not partial.exists() or partial.stat().st_size < shard_bytes(self._length(index)):
                 raise UserError(f"{partial}: is missing or was cut short; {AGAIN}")
-            os.truncate(partial, self._size(index))
+            os.truncate(partial, shard_bytes(self._length(index)))
         for path in self.data_dir.glob(f"{split}_*.bin.partial"):
             name = SHARD_NAME.fullmatch(path.name)
             if name and int(name[2]) >= self.count:
@@ -102,10 +107,6 @@ class ShardWriter:
     def _length(self, index: int) -> int:
         """Tokens in a shard."""
         return min(self.shard_tokens, self.tokens - index * self.shard_tokens)
-
-    def _size(self, index: int) -> int:
-        """Bytes of a shard's file."""
-        return HEADER_BYTES + 2 * self._length(index)
 
     def write(self, tokens: np.ndarray) -> None:
         """Append (N,) uint16. A plain write: with a memmap, a full disk would kill the process instead of raising."""
