@@ -46,7 +46,6 @@ from internals.encodings import check_encoding
 from internals.file_walk import file_type
 from internals.files import locked, sha256_of, write_json, writing
 from internals.progress import (
-    SPLITS,
     Display,
     Progress,
     as_utf8_name,
@@ -57,7 +56,7 @@ from internals.progress import (
 )
 from internals.reader import Chunk, ReadOptions
 from internals.screen import command_to_train, given_command, listed
-from internals.shards import META_FORMAT, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
+from internals.shards import META_FORMAT, SPLITS, TOKENIZER_FILE, ShardWriter, read_meta, read_tokenizer
 from internals.show import show_tokens
 from internals.source_size import choose_by_size, enough_tokens, refuse_hopeless_source, refuse_short
 from internals.start import UserError

@@ -18,12 +18,11 @@ from internals.cli import with_preset
 from internals.files import nearest_folder, sha256_of, write_json
 from internals.screen import command_to_train, duration, listed, plural, printable, wrap
 from internals.settings import differences
-from internals.shards import META_FORMAT, check_fields
+from internals.shards import META_FORMAT, SPLITS, check_fields
 from internals.start import UserError
 from internals.text_files import FEW_DOCUMENTS, Source
 from internals.tokenizer import given_tokenizer, is_json
 
-SPLITS = ("train", "val")
 MEASURE_SECONDS = 3.0  # of tokenizing, before the whole run's needs are estimated
 
 

@@ -8,7 +8,6 @@ lock_run_folder    one training at a time in OUT_DIR
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from config import NOT_SETTINGS, TrainConfig, flag_of
 from internals import checkpoint, pretrained
 from internals.batch_size import resolve_batch_size
-from internals.files import locked, writing
+from internals.files import locked, sha256_of, writing
 from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
@@ -29,7 +28,7 @@ from internals.processes import WRITING, require_same
 from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused, check_writable
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
 from internals.settings import differences, upgrade, with_settings
-from internals.shards import read_meta, read_tokenizer
+from internals.shards import SPLITS, read_meta, read_tokenizer
 from internals.start import UserError
 from internals.tokenizer import tokenizer_name
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
@@ -181,23 +180,24 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
     Raises:
         UserError: there is nothing to resume, or a new run would overwrite an old one or its own source.
     """
-    last = Path(cfg.out_dir, "last.pt")
+    out_dir = Path(cfg.out_dir)
+    last = out_dir / "last.pt"
     saved = checkpoint.load_last(last) if (cfg.resume or cfg.auto_resume) and last.exists() else None
     if len(machine.gather(torch.tensor([saved["iter"] if saved else -1])).unique()) > 1:
-        raise UserError(f"--out-dir {cfg.out_dir}: the processes see different files there; all machines must share it")
+        raise UserError(f"--out-dir {out_dir}: the processes see different files there; all machines must share it")
     if cfg.resume and not saved:
-        raise UserError(f"--resume: there is no run in {cfg.out_dir} (no last.pt); leave --resume out to start one")
+        raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
     needed = {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"}
     if saved and (missing := needed - saved.keys()):
         raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")
     if not cfg.check:
-        check_own(Path(cfg.out_dir))
+        check_own(out_dir)
         if not (saved or cfg.overwrite):
-            check_unused(Path(cfg.out_dir))
+            check_unused(out_dir)
         if machine.is_main and not saved:
-            check_writable(Path(cfg.out_dir))
+            check_writable(out_dir)
     if cfg.overwrite:
-        check_source_stays(cfg.init_from, Path(cfg.out_dir))
+        check_source_stays(cfg.init_from, out_dir)
     return saved
 
 
@@ -314,10 +314,10 @@ def restore(state: TrainState, saved: dict[str, Any], machine: Machine) -> None:
 
 def describe_data(meta: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's record of its training text: enough to recognise it, and to tell others about it."""
-    splits = {split: meta["splits"][split] for split in ("train", "val")}
+    splits = {split: meta["splits"][split] for split in SPLITS}
     hashes = "".join(shard["sha256"] for split in splits.values() for shard in split["shards"])
     sizes = {f"{name}_{what}": split[what] for name, split in splits.items() for what in ("tokens", "bytes")}
-    return {"source": meta["source"], "sha256": hashlib.sha256(hashes.encode()).hexdigest(), **sizes}
+    return {"source": meta["source"], "sha256": sha256_of(hashes), **sizes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from internals.start import UserError
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
 HEADER_BYTES = 256 * 4
 META_FORMAT = 1
+SPLITS = ("train", "val")
 UNFINISHED_HEADER = b"prepare_data.py: not finished\n".ljust(HEADER_BYTES, b"\0")  # marks an unfinished shard as ours
 PIECE_TOKENS = 1 << 20  # read at once
 TOKENIZER_FILE = "tokenizer.json"  # of a tokenizer of our own
@@ -203,7 +204,7 @@ def check_meta(meta: dict[str, Any]) -> None:
             raise ValueError(f"source: bytes is {meta['source']['bytes']}")
     if not 257 <= meta["vocab_size"] <= 65_536:  # bytes and end-of-text are the smallest vocabulary; tokens are uint16
         raise ValueError(f"vocab_size is {meta['vocab_size']}")
-    for name in ("train", "val"):
+    for name in SPLITS:
         check_fields("splits: ", meta["splits"], {name: dict})
         split = meta["splits"][name]
         check_fields(f"{name}: ", split, SPLIT_FIELDS)
