@@ -19,7 +19,7 @@ from config import TrainConfig
 from internals import checkpoint, reference
 from internals.cli import with_preset
 from internals.files import write_json
-from internals.progress import describe
+from internals.progress import describe_source
 from internals.run_folder import Rows
 from internals.settings import differences
 from internals.start import UserError, run
@@ -55,7 +55,7 @@ def contents(args: Reference, commit: str) -> dict[str, Any]:
     return {
         "preset": preset,
         "seed": last["config"]["seed"],
-        "text": args.text or describe(last["data"]["source"]),
+        "text": args.text or describe_source(last["data"]["source"]),
         "hardware": f"{args.hardware}, {last['machine']['dtype']}, PyTorch {last['machine']['torch']}",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from internals import html_page
 from internals.files import write_text
 from internals.start import UserError
-from internals.surprise import Surprise, describe, surprise, token_texts
+from internals.surprise import Surprise, surprise, token_columns, token_texts
 from internals.tokenizer_json import END_OF_TEXT
 from model import GPT
 
@@ -123,7 +123,7 @@ class TextPage:
             read = ids[:prompt_length][-self.model.config.block_size :]
             rows = surprise(self.model, [*read, *ids[prompt_length:]])
             known = [*known, Surprise(*(column[len(read) - 1 :] for column in rows))]
-        return describe(self.tokenizer, ids, known)
+        return token_columns(self.tokenizer, ids, known)
 
     def attention(self, ids: list[int]) -> dict[str, Any]:
         """The attention of each head of each layer, in the form that heads.js reads."""

@@ -186,7 +186,7 @@ def tokenizer_flags(settings: dict[str, Any]) -> str:
 def check_same_source(cfg: PrepareConfig, source: Source, saved: dict[str, Any], state: str) -> None:
     """Raise UserError if the folder was begun with another source. `source` need not be resolved."""
     if not source.identity.items() <= saved["source"].items():
-        other = f"from another source ({describe(saved['source'])}, not {describe(source.identity)})"
+        other = f"from another source ({describe_source(saved['source'])}, not {describe_source(source.identity)})"
         raise begun_otherwise(cfg, state, other)
 
 
@@ -223,7 +223,7 @@ def begun_with(flag: str, old: Any, new: Any) -> str:
     return f"with {flag} {then}" + ("" if new in (None, "") else f", not {now}")
 
 
-def describe(source: dict[str, Any]) -> str:
+def describe_source(source: dict[str, Any]) -> str:
     if source["kind"] == "hub":
         return f"{source['repository']} {source['config']}, revision {source['revision']}"
     files = f"{plural(source['files'], 'file')} of {source['bytes']:,} bytes"

@@ -6,7 +6,7 @@ import tiktoken
 
 from internals.run import Run, TrainState
 from internals.start import UserError
-from internals.surprise import describe, surprise
+from internals.surprise import surprise, token_columns
 from internals.tokenizer import cut_tokens, load_tokenizer
 
 SAMPLE = {"temperature": 0.8, "top_k": 200}  # how the text is drawn
@@ -31,7 +31,7 @@ def sample_row(run: Run, state: TrainState, tokenizer: tiktoken.Encoding, sample
         "iter": state.iter,
         "prompt": run.cfg.sample_prompt,
         "sample": sample,
-        "passage": describe(tokenizer, passage, [surprise(state.model, passage)]),
+        "passage": token_columns(tokenizer, passage, [surprise(state.model, passage)]),
     }
 
 

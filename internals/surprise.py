@@ -80,7 +80,7 @@ def token_texts(tokenizer: tiktoken.Encoding, ids: list[int]) -> list[str]:
     return texts
 
 
-def describe(tokenizer: tiktoken.Encoding, ids: list[int], known: list[Surprise]) -> dict[str, Any]:
+def token_columns(tokenizer: tiktoken.Encoding, ids: list[int], known: list[Surprise]) -> dict[str, Any]:
     """The tokens of a text for a page and for samples.jsonl, in columns of one entry per token.
 
     Args:

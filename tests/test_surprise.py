@@ -9,7 +9,7 @@ from pages import TEXT, rows
 from torch.nn import functional as F
 
 from internals.checkpoint import load_model
-from internals.surprise import describe, read_off, readable, surprise, token_texts
+from internals.surprise import read_off, readable, surprise, token_columns, token_texts
 from internals.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -52,7 +52,7 @@ def test_the_rows_of_a_run_are_the_surprise_of_its_checkpoint(run, text_data):
     assert row["iter"] == saved["iter"]
     passage = list(TEXT.encode())[: len(row["passage"]["bits"])]
     assert 250 < len(passage) <= 257 and bytes(passage).decode() == "".join(row["passage"]["text"])
-    assert row["passage"] == describe(tokenizer, passage, [surprise(model, passage)])
+    assert row["passage"] == token_columns(tokenizer, passage, [surprise(model, passage)])
     bits = row["passage"]["bits"][1:]
     assert row["passage"]["bits_per_byte"] == pytest.approx(sum(bits) / len(bits), abs=1e-3)  # a token is a byte here
 
