@@ -9,21 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import warm
 from conftest import REPO
 
-FLAGS = {
-    "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 32, "block_size": 16, "dropout": 0.0, "device": "cpu",
-    "dtype": "float32", "max_iters": 20, "batch_size": 2, "tokens_per_iter": 128, "learning_rate": 1e-2, "min_lr": 1e-3,
-    "log_interval": 1, "eval_interval": 8, "eval_tokens": 256, "checkpoint_interval": 5,
-}  # fmt: skip
 # For this worker of pytest-xdist: gw0, gw1, ...
 PORTS = iter(range(10_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), 32_000))
 
 
 def flags(data_dir, out_dir, /, **changes) -> list[str]:
-    values = {**FLAGS, "data_dir": data_dir, "out_dir": out_dir, **changes}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    """The run of `runs.tiny`, without dropout, on two processes."""
+    return runs.flags(data_dir, out_dir, **{"batch_size": 2, "dropout": 0.0, **changes})
 
 
 def torchrun(*args, script: str | Path = "train.py") -> list[str]:
