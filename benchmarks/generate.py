@@ -34,6 +34,7 @@ from pathlib import Path
 import common  # puts the root on the path, so it comes first
 import torch
 import tyro
+from common import seconds
 
 from config import GenerateConfig, ModelConfig
 from generate import Sampling, generate, sample
@@ -61,12 +62,6 @@ SAMPLING = Sampling(DEFAULTS.temperature, DEFAULTS.top_k, DEFAULTS.top_p)
 @dataclass(frozen=True)
 class Generating:
     rounds: int = 9
-
-
-def seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def as_transformers(model: GPT) -> torch.nn.Module:

@@ -3,12 +3,11 @@
 import dataclasses
 import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import common  # noqa: F401  (puts the root on the path, so it comes first)
 import torch
+from common import seconds  # which puts the root on the path, so it comes first
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import TrainConfig
@@ -21,14 +20,6 @@ def matrix_rate(device: str, size: int) -> float:
     """FLOP/s of a square bf16 matrix product, best of several."""
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 5 * 2 * size**3 / min(seconds(lambda: [a @ a for _ in range(5)], device) for _ in range(10))
-
-
-def seconds(function: Callable, device: str) -> float:
-    begin = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def make_step(device: str, preset: str, name: str, small: bool) -> Callable[[], None]:

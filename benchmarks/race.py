@@ -151,14 +151,9 @@ class NanoGPT:
         self.name, self.cfg, self.max_iters, self.text = name, cfg, cfg.max_iters, text
         self.tokens_per_iter, self.batch_size = cfg.tokens_per_iter, cfg.micro_batch_size(processes=1)
         self.cuda = self.machine.device.type == "cuda"
-        module = common.load_nanogpt(folder)
         c = cfg.model
         torch.manual_seed(cfg.seed)
-        shape = module.GPTConfig(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, bias=False,
-            vocab_size=c.padded_vocab_size, dropout=0.0,
-        )  # fmt: skip
-        self.model = module.GPT(shape).to(self.machine.device)
+        self.model = common.nanogpt_model(folder, c).to(self.machine.device)
         self.optimizer = self.model.configure_optimizers(
             cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), self.machine.device.type
         )  # fmt: skip

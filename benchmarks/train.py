@@ -16,6 +16,7 @@ the gradients of the micro-steps, and the starting of kernels while others run.
 """
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 import statistics
@@ -117,14 +118,8 @@ def transformers_gpt2(args: Comparison, shape: ModelConfig, compiled: bool) -> t
 
 def nanogpt(args: Comparison, shape: ModelConfig, bf16: bool, compiled: bool) -> tuple[Callable, Callable]:
     """nanoGPT's model with its own optimizer. On a CPU, its train.py runs it in float32."""
-    source = common.load_nanogpt(args.nanogpt)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    module = source.GPT(
-        source.GPTConfig(
-            n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.block_size,
-            vocab_size=shape.padded_vocab_size, dropout=0.0, bias=False,
-        )
-    ).to(args.device)  # fmt: skip
+    module = common.nanogpt_model(args.nanogpt, shape).to(args.device)
     optimizer = module.configure_optimizers(0.1, 6e-4, (0.9, 0.95), args.device)
     return peer(args, module, lambda f, inputs, targets: f(inputs, targets)[1], optimizer, bf16, compiled)
 
@@ -204,13 +199,7 @@ def take_turns(connection: Connection, name: str, args: Comparison, shape: Model
             micro_step(inputs, targets)
         optimize()
 
-    def seconds(function: Callable) -> float:
-        begin = time.perf_counter()
-        function()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
+    seconds = functools.partial(common.seconds, device=args.device)
     while connection.recv():
         micro, update = seconds(lambda: micro_step(inputs, targets)), seconds(optimize)
         whole = seconds(iteration) if args.device == "cuda" else micro_steps * micro + update
