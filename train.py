@@ -41,7 +41,7 @@ from internals.machine import Machine, Outcome, make_machine
 from internals.max_minutes import fit_minutes
 from internals.memory import MicroBatch, is_out_of_memory
 from internals.optimizer import get_lr, make_optimizer
-from internals.preflight import preflight, refuse_long_run_on_cpu, sanity_advice
+from internals.preflight import Loop, preflight, refuse_long_run_on_cpu, sanity_advice
 from internals.processes import is_failed_exchange, leave_processes, why_exchange_failed
 from internals.report import RunLog, already_finished, ending, startup, validation_row, window_text
 from internals.resume import resume_settings
@@ -79,8 +79,9 @@ def train(cfg: TrainConfig) -> None:
         return eval_only(cfg, machine)
     saved = load_resumable(cfg, machine)  # None: a new run
     run = open_run(cfg, machine, saved)
+    loop = Loop(forward_backward, evaluate, sample_text)  # timed by --max-minutes and --check
     if cfg.max_minutes and not saved:
-        cfg = fit_minutes(cfg, run, forward_backward, evaluate, sample_text)
+        cfg = fit_minutes(cfg, run, loop)
         run = open_run(cfg, machine, saved)
     cfg, machine = run.cfg, run.machine
     if saved and run.resumed_at >= cfg.max_iters:
@@ -104,7 +105,7 @@ def train(cfg: TrainConfig) -> None:
     for advice in sanity_advice(run, state):
         machine.print(lines({"advice": advice}))
     if cfg.check:
-        return preflight(run, state, forward, forward_backward, evaluate)
+        return preflight(run, state, forward, loop)
 
     # 3. The loop
     tokenizer = load_sample_tokenizer(run)

@@ -7,10 +7,8 @@ import gc
 import io
 import math
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
-import tiktoken
 import torch
 
 from config import TrainConfig
@@ -19,7 +17,7 @@ from internals.compilation import training_model
 from internals.files import nearest_folder, temporary_folder, writing
 from internals.memory import MicroBatch
 from internals.optimizer import make_optimizer
-from internals.preflight import Evaluate, ForwardBackward, Timing, mean_seconds, measure, refuse_long_run_on_cpu
+from internals.preflight import Loop, Timing, mean_seconds, measure, refuse_long_run_on_cpu
 from internals.report import RunLog
 from internals.run import Run, TrainState, initial_model, save
 from internals.run_length import most_iterations, resolve_auto, tenth
@@ -33,8 +31,6 @@ MEASURING = 0.03  # share of the time spent measuring iterations; evaluations ge
 MOST_MEASURING = 120.0  # seconds
 FEWEST = 10  # iterations; a shorter run is not worth starting
 
-SampleText = Callable[[Run, TrainState, tiktoken.Encoding], str]
-
 
 class Measured(NamedTuple):
     timing: Timing
@@ -43,9 +39,7 @@ class Measured(NamedTuple):
 
 
 @end_like_ctrl_c()
-def fit_minutes(
-    cfg: TrainConfig, run: Run, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
-) -> TrainConfig:
+def fit_minutes(cfg: TrainConfig, run: Run, loop: Loop) -> TrainConfig:
     """`cfg` without `max_minutes`, but with the `max_iters` that makes the whole command end in that time.
 
     Measures with its own model and optimizer, so the run that follows equals one that was given this `max_iters`.
@@ -66,7 +60,7 @@ def fit_minutes(
         return of_length(cfg, iterations, epoch_tokens).model.dropout
 
     def time_run(run: Run) -> Measured:
-        timing = try_out(run, measuring_seconds(cfg.max_minutes), forward_backward, evaluate, sample_text)
+        timing = try_out(run, measuring_seconds(cfg.max_minutes), loop)
         passed = start.seconds_passed()
         seconds = (1 - MARGIN) * 60 * cfg.max_minutes - passed
         iterations = int(machine.gather(torch.tensor([iterations_within(seconds, cfg, epoch_tokens, timing)])).min())
@@ -143,9 +137,7 @@ def refuse_too_few(iterations: int, cfg: TrainConfig, epoch_tokens: int, timing:
 # Measuring
 
 
-def try_out(
-    run: Run, seconds: float, forward_backward: ForwardBackward, evaluate: Evaluate, sample_text: SampleText
-) -> Timing:
+def try_out(run: Run, seconds: float, loop: Loop) -> Timing:
     """Build the model, and time everything that a run does with it. Iterations are repeated for `seconds`."""
     machine, begin = run.machine, time.perf_counter()
     model = initial_model(run).to(machine.device)
@@ -153,10 +145,8 @@ def try_out(
     state = TrainState(model, make_optimizer(model, run.cfg, machine.device, machine.dtype), scaler, val_loss=0.0)
     building = time.perf_counter() - begin
     forward, _ = training_model(model, run.cfg, machine)  # the run need not compile this again
-    timing = MicroBatch(run.batch_size, model, machine).retry_smaller(
-        measure, run, state, forward, forward_backward, evaluate, seconds
-    )
-    timing = time_records(run, state, timing, sample_text)
+    timing = MicroBatch(run.batch_size, model, machine).retry_smaller(measure, run, state, forward, loop, seconds)
+    timing = time_records(run, state, timing, loop)
     del model, state, forward
     gc.collect()
     if machine.device.type == "cuda":
@@ -164,7 +154,7 @@ def try_out(
     return timing._replace(building=building)
 
 
-def time_records(run: Run, state: TrainState, timing: Timing, sample_text: SampleText) -> Timing:
+def time_records(run: Run, state: TrainState, timing: Timing, loop: Loop) -> Timing:
     """`timing` with the seconds of a run's writes, tried in a temporary folder on the disk of `out_dir`."""
     machine = run.machine
     parent = nearest_folder(run.out_dir)
@@ -182,7 +172,7 @@ def time_records(run: Run, state: TrainState, timing: Timing, sample_text: Sampl
             def tell() -> None:
                 log.write_row(True)
                 if tokenizer:
-                    log.write_sample(tokenizer, sample_text(run, state, tokenizer))
+                    log.write_sample(tokenizer, loop.sample_text(run, state, tokenizer))
                 log.flush()
                 save(run, state, True)
                 log.tell_evaluation(True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -33,9 +34,13 @@ FEW_WINDOWS = 10  # of validation: with fewer, the loss says little
 LONG_SECONDS = 24 * 3600  # on a CPU
 UNASKED_FLOPS = 1e16  # floating-point operations, hours on a CPU: `--device auto` refuses a longer run there
 
-# Two functions of the loop in train.py. The batch size is their first argument.
-ForwardBackward = Callable[[int, Callable, Run, TrainState], Tensor]
-Evaluate = Callable[[int, GPT, ValidationWindows, Machine], float]
+
+class Loop(NamedTuple):
+    """Functions of the loop in train.py that are timed before a run. The first argument of two is the batch size."""
+
+    forward_backward: Callable[[int, Callable, Run, TrainState], Tensor]
+    evaluate: Callable[[int, GPT, ValidationWindows, Machine], float]
+    sample_text: Callable[[Run, TrainState, tiktoken.Encoding], str]
 
 
 class Timing(NamedTuple):
@@ -61,9 +66,7 @@ class Timing(NamedTuple):
         return self.building + cfg.max_iters * self.iteration + told
 
 
-def preflight(
-    run: Run, state: TrainState, forward: Callable, forward_backward: ForwardBackward, evaluate: Evaluate
-) -> None:
+def preflight(run: Run, state: TrainState, forward: Callable, loop: Loop) -> None:
     """Verify the data, time an iteration and a piece of an evaluation, and print what the run will need.
 
     Writes nothing. The optimizer's moments in `state` change.
@@ -75,7 +78,7 @@ def preflight(
     if machine.is_main:
         verify(cfg.data_dir)
     micro_batch = MicroBatch(run.batch_size, state.model, machine)
-    timing = micro_batch.retry_smaller(measure, run, state, forward, forward_backward, evaluate)
+    timing = micro_batch.retry_smaller(measure, run, state, forward, loop)
     weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
     # best.pt, last.pt, and a new last.pt beside the old one
     disk = weights + 2 * (weights + moment_bytes(state.optimizer))
@@ -104,13 +107,7 @@ def preflight(
 
 
 def measure(
-    batch_size: int,
-    run: Run,
-    state: TrainState,
-    forward: Callable,
-    forward_backward: ForwardBackward,
-    evaluate: Evaluate,
-    seconds: float | None = None,
+    batch_size: int, run: Run, state: TrainState, forward: Callable, loop: Loop, seconds: float | None = None
 ) -> Timing:
     """Time an iteration, and estimate an evaluation from a piece of it. The learning rate is 0, so the weights stay.
 
@@ -126,7 +123,7 @@ def measure(
     updates = []  # seconds of each; on a GPU only those of launching it
 
     def iterate(run: Run) -> None:
-        losses = forward_backward(batch_size, forward, run, state)
+        losses = loop.forward_backward(batch_size, forward, run, state)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip or math.inf)
         if run is one_micro_step:
@@ -140,7 +137,7 @@ def measure(
         updates.append(time.perf_counter() - begin)
         torch.cat([losses, norm[None]]).tolist()  # waits for the device, as the loop does
 
-    evaluate_piece = functools.partial(evaluate, batch_size, state.model, piece, machine)
+    evaluate_piece = functools.partial(loop.evaluate, batch_size, state.model, piece, machine)
     for group in state.optimizer.param_groups:
         group["lr"] = 0.0
     iterate(one_micro_step)  # the first of each takes longer: kernels are loaded, buffers and moments allocated

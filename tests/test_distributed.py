@@ -201,7 +201,7 @@ def test_auto_gives_whole_sequences_for_every_process(data_dir, tmp_path, monkey
     assert run.cfg.tokens_per_iter == tokens
     most = 40 * run.train_windows.per_epoch * block_size // tokens
     assert run.cfg.max_iters == most
-    chosen = max_minutes.fit_minutes(dataclasses.replace(cfg, max_minutes=60.0), run, None, None, None)
+    chosen = max_minutes.fit_minutes(dataclasses.replace(cfg, max_minutes=60.0), run, None)
     assert (seen, chosen.tokens_per_iter, chosen.max_iters) == ([tokens], "auto", most)
     assert open_run(chosen, machine, None).cfg == run.cfg
 

@@ -18,7 +18,7 @@ from two_processes import run_both, with_fault
 import train
 from config import PRESETS, TrainConfig
 from internals import checkpoint, max_minutes, start
-from internals.preflight import Timing
+from internals.preflight import Loop, Timing
 from internals.resume import resume_settings
 from internals.run_length import resolve_auto
 from internals.settings import differences
@@ -249,7 +249,8 @@ def test_an_iteration_that_takes_longer_than_the_measuring_is_timed_by_micro_ste
         tiny(data_dir, tmp_path, optimizer="adamw"), train.make_machine(tiny(data_dir, tmp_path)), None
     )
     evaluate = lambda size, model, windows, machine: now.__setitem__(0, now[0] + 1.0) or 5.0  # noqa: E731
-    timings = [max_minutes.try_out(run, s, forward_backward, evaluate, lambda *args: "") for s in (1.0, 100.0)]
+    loop = Loop(forward_backward, evaluate, lambda *args: "")
+    timings = [max_minutes.try_out(run, s, loop) for s in (1.0, 100.0)]
     assert [timing.iteration for timing in timings] == [24.0, 24.0]  # two micro-steps and one update
     assert seen == [1, 1, 1] + [1, 1] + 5 * [2]
     assert timings[0].evaluation == 4.0  # 16 windows, tried on 4
@@ -273,7 +274,7 @@ def test_the_speed_is_that_of_the_dropout_that_auto_chooses(
     monkeypatch.setattr(max_minutes, "try_out", try_out)
     cfg = tiny(data_dir, tmp_path, max_minutes=1.0, dropout="auto")
     machine = train.make_machine(cfg)
-    chosen = max_minutes.fit_minutes(cfg, train.open_run(cfg, machine, None), None, None, None)
+    chosen = max_minutes.fit_minutes(cfg, train.open_run(cfg, machine, None), None)
     assert (seen, chosen.max_iters, chosen.max_minutes, chosen.model.dropout) == (tried, iterations, None, "auto")
     run = train.open_run(chosen, machine, None)
     assert run.cfg.model.dropout == (0.1 if iterations >= 16 else 0.0)
