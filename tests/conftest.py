@@ -115,6 +115,10 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in unboxed(result.stderr), f"{word!r} is not in:\n{result.stderr}"
 
 
+def random_tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**16, count).astype(np.uint16)
+
+
 def write_splits(
     folder: Path, splits: dict[str, np.ndarray], tokenizer: str = "bytes", shard_tokens: int = 700
 ) -> Path:

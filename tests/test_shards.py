@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_splits
+from conftest import random_tokens, write_splits
 
 from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, read_tokenizer, shard_header, verify
 from internals.start import UserError
@@ -20,10 +20,6 @@ def write_shards(folder, split, tokens, shard_tokens=100):
     for start in range(0, len(tokens), 37):  # these pieces cross the ends of shards
         writer.write(tokens[start : start + 37])
     return writer.finish()
-
-
-def random_tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
 
 
 def test_shards_have_the_layout_of_llm_c(tmp_path):

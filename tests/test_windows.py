@@ -2,13 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import random_tokens
 
 from internals.start import UserError
 from internals.windows import TokenStream, TrainingWindows, ValidationWindows
-
-
-def random_tokens(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 2**16, count).astype(np.uint16)
 
 
 def test_a_stream_reads_across_shards(tmp_path):
