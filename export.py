@@ -36,7 +36,7 @@ from config import ExportConfig
 from internals import files, gguf, gpt2_reference, huggingface
 from internals.memory import enough_memory
 from internals.pretrained import open_checkpoint
-from internals.screen import rounded, wrap
+from internals.screen import plural, rounded, wrap
 from internals.shell import shell_join
 from internals.start import UserError
 from internals.stopping import end_like_ctrl_c
@@ -157,7 +157,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, u
     """
     c, data, count = model.config, saved.get("data"), model.num_parameters()
     rows = {
-        "architecture": f"GPT-2: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions ({c.n_inner:,} "
+        "architecture": f"GPT-2: {plural(c.n_layer, 'layer')}, {plural(c.n_head, 'head')}, {c.n_embd} dimensions ({c.n_inner:,} "
         f"feed-forward), context of {c.block_size:,} tokens",
         "parameters": f"{count['total']:,} ({count['blocks']:,} in the blocks, {count['embedding']:,} in the embeddings)",
         "weights": str(model.transformer.wte.weight.dtype).removeprefix("torch."),

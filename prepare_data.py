@@ -78,6 +78,7 @@ def prepare(cfg: PrepareConfig) -> None:
     check_encoding(cfg.encoding)
     if cfg.show:
         show_tokens(data_dir, list(chain.from_iterable(cfg.show)))
+        start.require_printed()
         return
     held = "another prepare_data.py is running there; wait until it ends"
     with writing(f"--data-dir {data_dir}"), locked(data_dir, "--data-dir", held, LOCK_SECONDS):

@@ -334,6 +334,8 @@ def main(cfg: TrainConfig) -> None:
             for note in kept:
                 print(printable(note))
         train(cfg)
+        if cfg.check or cfg.eval_only:
+            start.require_printed()
         leave_processes()
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

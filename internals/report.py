@@ -35,7 +35,6 @@ from internals.screen import (
     printable,
     wrap,
 )
-from internals.settings import differences
 from internals.start import UserError, first_line
 from internals.tokenizer import load_tokenizer, tokenizer_name
 from internals.trackers import Tracker
@@ -98,10 +97,11 @@ def startup(run: Run, state: TrainState, compiling: str) -> str:
 
 
 def page_facts(run: Run, state: TrainState) -> dict[str, str]:
-    """The head of run.html: the summary, and the settings that differ from the preset's."""
-    preset = with_preset(TrainConfig, run.cfg.preset).settings()
-    changed = differences(preset, run.cfg.settings(), preset)
-    settings = [f"{name} {new}" for name, (_, new) in changed.items() if name not in (*NOT_SETTINGS, "vocab_size")]
+    """The head of run.html: the summary, and the settings that differ from the preset's, what `auto` chose among them."""
+    usual = with_preset(TrainConfig, run.cfg.preset)
+    preset, now = ({**settings, **settings["model"]} for settings in (usual.settings(), run.cfg.settings()))
+    unnamed = {*NOT_SETTINGS, "model", "vocab_size"}
+    settings = [f"{name} {new}" for name, new in now.items() if name not in unnamed and new != preset[name]]
     return {
         **summary(run, state),
         "settings": f"preset {run.cfg.preset}, with " + (", ".join(settings) or "nothing changed"),

@@ -1,6 +1,7 @@
 """The settings of a command about a run that exists: those of its checkpoint, changed by the flags that were given."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +74,12 @@ def with_text_of_best(cfg: TrainConfig) -> TrainConfig:
     file chooses others. Another text with the same tokenizer would give a loss that says nothing about the run."""
     if cfg.init_from or cfg.config:
         return cfg
-    saved = checkpoint.load(Path(cfg.out_dir, "best.pt"), mmap=True)["config"]
-    names = [name for name in ("data_dir", "eval_tokens") if name in saved]
-    return dataclasses.replace(cfg, **{name: saved[name] for name in names if not is_given(flag_of(name))})
+    best = Path(cfg.out_dir, "best.pt")
+    saved = checkpoint.load(best, mmap=True)["config"]
+    names = [name for name in ("data_dir", "eval_tokens") if name in saved and not is_given(flag_of(name))]
+    if "data_dir" in names and not os.path.isdir(saved["data_dir"]):
+        raise UserError(
+            f"--eval-only: {best} was evaluated with --data-dir {saved['data_dir']}, and there is no such folder "
+            f"({os.path.abspath(saved['data_dir'])}); give the path to that folder, or prepare it again if it is gone"
+        )
+    return dataclasses.replace(cfg, **{name: saved[name] for name in names})

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,9 @@ def open_run(cfg: TrainConfig, machine: Machine, saved: dict[str, Any] | None) -
     """
     if saved and not Path(cfg.data_dir).is_dir():  # read_meta would only say to prepare it
         raise UserError(
-            f"--data-dir {cfg.data_dir}: there is no such folder here. The run was started with --data-dir "
-            f"{saved['config'].get('data_dir', cfg.data_dir)}; give the path to that folder, or prepare it again if it is gone"
+            f"--data-dir {cfg.data_dir}: there is no such folder ({os.path.abspath(cfg.data_dir)}). The run was started with "
+            f"--data-dir {saved['config'].get('data_dir', cfg.data_dir)}; give the path to that folder, or prepare it again if it "
+            "is gone"
         )
     meta = read_meta(cfg.data_dir)
     cfg = complete_config(cfg, meta, saved)
@@ -194,7 +196,7 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         check_own(out_dir)
         if not (saved or cfg.overwrite):
             check_unused(out_dir)
-        if machine.is_main and not saved:
+        if machine.is_main:
             check_writable(out_dir)
     if cfg.overwrite:
         check_source_stays(cfg.init_from, out_dir)

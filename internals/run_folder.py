@@ -41,7 +41,9 @@ def check_writable(out_dir: Path) -> None:
     """Raise UserError if nothing can be written there, before minutes of measuring or compiling."""
     folder = nearest_folder(out_dir)
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--out-dir {out_dir}: {folder} cannot be written; give a folder that you can write to")
+        raise UserError(
+            f"--out-dir {out_dir}: {folder} cannot be written; make it writable, or name a folder that is (of a run to resume, a copy)"
+        )
 
 
 def has_settings(config_json: Path) -> bool:

@@ -83,7 +83,9 @@ def run_page(
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
         prompt=prompt_of(samples, run.cfg.sample_prompt),
-        rate=(RISING if run.cfg.warmup else FALLING) if run.cfg.final_lr < run.cfg.learning_rate else "",
+        rate=(RISING if run.cfg.warmup else FALLING)
+        if run.cfg.final_lr < run.cfg.learning_rate and run.cfg.max_iters > 1
+        else "",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,

@@ -71,6 +71,8 @@ def begin() -> None:
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if is_closed_pipe(error):  # the reader of --help has seen enough
             os._exit(0)
+        if getattr(error, "errno", None) == errno.ENOSPC:  # --help into a file
+            error = UserError("stdout cannot be written: the disk is full; make room")
         status = report_end(error, interrupted="Stopped.")
         if status is None:
             sys.__excepthook__(kind, error, traceback)
@@ -120,7 +122,8 @@ class Forgiving:
     """
 
     def __init__(self, stream: TextIO, name: str):
-        self.stream, self.name, self.failed = stream, name, False
+        self.stream, self.name = stream, name
+        self.failed, self.lost = False, ""  # lost: why somebody who wanted the text lacks it
         self.other: TextIO | None = None
 
     def write(self, text: str) -> int:
@@ -138,8 +141,10 @@ class Forgiving:
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.failed = True
             silence(self.stream)
-            if self.other is not None and not is_closed_pipe(error):
-                self.other.write(f"{self.name} cannot be written ({first_line(error)}); the work continues\n")
+            if not is_closed_pipe(error):
+                self.lost = f"{self.name} cannot be written ({first_line(error)})"
+                if self.other is not None:
+                    self.other.write(f"{self.lost}; its text is lost\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -159,6 +164,12 @@ def forgiving_streams(stdout_is_output: bool) -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def require_printed() -> None:
+    """Raise UserError if text for stdout was lost. For a command whose only work is what it prints."""
+    if lost := getattr(sys.stdout, "lost", ""):
+        raise UserError(f"{lost}; make room, or write somewhere else")
 
 
 def is_closed_pipe(error: BaseException) -> bool:

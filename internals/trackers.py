@@ -132,24 +132,34 @@ class TensorBoard:
     late = 0.0
 
     def __init__(self, run: Run, id: str):
+        import torch.utils.tensorboard  # noqa: F401  (now, so that a missing package is known before the first row)
+
+        self.run, self.writer = run, None
+
+    def begin(self, first_row: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        first = 0 if run.resumed_at is None else run.resumed_at + 1
+        next_iter = 0 if self.run.resumed_at is None else self.run.resumed_at + 1
+        first = min(first_row, next_iter)  # earlier, if the rows of a stretch without TensorBoard come first
         # purge_step hides the old rows from this step on
-        self.writer = SummaryWriter(str(run.out_dir / "tensorboard"), purge_step=first)
-        settings = json.dumps(run.cfg.settings(), indent=4)
-        self.writer.add_text("config", re.sub("^", "    ", settings, flags=re.M), first)
+        writer = SummaryWriter(str(self.run.out_dir / "tensorboard"), purge_step=first)
+        settings = json.dumps(self.run.cfg.settings(), indent=4)
+        writer.add_text("config", re.sub("^", "    ", settings, flags=re.M), first)
+        return writer
 
     def log(self, row: dict[str, Any]) -> None:
+        self.writer = self.writer or self.begin(row["iter"])
         for name, value in row.items():
             if name != "iter" and value is not None:
                 self.writer.add_scalar(name, value, row["iter"])
 
     def flush(self) -> None:
-        self.writer.flush()
+        if self.writer:
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
 
 class Wandb:

@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_data
+from conftest import REPO, write_data
 from runs import little_memory, metrics, tiny
 
 import train
@@ -67,6 +68,33 @@ def test_eval_only_takes_the_text_of_the_run_unless_a_flag_names_another(data_di
     assert chosen("--init-from", "gpt2") == defaults  # without a best.pt of this run
     with pytest.raises(UserError, match=r"best.pt: there is no checkpoint"):
         chosen("--out-dir", str(tmp_path))
+
+
+def test_eval_only_asks_for_the_folder_of_the_run_if_that_was_moved(data_dir, straight, tmp_path, monkeypatch):
+    saved = checkpoint.load(straight / "best.pt")
+    saved["config"]["data_dir"] = "gone/data"
+    checkpoint.save(tmp_path / "best.pt", saved)
+    args = ["--eval-only", "--out-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(
+        UserError, match=r"with --data-dir gone/data, and there is no such folder \(.+\); give the path"
+    ):
+        resume_settings(parse(TrainConfig, "", args))
+    args += ["--data-dir", str(data_dir)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    assert resume_settings(parse(TrainConfig, "", args)).cfg.data_dir == str(data_dir)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_command_that_only_prints_fails_if_its_text_is_lost(data_dir, straight):
+    show = ["prepare_data.py", "--data-dir", str(data_dir), "--show", "5"]
+    for command in (["train.py", "--eval-only", "--out-dir", str(straight)], show, ["train.py", "--help"]):
+        with open("/dev/full", "w") as full:
+            run = subprocess.run(
+                [sys.executable, *command], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100
+            )
+        last = run.stderr.splitlines()[-1]
+        assert run.returncode == 2 and last.startswith("error: stdout cannot be written") and "make room" in last
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a run that would be refused without a GPU")

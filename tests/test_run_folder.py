@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(dat
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path or mode != os.W_OK)
     run = tiny(data_dir, tmp_path / "new" / "run", max_minutes=60)
     monkeypatch.setattr(train, "fit_minutes", lambda *args: pytest.fail("it is measuring"))
-    with pytest.raises(UserError, match=r"--out-dir .*run: .* cannot be written; give a folder"):
+    with pytest.raises(UserError, match=r"--out-dir .*run: .* cannot be written; make it writable"):
         train.train(run)
     train.train(tiny(data_dir, tmp_path / "new", check=True))
     assert "But --out-dir" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """run.html: what it shows is true, complete after a kill, and harmless."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import itertools
@@ -39,6 +40,17 @@ def test_the_page_shows_every_evaluation(run):
         assert data["curve"][name] == expected
     assert data["curve"]["rate"] == [[row["iter"], row["learning_rate"]] for row in metrics if row["iter"]]
     assert data["due"] is None
+
+
+def test_its_settings_are_those_that_differ_from_the_presets_what_auto_chose_among_them(data_dir, tmp_path):
+    cfg = tiny(data_dir, tmp_path, preset="laptop", dropout=0.25, eval_interval=8)
+    for max_iters in (8, 9):
+        train.train(dataclasses.replace(cfg, max_iters=max_iters, resume=max_iters > 8))
+        page = (tmp_path / "run.html").read_text(encoding="utf-8")
+        settings = re.search(r"<dt>settings</dt><dd>preset laptop, with (.*?)</dd>", page)[1].split(", ")
+        for part in ("dropout 0.25", "eval_interval 8", f"n_inner {cfg.model.n_inner}", f"max_iters {max_iters}"):
+            assert part in settings
+        assert not [part for part in settings if part.startswith(("resume", "out_dir", "model", "vocab_size"))]
 
 
 def test_a_long_training_curve_is_thinned():

@@ -220,6 +220,23 @@ def test_a_tracker_that_was_killed_gets_the_rows_that_the_run_made_without_it(da
     assert [row["iter"] for row in store.rows] == list(range(17))
 
 
+def test_tensorboard_that_was_killed_forgets_the_rows_that_the_run_made_again_without_it(data_dir, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install -r requirements-trackers.txt")
+    last, record = tmp_path / "last.pt", tmp_path / "tracker.json"
+    train.train(tiny(data_dir, tmp_path, max_iters=8, tracker="tensorboard"))
+    saved = last.read_bytes()
+    train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True, tracker="tensorboard"))
+    last.write_bytes(saved)  # as if it had been killed before it saved again
+    record.write_text(json.dumps({"tensorboard": {"id": json.loads(record.read_text())["tensorboard"]["id"]}}))
+    train.train(tiny(data_dir, tmp_path, max_iters=12, resume=True, learning_rate=2e-3, tracker="none"))
+    train.train(tiny(data_dir, tmp_path, max_iters=16, resume=True, tracker="tensorboard"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    stored, _, _ = read_tensorboard(tmp_path)
+    assert sorted(stored) == [row["iter"] for row in rows] == list(range(17))
+    for row in rows[1:]:
+        assert stored[row["iter"]]["train_loss"] == pytest.approx(row["train_loss"], rel=1e-5)
+
+
 def test_a_tracker_that_failed_gets_every_row_later(data_dir, tmp_path, monkeypatch):
     """It fails at the start of a new run, in the middle of one, and at the start of a resumed one."""
 
