@@ -26,6 +26,9 @@ def training_model(model: GPT, cfg: TrainConfig, machine: Machine) -> tuple[Call
     """
     if cfg.compile == "off" or (cfg.compile == "auto" and machine.device.type != "cuda"):
         return model, "off"
+    lacks_bfloat16 = machine.device.type == "cuda" and torch.cuda.get_device_capability(machine.device)[0] < 8
+    if machine.dtype == torch.bfloat16 and lacks_bfloat16:  # Inductor would warn, and leave the model as it is
+        return model, "off, because this card only emulates bfloat16; --dtype auto takes float16"
     machine.print("Compiling the model: the first time this may take a minute")
     # Inductor warns on cards of fewer than 68 multiprocessors (RTX 3060, T4) about a mode that nobody asked for
     logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)

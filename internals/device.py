@@ -166,6 +166,14 @@ def explain(complaint: str) -> Obstacle:
     if hidden is not None and "No CUDA GPUs" in complaint:
         advice = "unset it, or give it the number of a card (0 is the first)"
         return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
+    if "Error 804" in complaint:  # the forward compatibility of data centre cards, on another card
+        advice = "remove a container's own libcuda (often /usr/local/cuda/compat) from LD_LIBRARY_PATH, or update the host's driver"
+        return Obstacle(
+            f"{pytorch} cannot start on a card ({complaint})", f"{advice}; elsewhere restart the machine", True
+        )
+    if "Error 802" in complaint:  # several H100s or the like behind an NVSwitch
+        advice = "wait a minute; if it stays, start nvidia-fabricmanager, or ask the machine's owner to"
+        return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
     tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
     reload = " (after a suspend this may do: sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm)"
     restart = "restart the machine" + ("" if torch.version.hip else reload)
@@ -274,7 +282,7 @@ def held_by_others(share: float) -> str:
 
 
 def attention_of_any_length() -> contextlib.AbstractContextManager:
-    """Keeps PyTorch from using cuDNN's attention, which it prefers on Hopper and Blackwell GPUs: cuDNN makes a plan for each
+    """Keeps PyTorch from using cuDNN's attention, which it prefers on an H100, H200 or B200: cuDNN makes a plan for each
     new length of the cache, and 64 plans took an H200 3 s (docs/experiments.md). Training, with one length, keeps it."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 

@@ -27,7 +27,8 @@ PATH_BUGS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 # A kernel that reads memory which is not its own ("illegal memory access") is a bug, and not among these
 CARD_FAILED = re.compile(
-    "(CUDA|cuDNN) error: .*(unspecified launch failure|unknown error|uncorrectable|launch timed out|hardware stack error"
+    "((CUDA|cuDNN)( driver)? error|Triton Error \\[CUDA\\]): "  # PyTorch's own kernels, Inductor's, Triton's
+    ".*(unspecified launch failure|unknown error|uncorrectable|launch timed out|hardware (stack )?error"
     "|STATUS_EXECUTION_FAILED)"
 )
 

@@ -52,6 +52,15 @@ def test_a_failed_compiler_is_named_with_what_to_install(error, said, advice):
     assert advice in problem and ("; it needs" in problem) == bool(advice)
 
 
+def test_a_card_without_bfloat16_gets_no_compiled_model_in_it(monkeypatch):
+    """Inductor refuses such a model with a warning, and runs it uncompiled without an error."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: pytest.fail("it is compiled"))
+    machine, model = Machine(torch.device("cuda"), torch.bfloat16, "", rank=0, processes=1), torch.nn.Linear(1, 1)
+    forward, said = training_model(model, TrainConfig(), machine)
+    assert forward is model and said.startswith("off, because this card only emulates bfloat16; --dtype auto")
+
+
 @pytest.fixture
 def compiled_where(monkeypatch):
     """A model, and a function that compiles it where torch.compile says this."""

@@ -87,14 +87,12 @@ def hide_cards(monkeypatch, complaint: str, driver: str = "") -> None:
         (CPU_BUILD, CARD.format("570.86"), ["--no-deps torch", "whl/cu128, then pip install -r requirements.txt"]),
         (CPU_BUILD, CARD.format("550.54.14"), ["build without CUDA", "driver 550.54.14", "whl/cu126"]),
         (CPU_BUILD, CARD.format("470.1"), ["build without CUDA", "; update the driver (nvidia.com/drivers)"]),
-        (
-            OLD_DRIVER.format(12040),
-            "",
-            ["is for CUDA 12.4; update the driver (nvidia.com/drivers), or pip", "whl/cu126"],
-        ),
+        (OLD_DRIVER.format(12040), "", ["CUDA 12.4; update the driver (nvidia.com/drivers), or pip", "whl/cu126"]),
         (OLD_DRIVER.format(12080), "", ["is for CUDA 12.8", "whl/cu128"]),
         (OLD_DRIVER.format(11070), "", ["is for CUDA 11.7; update the driver (nvidia.com/drivers)"]),
         (NO_DRIVER, "an NVIDIA driver", ["cannot reach an NVIDIA driver", "--gpus all"]),
+        ("Error 804: forward compatibility was attempted on non supported HW", "", ["libcuda", "the host's driver"]),
+        ("Error 802: system not yet initialized", "", ["(Error 802: system", "start nvidia-fabricmanager"]),
         ("CUDA unknown error - this may be due", "", ["(CUDA unknown error", "nvidia-smi", "(after a suspend"]),
     ],
 )

@@ -73,6 +73,9 @@ def test_a_card_for_one_process_that_has_one_is_one_line(capsys):
         "CUDA error: the launch timed out and was terminated",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle)`",
         "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "CUDA driver error: unspecified launch failure",  # from a compiled model's kernels
+        "Triton Error [CUDA]: unspecified launch failure",
+        "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
     ],
 )
 def test_a_card_that_fails_is_one_line(capsys, said):
