@@ -44,7 +44,7 @@ from internals.cores import count_cores
 from internals.data_folder import DataFolder
 from internals.encodings import check_encoding
 from internals.file_walk import file_type
-from internals.files import locked, sha256_of, write_json, writing
+from internals.files import DISK_FULL, locked, sha256_of, system_error, write_json, writing
 from internals.progress import (
     Display,
     Progress,
@@ -150,10 +150,12 @@ def resumable(data_dir: Path, source: Source, progress: Progress) -> Iterator[No
         except UserError as error:
             if not progress.tokens:
                 raise
-            kept = "Finished work is kept for the same source and flags; changed ones need --overwrite"
-            # With all text done, or a fault in it, the same command would end here again
-            helps = isinstance(source, HubWikipedia) and not progress.end
-            raise UserError(f"{error}. {kept}" + (f". {again}" if helps else "")) from error
+            kept = ". Finished work is kept for the same source and flags; changed ones need --overwrite"
+            # With all text done, or a fault in it, the same command would end here again; on a full disk it continues
+            cause = system_error(error)
+            helps = (isinstance(source, HubWikipedia) and not progress.end) or (cause and cause.errno in DISK_FULL)
+            told = "" if "is kept" in str(error) else kept
+            raise UserError(f"{error}{told}" + (f". {again}" if helps else "")) from error
 
 
 def make_source(cfg: PrepareConfig, data_dir: Path) -> Source:

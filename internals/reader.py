@@ -62,6 +62,15 @@ class Article(NamedTuple):
         return not head and not self.text.decode("utf-8", "surrogateescape").strip()
 
 
+def other_column(row: dict[str, Any]) -> str:
+    """What to do about a row of JSON that lacks the column of the text."""
+    if texts := [name for name, value in row.items() if isinstance(value, str)]:
+        return f"fix it, or give --text-column one of: {', '.join(texts[:10])}"
+    if lists := [name for name, value in row.items() if isinstance(value, list)]:
+        return f"write the list {lists[0]!r} in it to a file of its own (jq '.[\"{lists[0]}\"]' FILE > NEW.json)"
+    return "fix or delete it"
+
+
 def to_utf8(text: str) -> bytes:
     """UTF-8. A lone surrogate is not a character and becomes an invalid byte."""
     try:
@@ -186,8 +195,7 @@ class Reader:
         if not isinstance(row, dict):
             raise UserError(f'{where}: is not a JSON object such as {{"title": ..., "text": ...}}; fix or delete it')
         if column not in row:
-            have = ", ".join([*row][:10])
-            raise UserError(f"{where}: has no {column!r}; fix it, or give --text-column one of: {have}")
+            raise UserError(f"{where}: has no {column!r}; {other_column(row)}")
         if not isinstance(row[column], str | None):
             raise UserError(f"{where}: {column!r} is not text; fix it, or give another --text-column")
         return Article.from_row(row.get("id"), row.get(self.options.title_column), row[column])

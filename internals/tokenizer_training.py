@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from config import PrepareConfig
 from internals.articles import is_held_out
@@ -26,6 +27,10 @@ from internals.tokenizer import NAMES, given_tokenizer, is_json, load_tokenizer,
 from internals.tokenizer_json import OWN_PATTERN, byte_alphabet, own_tokenizer, to_json
 
 SAMPLE_BYTES = 32 << 20  # seconds of training, some hundred MB of memory
+# Of a text whose pieces hardly repeat (Chinese, Thai, DNA): time and memory grow with the different pieces
+VARIED_SAMPLE_BYTES = 8 << 20
+VARIED = 0.5  # characters of the different pieces / characters of all, in the first `JUDGED` characters
+JUDGED = 1 << 20
 LONGEST_PIECE = 1000  # characters: a merge reads the whole piece, and a text without blanks may be one piece
 LEAST_COUNT = 2  # a pair of tokens that occurs only once in the sample does not become a token
 
@@ -79,7 +84,7 @@ def write_tokenizer(tokenizer: str, cfg: PrepareConfig, source: Source, progress
 
 
 def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str]:
-    """Training articles spread over the source, about `SAMPLE_BYTES` of text together, or all there are.
+    """Training articles spread over the source, about `sample_bytes` of text together, or all there are.
 
     The sample depends only on the source and the flags. If the end of the text is held out (`tail`), it leaves out
     twice that share, because the exact place of the cut is known only after all tokens are counted. If the
@@ -94,11 +99,13 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
         total = sum(size_of(training_texts(chunk, val_fraction)) for chunk in chunks)
         limit = share * min(total, cfg.max_tokens or math.inf)  # bytes of text: a token has at least one
         size *= limit / max(1, total)  # spread the sample over the part of the source before the limit
+    chunks = (chunk for number in numbers for chunk in source.chunks(number, options))
+    wanted = sample_bytes(text for chunk in chunks for text in training_texts(chunk, val_fraction))
     before = seen = taken = 0  # the first in bytes of the source, the others of text
     for number in numbers:
         for chunk in source.chunks(number, options):
             # Whenever the sample's share that is taken lags behind the share of the source that is read
-            is_due = taken * size <= SAMPLE_BYTES * (before + chunk.position)
+            is_due = taken * size <= wanted * (before + chunk.position)
             if is_due or tail:
                 texts = training_texts(chunk, val_fraction)
                 if is_due:
@@ -108,6 +115,18 @@ def sample_texts(cfg: PrepareConfig, source: Source, tail: bool) -> Iterator[str
             if seen >= limit:
                 return
         before += source.files[number].bytes
+
+
+def sample_bytes(texts: Iterable[str]) -> int:
+    """How much text to train on, judged by the first texts."""
+    splitter, pieces, room = pre_tokenizer(OWN_PATTERN), [], JUDGED
+    for text in texts:
+        pieces += [piece for piece, _ in splitter.pre_tokenize_str(text[:room])]
+        room -= len(text[:room])
+        if not room:
+            break
+    different, all_of_them = (sum(map(len, some)) for some in (set(pieces), pieces))
+    return VARIED_SAMPLE_BYTES if different > VARIED * all_of_them else SAMPLE_BYTES
 
 
 def size_of(texts: list[str]) -> int:
@@ -157,12 +176,11 @@ def learn_tokens(texts: Iterable[str], count: int, pattern: str = OWN_PATTERN) -
 
     A terminal shows a bar. Ctrl-C takes effect when the library returns, after seconds.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # imported here: only training needs it
+    from tokenizers import Tokenizer, models, trainers  # imported here: only training needs it
 
     alphabet = byte_alphabet()
     bpe = Tokenizer(models.BPE())
-    cuts = [pre_tokenizers.Split(Regex(one), "isolated") for one in (pattern, rf"[\s\S]{{{LONGEST_PIECE}}}")]
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizer(pattern)
     trainer = trainers.BpeTrainer(
         vocab_size=count,
         min_frequency=LEAST_COUNT,
@@ -172,3 +190,11 @@ def learn_tokens(texts: Iterable[str], count: int, pattern: str = OWN_PATTERN) -
     bpe.train_from_iterator(texts, trainer)
     byte, vocab = {character: value for value, character in enumerate(alphabet)}, bpe.get_vocab()
     return [bytes(byte[character] for character in token) for token in sorted(vocab, key=vocab.__getitem__)]
+
+
+def pre_tokenizer(pattern: str) -> Any:
+    """Cuts a text into the pieces inside which tokens merge."""
+    from tokenizers import Regex, pre_tokenizers
+
+    cuts = [pre_tokenizers.Split(Regex(one), "isolated") for one in (pattern, rf"[\s\S]{{{LONGEST_PIECE}}}")]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=False)])

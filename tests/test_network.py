@@ -130,6 +130,17 @@ def test_a_socks_proxy_without_its_packages_is_named_and_not_retried(monkeypatch
         patiently("the file", action, 6, "advice", lambda error: None)
 
 
+def test_a_user_without_a_home_folder_is_told_so_and_nothing_is_retried(monkeypatch):
+    """In a container, under a number that no user has: pathlib raises RuntimeError."""
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+
+    def action():
+        raise RuntimeError("Could not determine home directory.")
+
+    with pytest.raises(UserError, match=r"^the file: this user has no home folder; set HF_HOME"):
+        patiently("the file", action, 6, "advice", lambda error: None)
+
+
 def test_a_download_that_failed_ahead_of_time_is_tried_again(tmp_path, monkeypatch):
     source = HubWikipedia("simple", "20231101", "main", tmp_path, False, None)
     source.files = [SourceFile(name, 1, None) for name in ("a", "b")]

@@ -127,6 +127,16 @@ def test_a_title_that_cannot_be_read_names_its_column(tmp_path):
     assert_user_error(run_script(*command(tmp_path / "out", tmp_path / "a.parquet")), "a.parquet", "'title'", "date32")
 
 
+def test_without_the_column_of_the_text_the_columns_of_text_are_named(tmp_path):
+    for columns, advice in (
+        ({"views": [1], "title": ["x"], "body": ["x"]}, "give --text-column one of: title, body"),
+        ({"views": [1]}, "none of its columns is text; leave it out"),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=rf"has no column 'text'; {advice}$"):
+            prepare(config(tmp_path / "out", tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize("values", [[1, 2], [1.5], [[b"x"]], [{"a": 1}], [True]])
 def test_a_column_that_is_not_text_is_named_before_anything_is_written(tmp_path, values):
     (tmp_path / "in").mkdir()

@@ -1,5 +1,6 @@
 """prepare_data.py: the contents of the shards, and flags and sources that are refused."""
 
+import errno
 import json
 import os
 import random
@@ -11,10 +12,13 @@ import pytest
 from articles import as_text, command, config, files, make_articles, posix, texts, write_jsonl, write_parquet
 from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_script
 
+import prepare_data
 from config import PRESETS, PrepareConfig
 from internals import reader
 from internals.articles import is_held_out
 from internals.cli import parse
+from internals.files import writing
+from internals.progress import Progress
 from internals.shards import read_meta
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
@@ -230,6 +234,23 @@ def test_a_flag_that_the_source_does_not_use_is_refused(tmp_path, ending, flag, 
     with pytest.raises(UserError, match=rf"^--{name}: .*{re.escape(reason)}.*; leave the flag out$"):
         prepare(config(tmp_path / "out", path, **flag))
     assert not files(tmp_path / "out")
+
+
+def test_after_a_full_disk_the_message_names_the_command_that_continues(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(3000))
+    monkeypatch.setattr(prepare_data, "COMMIT_SECONDS", 0.0)
+    save = Progress.save
+
+    def fill(self, cfg, source):
+        if self.tokens:
+            with writing(str(tmp_path / "progress.json")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(self, cfg, source)
+
+    monkeypatch.setattr(Progress, "save", fill)
+    with pytest.raises(UserError, match=r"No space left on device\).*is kept\. Continue: ") as error:
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert str(error.value).count("is kept") == 1
 
 
 def test_a_value_of_the_preset_is_not_a_flag(tmp_path, monkeypatch):

@@ -297,7 +297,7 @@ def test_json_in_every_form(tmp_path, form, ending, chunk_bytes, monkeypatch):
         ('[{"text": "a"}, {"text": "b"', ["invalid JSON"]),
         ('[{"text": "a"}, 7]', ["record 2", "not a JSON object", "; fix or delete it"]),
         ('{\n "body": "x"\n}', ["'text'", "--text-column", "body"]),
-        ('{"data": [{"text": "x"}]}', ["'text'", "data"]),
+        ('{"n": 3, "data": [{"text": "x"}]}', ["'text'", "write the list 'data'", "jq '.[\"data\"]' FILE"]),
         ('"only a string"', ["not a JSON object"]),
         ("no json at all", ["line 1", "invalid JSON"]),
         ('{"text": "a"}\n{"text": "b",\n', ["line 2: invalid JSON (", ", column 14); fix or delete it"]),

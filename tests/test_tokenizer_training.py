@@ -6,6 +6,7 @@ PREPARE_KILLS=50 python -m pytest tests/test_tokenizer_training.py -k kills     
 import gzip
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -46,6 +47,21 @@ def test_validation_articles_are_not_in_the_sample(tmp_path):
 def test_articles_without_text_are_not_in_the_sample(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"title": "Redirect", "text": " "}, {"title": "Page", "text": "Its text."}])
     assert list(sample_texts(*source_of(tmp_path / "a.jsonl", val_fraction=0.01), tail=False)) == ["Page\n\nIts text."]
+
+
+@pytest.mark.parametrize("varied", [True, False])
+def test_the_sample_is_smaller_if_the_pieces_of_the_text_do_not_repeat(tmp_path, monkeypatch, varied):
+    """As in Chinese, where a clause is a piece: memory grows with the different pieces."""
+    random.seed(1)
+    clause = lambda: "".join(chr(0x4E00 + random.randrange(20_000)) for _ in range(8 if varied else 1))  # noqa: E731
+    rows = [{"text": f"{n:05} " + "，".join(clause() for _ in range(600 if varied else 2500))} for n in range(600)]
+    write_jsonl(tmp_path / "a.jsonl", rows)  # 9 MB
+    for name, value in (("SAMPLE_BYTES", 6 << 20), ("VARIED_SAMPLE_BYTES", 2 << 20)):
+        monkeypatch.setattr(tokenizer_training, name, value)
+    got = list(sample_texts(*source_of(tmp_path / "a.jsonl"), tail=False))
+    low, high = (2e6, 4e6) if varied else (5e6, 8e6)
+    assert low < sum(len(text.encode()) for text in got) < high
+    assert int(got[0][:5]) < 100 and int(got[-1][:5]) > 450  # spread over the source
 
 
 def test_the_sample_is_spread_over_the_source(tmp_path, monkeypatch):
