@@ -250,6 +250,12 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
             f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,} (GPT-2 "
             f"uses 4 times); give --n-inner {wide}"
         )
+    head = model.n_embd // model.n_head
+    if (
+        is_new and not cfg.init_from and run.machine.device.type == "cuda" and head % 8
+    ):  # a T4 then writes attention out
+        wider = math.ceil(head / 8) * 8 * model.n_head
+        advice.append(f"heads of {head} dimensions: a GPU is faster with a multiple of 8; give --n-embd {wider}")
     if cfg.learning_rate > 0.03:
         advice.append(
             f"--learning-rate {cfg.learning_rate:g} will most likely diverge; usual rates are between 1e-4 and 1e-2"

@@ -71,6 +71,7 @@ def test_the_small_presets_need_no_advice_on_a_cpu(monkeypatch):
         (dict(eval_tokens=256), ["1 validation window of 256 tokens", "give a larger --eval-tokens"]),
         (dict(val_windows=4096, eval_interval=1), ["evaluations take", "--eval-interval"]),
         (dict(n_embd=768), ["n_inner 1,536 is 2 times n_embd 768", "--n-inner 3072"]),
+        (dict(n_head=8, n_embd=400, n_inner=1600), ["heads of 50 dimensions", "multiple of 8; give --n-embd 448"]),
         (dict(learning_rate=1.0, min_lr=0.1), ["--learning-rate 1 will most likely diverge"]),
     ],
     ids=str,
