@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig
-from internals.files import atomic_write, system_error, writing
+from internals.files import atomic_write, beside_the_code, system_error, writing
 from internals.memory import is_out_of_memory
 from internals.shards import MAGIC as SHARD_MAGIC
 from internals.shell import shell_join
@@ -111,7 +111,7 @@ def no_checkpoint(path: Path) -> str:
     if (path.parent / "model.safetensors").exists():
         what = f"{path.parent} is in Hugging Face format: give it to --init-from, or to generate.py --checkpoint"
     else:
-        what = advice(path.parent.parent)
+        what = beside_the_code(path) or advice(path.parent.parent)
     return f"there is no checkpoint; {what}"
 
 

@@ -4,13 +4,28 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from config import PATH, PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig
+from config import (
+    KINDS,
+    PATH,
+    PRESETS,
+    ExportConfig,
+    GenerateConfig,
+    ModelConfig,
+    PrepareConfig,
+    Preset,
+    Range,
+    TrainConfig,
+    flag_of,
+    parts,
+)
+from internals.hints import hints
 from internals.settings import with_settings_of
 from internals.start import UserError, first_process_has_spoken
 
@@ -28,26 +43,48 @@ numbers = tyro.constructors.ConstructorRegistry()
 
 
 @numbers.primitive_rule
-def whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """`1e6` and `5.0` are whole numbers, too."""
-    if info.type is not int:
+def number_or_word(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """A number, or the one word that may stand in its place: `auto`, `None`. tyro's own message names Python's types."""
+    kinds = [type(None) if kind is None else kind for kind in parts(info.type) if not isinstance(kind, Range)]
+    number = next((kind for kind in kinds if kind in (int, float)), None)
+    words = {
+        "None" if kind is type(None) else kind: None if kind is type(None) else kind for kind in kinds if kind != number
+    }
+    if number is None or len(words) > 1:
         return None
 
-    def parse(values: list[str]) -> int:
+    def parse(values: list[str]) -> int | float | str | None:
+        for word, meaning in words.items():
+            if values[0].lower() == word.lower():
+                return meaning
         with contextlib.suppress(ValueError):
-            return int(values[0])
-        with contextlib.suppress(ValueError):
-            if (number := float(values[0])).is_integer():
-                return int(number)
-        raise ValueError(f"{values[0]!r} is not a whole number, such as 1000 or 1e3")
+            return whole_number(values[0]) if number is int else float(values[0])
+        example = "1000 or 1e3" if number is int else "0.5"
+        others = "".join(f", nor {word}" for word in words)
+        raise ValueError(f"{values[0]!r} is not {KINDS[number]}, such as {example}{others}")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT",
+        metavar="|".join([number.__name__.upper(), *(f"{{{word}}}" for word in words)]),
         instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, int),
+        is_instance=lambda value: value in words.values() or isinstance(value, int | float),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def whole_number(text: str) -> int:
+    """`1e6` and `5.0` are whole numbers, too. `1.000` is 1 to Python and 1000 to many people, so it is none.
+
+    Raises:
+        ValueError: it is not a whole number.
+    """
+    if re.fullmatch(r"\d{1,3}(\.\d{3})+", text):
+        raise ValueError
+    with contextlib.suppress(ValueError):
+        return int(text)
+    if (number := float(text)).is_integer():
+        return int(number)
+    raise ValueError
 
 
 def parse(cls: type[C], description: str, args: Sequence[str] | None = None, default: C | None = None) -> C:
@@ -63,6 +100,7 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
         default = with_preset(cls, preset if preset in PRESETS else Preset.preset)
         if isinstance(default, TrainConfig) and (file := flag_value(args, "--config", "")):
             default = with_settings_of(default, file)
+    speaks = os.environ.get("LOCAL_RANK", "0") in ("0", "")  # process 0 of a machine speaks for all
     try:
         parsed = tyro.cli(
             cls,
@@ -71,9 +109,14 @@ def parse(cls: type[C], description: str, args: Sequence[str] | None = None, def
             default=default,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed),
             registry=numbers,
-            console_outputs=os.environ.get("LOCAL_RANK", "0") in ("0", ""),  # process 0 of a machine speaks for all
+            console_outputs=speaks,
         )
-    except SystemExit:
+    except SystemExit as end:
+        if end.code and speaks:
+            types = {f.name: f.type for one in (cls, ModelConfig) for f in dataclasses.fields(one)}
+            switches = [flag_of(name) for name, kind in types.items() if kind is bool]
+            for hint in hints(args, [*map(flag_of, types)], switches):
+                print(hint, file=sys.stderr)
         first_process_has_spoken(30)  # when one process ends, torchrun ends all: process 0 must have printed by then
         raise
     paths = [name for name, kind in get_type_hints(cls, include_extras=True).items() if PATH in get_args(kind)]

@@ -106,6 +106,12 @@ def temporary_folder(parent: str | Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def beside_the_code(path: Path) -> str:
+    """What to do if a relative path is not here, but beside the commands. Empty if it is not there, either."""
+    root = Path(__file__).resolve().parents[1]
+    return f"it is in {root}: change to that folder first" if (root / path).exists() and not path.is_absolute() else ""
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_write(path) as file:
         file.write(text.encode())

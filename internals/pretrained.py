@@ -213,6 +213,8 @@ def is_hub_id(source: str) -> bool:
 
 
 def missing(source: str) -> str:
+    if source in ("resume", "scratch"):  # nanoGPT's words
+        return f"is not a model; {'give --resume' if source == 'resume' else 'without --init-from, a run starts from scratch'}"
     if source.endswith(".pt"):
         return checkpoint.no_checkpoint(Path(os.path.expanduser(source)))
     if re.fullmatch(r"gpt2(-\w+)?", source):

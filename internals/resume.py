@@ -9,6 +9,7 @@ from typing import NamedTuple
 from config import NOT_SETTINGS, PRESETS, TrainConfig, flag_of
 from internals import checkpoint
 from internals.cli import is_given, parse, with_preset
+from internals.run_folder import check_folder
 from internals.settings import as_typed, differences, with_settings, with_settings_of
 from internals.start import UserError
 
@@ -74,6 +75,7 @@ def with_text_of_best(cfg: TrainConfig) -> TrainConfig:
     file chooses others. Another text with the same tokenizer would give a loss that says nothing about the run."""
     if cfg.init_from or cfg.config:
         return cfg
+    check_folder(Path(cfg.out_dir))
     best = Path(cfg.out_dir, "best.pt")
     saved = checkpoint.load(best, mmap=True)["config"]
     names = [name for name in ("data_dir", "eval_tokens") if name in saved and not is_given(flag_of(name))]

@@ -26,7 +26,7 @@ from internals.machine import Machine
 from internals.memory import random_state, set_random_state
 from internals.optimizer import get_lr
 from internals.processes import WRITING, require_same
-from internals.run_folder import RUN_FILES, check_own, check_source_stays, check_unused, check_writable
+from internals.run_folder import RUN_FILES, check_folder, check_own, check_source_stays, check_unused, check_writable
 from internals.run_length import most_iterations, resolve_as_before, resolve_auto
 from internals.settings import differences, upgrade, with_settings
 from internals.shards import SPLITS, read_meta, read_tokenizer
@@ -183,12 +183,15 @@ def load_resumable(cfg: TrainConfig, machine: Machine) -> dict[str, Any] | None:
         UserError: there is nothing to resume, or a new run would overwrite an old one or its own source.
     """
     out_dir = Path(cfg.out_dir)
+    check_folder(out_dir)
     last = out_dir / "last.pt"
     saved = checkpoint.load_last(last) if (cfg.resume or cfg.auto_resume) and last.exists() else None
     if len(machine.gather(torch.tensor([saved["iter"] if saved else -1])).unique()) > 1:
         raise UserError(f"--out-dir {out_dir}: the processes see different files there; all machines must share it")
     if cfg.resume and not saved:
-        raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); leave --resume out to start one")
+        runs = sorted(str(path.parent) for path in out_dir.parent.glob("*/last.pt"))
+        others = f"give the --preset or --out-dir of one of these: {', '.join(runs[:5])}; or " if runs else ""
+        raise UserError(f"--resume: there is no run in {out_dir} (no last.pt); {others}leave --resume out to start one")
     needed = {"best_val_loss", "seconds", "machine", "optimizer", "scaler", "rng", "data"}
     if saved and (missing := needed - saved.keys()):
         raise UserError(f"{last}: cannot be resumed from (missing: {', '.join(sorted(missing))})")

@@ -37,6 +37,12 @@ def check_own(out_dir: Path) -> None:
         )
 
 
+def check_folder(out_dir: Path) -> None:
+    """Raise UserError if somebody named a file in the folder."""
+    if out_dir.is_file():
+        raise UserError(f"--out-dir {out_dir}: is a file; give its folder, {out_dir.parent}")
+
+
 def check_writable(out_dir: Path) -> None:
     """Raise UserError if nothing can be written there, before minutes of measuring or compiling."""
     folder = nearest_folder(out_dir)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from internals.files import rename, sha256, sync_file
+from internals.files import beside_the_code, rename, sha256, sync_file
 from internals.start import UserError
 
 MAGIC, VERSION = 20240520, 1  # of llm.c's shard format
@@ -171,10 +171,18 @@ def read_meta(data_dir: str | Path) -> dict[str, Any]:
     folder = Path(data_dir)
     command = "run prepare_data.py (with the same --preset and --data-dir, and --source for a text of your own)"
     if not folder.is_dir():
-        raise UserError(f"--data-dir {folder}: there is no such folder; {command} first")
+        raise UserError(
+            f"--data-dir {folder}: there is no such folder; {beside_the_code(folder) or f'{command} first'}"
+        )
     path = folder / "meta.json"
     if not path.exists():
-        state = "is not finished" if any(folder.glob("*.bin*")) else "holds no prepared data"
+        names = [shard.name for shard in folder.glob("*.bin*")]
+        if names and not any(map(SHARD_NAME.fullmatch, names)):  # nanoGPT's and llm.c's
+            raise UserError(
+                f"--data-dir {folder}: holds the token files of another program ({min(names)}), and a run needs those of "
+                "prepare_data.py; give their text as --source, with another --data-dir"
+            )
+        state = "is not finished" if names else "holds no prepared data"
         raise UserError(f"--data-dir {folder}: {state} (no meta.json); {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import run_script, unboxed
 
 from config import PRESETS, ExportConfig, GenerateConfig, ModelConfig, PrepareConfig, Preset, TrainConfig, unescape
-from internals import screen
+from internals import cli, screen
 from internals.cli import COMMANDS, parse, with_preset
 from internals.run_length import resolve_auto
 from internals.settings import differences, upgrade, with_settings
@@ -227,11 +227,56 @@ def test_whole_numbers_may_be_written_with_an_exponent(capsys):
     assert parse(PrepareConfig, "", ["--max-tokens", "1.2e9"]).max_tokens == 1_200_000_000
     assert parse(PrepareConfig, "", ["--max-tokens", "1_000"]).max_tokens == 1_000
     assert parse(PrepareConfig, "", ["--workers", "5.0"]).workers == 5
-    for value in ("1.5", "1.5e0", "e6", "nan", "inf", "1,000"):
+    for value in ("1.5", "1.5e0", "e6", "nan", "inf", "1,000", "1.000"):
         with pytest.raises(SystemExit):
             parse(TrainConfig, "", ["--max-iters", value])
         err = unboxed(capsys.readouterr().err)
         assert "--max-iters" in err and f"'{value}' is not a whole number, such as 1000 or 1e3" in err
+
+
+@pytest.mark.parametrize(
+    ("cls", "flag", "value", "words"),
+    [
+        (TrainConfig, "--max-minutes", "1h", "'1h' is not a number, such as 0.5, nor None"),
+        (TrainConfig, "--dropout", "10%", "'10%' is not a number, such as 0.5, nor auto"),
+        (TrainConfig, "--grad-clip", "1,5", "'1,5' is not a number, such as 0.5"),
+        (PrepareConfig, "--max-tokens", "1.2B", "'1.2B' is not a whole number, such as 1000 or 1e3, nor None"),
+    ],
+)
+def test_a_value_that_is_no_number_is_told_in_one_sentence(capsys, cls, flag, value, words):
+    with pytest.raises(SystemExit):
+        parse(cls, "", [flag, value])
+    assert f"Error parsing {flag}: {words}" in unboxed(capsys.readouterr().err)
+
+
+def test_a_word_in_place_of_a_number_may_be_written_in_any_case():
+    assert parse(TrainConfig, "", ["--batch-size", "Auto", "--max-minutes", "none"]).batch_size == "auto"
+    assert parse(TrainConfig, "", ["--max-minutes", "2", "--dropout", "auto"]).max_minutes == 2.0
+    assert parse(GenerateConfig, "", ["--top-k", "none"]).top_k is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "hint"),
+    [
+        (TrainConfig, ["\u2013preset", "demo"], "\u2013preset: a flag begins with two plain hyphens: --preset"),
+        (TrainConfig, ["-preset", "demo"], "-preset: a flag begins with two plain hyphens: --preset"),
+        (TrainConfig, ["--resume", "True"], "--resume takes no value: give it alone, or leave it out"),
+        (TrainConfig, ["--eval_only=False"], "--eval-only takes no value: give it alone, or leave it out"),
+        (TrainConfig, ["--eval_iters=20"], "--eval-iters is called otherwise here: --eval-tokens"),
+        (TrainConfig, ["--checkpoint", "a"], "--checkpoint is called otherwise here: --out-dir, or --init-from"),
+        (GenerateConfig, ["--start=Once"], "--start is called otherwise here: --prompt; for a file, --prompt - < FILE"),
+        (GenerateConfig, ["--prompt", "-x"], "a value that begins with a hyphen needs an equals sign: --prompt=-x"),
+        (GenerateConfig, ["--top-k", "many"], None),
+    ],
+)
+def test_a_refused_command_line_gets_a_hint(capsys, monkeypatch, cls, args, hint):
+    for rank in ("0", "1"):  # torchrun's other processes say nothing
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(cli, "first_process_has_spoken", lambda seconds: True)
+        with pytest.raises(SystemExit):
+            parse(cls, "", args)
+        found = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: ")]
+        assert found == ([f"hint: {hint}"] if hint and rank == "0" else [])
 
 
 def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys):

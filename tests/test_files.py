@@ -230,7 +230,7 @@ def test_a_temporary_folder_goes_unless_it_has_been_renamed(tmp_path, monkeypatc
         tries.append(args)
         raise PermissionError(13, "Access is denied")
 
-    monkeypatch.setattr(os, "mkdir", refuse)  # Windows' answer, which tempfile takes for a name that is taken
+    monkeypatch.setattr(Path, "mkdir", refuse)  # Windows' answer, which tempfile takes for a name that is taken
     with pytest.raises(PermissionError), temporary_folder(tmp_path, ".x-"):
         pass
     assert len(tries) == 1

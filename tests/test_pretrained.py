@@ -105,6 +105,8 @@ def test_what_holds_no_model_says_what_it_is(places, name):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("resume", "is not a model; give --resume"),
+        ("scratch", "is not a model; without --init-from, a run starts from scratch"),
         ("gpt2", "on the hub it is called openai-community/gpt2"),
         ("gpt2-xl", "on the hub it is called openai-community/gpt2-xl"),
         ("tests/nowhere", "there is no such file or folder"),  # `tests` is a folder here, not an owner on the hub

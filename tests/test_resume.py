@@ -143,7 +143,7 @@ def test_resuming_from_another_folder_asks_for_the_path_of_the_data(data_dir, tm
     stop_at(monkeypatch, data_dir.name, tmp_path / "run", 7)
     monkeypatch.chdir(tmp_path)
     for mode in ({"resume": True}, {"auto_resume": True}):
-        with pytest.raises(UserError, match=f"--data-dir {data_dir.name}: there is no such folder here.*give the path"):
+        with pytest.raises(UserError, match=f"--data-dir {data_dir.name}: there is no such folder .*give the path"):
             train.train(tiny(data_dir.name, "run", **mode))
     with pytest.raises(UserError, match=f"--data-dir elsewhere: .* was started with --data-dir {data_dir.name};"):
         train.train(tiny("elsewhere", "run", resume=True))

@@ -1,9 +1,11 @@
 """The folder of a run: nothing in it is trained over or deleted unasked, and one training uses it at a time."""
 
+import dataclasses
 import errno
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from runs import assert_same_end, metrics, stop_at, tiny
 
 import train
 from internals import checkpoint
+from internals.resume import resume_settings
 from internals.run import Run
 from internals.run_folder import check_source_stays
 from internals.start import UserError
@@ -32,6 +35,12 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
     with pytest.raises(UserError, match="there is no run in"):
         train.train(tiny(data_dir, tmp_path / "none", resume=True))
     assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match=f"one of these: .*{re.escape(str(straight))}"):  # a forgotten --preset
+        train.train(tiny(data_dir, straight.parent / "none", resume=True))
+    with pytest.raises(UserError, match=f"is a file; give its folder, {re.escape(str(straight))}$"):
+        train.train(tiny(data_dir, straight / "last.pt", resume=True))
+    with pytest.raises(UserError, match=f"is a file; give its folder, {re.escape(str(straight))}$"):
+        resume_settings(dataclasses.replace(tiny(data_dir, straight / "best.pt"), eval_only=True))
     train.train(tiny(data_dir, tmp_path, max_iters=1))
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=r"holds a run \(last.pt\).*--resume.*--overwrite"):

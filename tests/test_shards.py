@@ -4,11 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_tokens, write_splits
+from conftest import REPO, random_tokens, write_splits
 
 from internals.shards import HEADER_BYTES, ShardWriter, read_meta, read_shard, read_tokenizer, shard_header, verify
 from internals.start import UserError
@@ -110,6 +111,22 @@ def test_meta_of_a_finished_folder(tmp_path):
     assert read_meta(tmp_path)["splits"]["train"]["tokens"] == 250
     assert len(TokenStream.open(tmp_path, "train")) == 250
     assert len(TokenStream.open(tmp_path, "val")) == 30
+
+
+def test_the_token_files_of_other_programs_are_named(tmp_path):
+    (tmp_path / "train.bin").write_bytes(random_tokens(10).tobytes())  # nanoGPT's
+    with pytest.raises(
+        UserError, match=r"another program \(train\.bin\).*give their text as --source, with another --data-dir"
+    ):
+        read_meta(tmp_path)
+
+
+def test_a_folder_that_is_beside_the_commands_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=f"--data-dir sample: there is no such folder; it is in {re.escape(str(REPO))}: change"
+    ):
+        read_meta("sample")
 
 
 def test_folders_that_are_not_finished(tmp_path):
