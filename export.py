@@ -146,6 +146,17 @@ def loading_command(cfg: ExportConfig, tokenizer: tiktoken.Encoding, context: in
     return shell_join(["python", "-c", code])
 
 
+def started_from(source: str | None) -> str:
+    """The model that a run started from. Of a path only the last part: the card is published, and a path names its owner."""
+    if not source:
+        return "random weights"
+    is_path = os.path.isabs(source) or source.endswith(".pt") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    if not is_path:  # a hub id, or looks like one
+        return f"`{source}`"
+    name = re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+    return f"a model on the trainer's computer, `{name}`"
+
+
 def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, usage: str) -> str:
     """README.md of the exported model: what it is and how it was made, as far as the checkpoint says.
 
@@ -162,7 +173,7 @@ def model_card(name: str, saved: dict[str, Any], model: GPT, file_format: str, u
         "parameters": f"{count['total']:,} ({count['blocks']:,} in the blocks, {count['embedding']:,} in the embeddings)",
         "weights": str(model.transformer.wte.weight.dtype).removeprefix("torch."),
         "tokenizer": f"`{tokenizer_name(saved['tokenizer'])}`, {c.vocab_size:,} tokens",
-        "started from": f"`{saved['config']['init_from']}`" if saved["config"].get("init_from") else "random weights",
+        "started from": started_from(saved["config"].get("init_from")),
         "training text": "not recorded in the checkpoint",
         "iterations": f"{saved['iter']:,}",
         "tokens seen in training": f"{saved['tokens']:,}",

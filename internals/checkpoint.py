@@ -116,8 +116,9 @@ def no_checkpoint(path: Path) -> str:
 
 
 def advice(folder: Path) -> str:
-    """What to do where there is no model. Names the runs in the folder."""
-    models = sorted(str(best.parent) for best in folder.glob("*/best.pt"))
+    """What to do where there is no model. Names the models in the folder."""
+    files = (file for name in ("best.pt", "model.safetensors") for file in folder.glob(f"*/{name}"))
+    models = sorted({str(file.parent) for file in files})
     known = f": there are models in {', '.join(models[:5])}{', ...' if len(models) > 5 else ''}" if models else ""
     return f"train one first (train.py), or name another file or folder{known}"
 

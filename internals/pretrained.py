@@ -197,6 +197,8 @@ def find(source: str) -> Checkpoint | HuggingFace:
         raise UserError(f"{source}: is a data folder (it has a meta.json), not a model; name the folder of a run")
     if any(name.endswith(".gguf") for name in names):
         raise UserError(f"{source}: holds GGUF, which only llama.cpp reads; name the checkpoint that it was made from")
+    if "adapter_config.json" in names:
+        raise UserError(f"{source}: is a LoRA adapter; merge it into its model (merge_and_unload) and save that")
     if any(name.startswith(OTHER_WEIGHTS) for name in names):
         raise without_weights(source)
     raise UserError(

@@ -64,6 +64,22 @@ def test_the_card_of_a_fine_tuned_model_does_not_speak_for_the_text_of_the_first
     assert export.STARTED_ELSEWHERE not in card(tmp_path, data=DATA)
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (None, "random weights"),
+        ("openai-community/gpt2", "`openai-community/gpt2`"),
+        ("checkpoints/demo", "`checkpoints/demo`"),
+        ("/home/ann/models/m", "a model on the trainer's computer, `m`"),
+        ("../ann/run/best.pt", "a model on the trainer's computer, `best.pt`"),
+        ("C:\\Users\\ann\\m\\", "a model on the trainer's computer, `m`"),
+        ("ann/best.pt", "a model on the trainer's computer, `best.pt`"),
+    ],
+)
+def test_the_card_names_no_path_of_the_trainers_computer(source, told):
+    assert export.started_from(source) == told
+
+
 @pytest.mark.parametrize("loss", [800.0, 1e4, 1e300, math.inf, math.nan])
 def test_the_card_of_a_diverged_model_says_so(tmp_path, loss):
     text = card(tmp_path, data=DATA, val_loss=loss)
@@ -275,7 +291,9 @@ def test_paths_that_are_not_utf8(tmp_path):
     result = run_script(*command, "--format", "gguf", env=environment)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "\\udce8:" in result.stdout and "\nLoad it" in result.stdout
-    assert "| started from | `mod?l` |" in (out_dir / "README.md").read_text(encoding="utf-8")
+    assert "| started from | a model on the trainer's computer, `mod?l` |" in (out_dir / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_checkpoint_that_cannot_be_used(tmp_path):

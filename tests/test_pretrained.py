@@ -41,11 +41,15 @@ def places(tmp_path_factory) -> Path:
         export.export(ExportConfig(checkpoint=checkpoint_path, out_dir=str(folder / name), format=file_format))
     shutil.copytree(folder / "hf", folder / "converted")
     (folder / "converted" / "converted-F32.gguf").touch()  # llama.cpp's converter writes into the model's folder
-    for name in ("empty", "bin", "two", "begun"):
+    shutil.copytree(folder / "hf", folder / "trainer" / "checkpoint-3")
+    (folder / "trainer" / "runs").mkdir()
+    for name in ("empty", "bin", "two", "begun", "lora"):
         (folder / name).mkdir()
     write_json(folder / "begun" / "config.json", TrainConfig().settings())  # a run killed before it saved anything
     (folder / "bin" / "config.json").write_bytes((folder / "hf" / "config.json").read_bytes())
     (folder / "bin" / "pytorch_model.bin").touch()
+    (folder / "lora" / "adapter_config.json").touch()
+    (folder / "lora" / "adapter_model.safetensors").touch()
     (folder / "two" / "best.pt").touch()
     (folder / "two" / "model.safetensors").touch()
     (folder / "text.pt").write_text("text")
@@ -74,6 +78,8 @@ NO_MODEL = {
     "data/train_000000.bin": "is a shard of tokens",
     "bin": "has no model.safetensors",
     "two": "holds two models",
+    "lora": "is a LoRA adapter; merge it into its model (merge_and_unload)",
+    "trainer": os.path.join("trainer", "checkpoint-3"),
     "gguf": "holds GGUF",
     "gguf/model.gguf": "is a GGUF file",
     "hf/model.safetensors": "is a safetensors file; give the folder",
