@@ -40,7 +40,7 @@ def check_own(out_dir: Path) -> None:
 def check_folder(out_dir: Path) -> None:
     """Raise UserError if somebody named a file in the folder."""
     if out_dir.is_file():
-        raise UserError(f"--out-dir {out_dir}: is a file; give its folder, {out_dir.parent}")
+        raise UserError(f"--out-dir {out_dir}: is a file; give a folder, such as {out_dir.parent}")
 
 
 def check_writable(out_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """`--check`: it writes nothing, as `--eval-only`, knows what the run needs, and fails where the run would."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -179,3 +180,18 @@ def test_check_counts_the_checkpoints_that_the_run_replaces(data_dir, tmp_path, 
                 train.train(tiny(data_dir, tmp_path, check=True))
         else:
             train.train(tiny(data_dir, tmp_path, check=True))
+
+
+def test_eval_only_refuses_data_with_another_tokenizer(tmp_path, straight):
+    other = write_data(tmp_path / "other", tokenizer="gpt2")
+    with pytest.raises(UserError, match=r"^--eval-only: .*best\.pt was trained with the tokenizer bytes, but .* gpt2"):
+        train.train(tiny(other, straight, eval_only=True))
+
+
+def test_eval_only_with_a_config_takes_its_settings(straight, tmp_path, monkeypatch):
+    settings = json.loads((straight / "config.json").read_text()) | {"eval_tokens": 64}
+    (tmp_path / "other.json").write_text(json.dumps(settings))
+    args = ["--eval-only", "--out-dir", str(straight), "--config", str(tmp_path / "other.json")]
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    cfg, _ = resume_settings(parse(TrainConfig, "", args))
+    assert (cfg.data_dir, cfg.eval_tokens) == (TrainConfig().data_dir, 64)

@@ -178,3 +178,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as caught:
         checkpoint.load_model(tmp_path / "best.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"best\.pt \(an empty file\): is damaged"):
+        checkpoint.load(tmp_path / "best.pt")

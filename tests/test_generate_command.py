@@ -256,3 +256,9 @@ def test_too_little_memory_is_one_clear_message(best, monkeypatch, capsys, error
     monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug stays a bug
         generate.main(GenerateConfig(checkpoint=str(best), num_samples=8, device="cpu"))
+
+
+def test_a_prompt_that_is_cut_is_told_and_one_that_just_fits_is_not(best, capsys):
+    for length, cut in ((32, False), (33, True)):  # the context has 32 tokens
+        generate.main(GenerateConfig(checkpoint=str(best), prompt="a" * length, max_new_tokens=1, device="cpu"))
+        assert ("the model reads the last 32 of them" in capsys.readouterr().err) == cut

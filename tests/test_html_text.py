@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import REPO, assert_user_error, run_script
 from pages import TEXT, parsed
 from torch.nn import functional as F
 
+import generate
+from config import GenerateConfig
 from internals import html_text
 from internals.checkpoint import load_model
 from internals.html_text import TextPage, attention_weights
@@ -205,3 +208,17 @@ def test_html_replaces_its_own_pages_and_no_other_file(run, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         assert_user_error(run_script(*command, tmp_path / "pipe"), "is not marked as a page of this command")
         assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_page_names_the_seed_of_its_text(run, tmp_path):
+    page = tmp_path / "page.html"
+    generate.main(GenerateConfig(checkpoint=str(run), device="cpu", max_new_tokens=3, seed=7, html=str(page)))
+    assert "temperature 0.8, top-k 200, seed 7" in parsed(page).text
+
+
+def test_the_name_of_a_checkpoint_cannot_change_the_page(run, tmp_path):
+    folder = tmp_path / "a<img src=x>b"
+    shutil.copytree(run, folder)
+    page = tmp_path / "page.html"
+    generate.main(GenerateConfig(checkpoint=str(folder), device="cpu", max_new_tokens=3, html=str(page)))
+    assert "img" not in {tag for tag, _ in parsed(page).tags} and "a<img src=x>b" in parsed(page).text

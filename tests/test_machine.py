@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPO
+from runs import tiny
+
+from internals.machine import make_machine
 
 FAULTS = """
 import resource, sys
@@ -38,3 +42,9 @@ def test_freed_memory_is_used_again_unless_the_user_says_otherwise():
     """Otherwise each iteration would get its tensors from the system anew, page by page."""
     ours, users = page_faults(), page_faults(MALLOC_MMAP_THRESHOLD_="131072")  # glibc's default, which then stays
     assert ours < users / 20
+
+
+def test_float32_products_use_tensor_cores(data_dir, tmp_path):
+    torch.set_float32_matmul_precision("highest")
+    make_machine(tiny(data_dir, tmp_path))
+    assert torch.get_float32_matmul_precision() == "high"

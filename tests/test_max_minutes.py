@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from two_processes import run_both, with_fault
 
 import train
 from config import PRESETS, TrainConfig
-from internals import checkpoint, max_minutes, start
+from internals import checkpoint, max_minutes, report, start
 from internals.preflight import Loop, Timing
 from internals.resume import resume_settings
 from internals.run_length import resolve_auto
@@ -323,3 +324,25 @@ max_minutes.try_out = lambda *args: (try_out(*args), Timing(iteration=25.0 + 15 
     result = run_both(*two_flags(data_dir, tmp_path / "iters", max_iters=count))
     assert result.returncode == 0, result.stderr
     assert_same_end(tmp_path / "minutes", tmp_path / "iters")
+
+
+def test_the_tracker_hears_nothing_of_the_measuring(data_dir, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(report.Tracker, "open", lambda self, run, rows: opened.append((self.name, run.out_dir)))
+    monkeypatch.setattr(max_minutes, "MEASURING", 1e-5)
+    monkeypatch.setattr("internals.start.seconds_passed", lambda: 0.0)
+    monkeypatch.setattr(max_minutes, "iterations_within", lambda *args: 10)
+    train.train(tiny(data_dir, tmp_path, tracker="tensorboard", max_minutes=1.0))
+    assert [name for name, out_dir in opened if out_dir != tmp_path] == ["none"]
+    assert opened[-1] == ("tensorboard", tmp_path)
+
+
+def test_the_time_to_build_the_model_is_measured(data_dir, tmp_path, monkeypatch):
+    make_optimizer, try_out, timings = max_minutes.make_optimizer, max_minutes.try_out, []
+    monkeypatch.setattr(max_minutes, "make_optimizer", lambda *args: (time.sleep(0.2), make_optimizer(*args))[1])
+    monkeypatch.setattr(max_minutes, "try_out", lambda *args: (timings.append(try_out(*args)), timings[-1])[1])
+    monkeypatch.setattr(max_minutes, "MEASURING", 1e-5)
+    monkeypatch.setattr("internals.start.seconds_passed", lambda: 0.0)
+    monkeypatch.setattr(max_minutes, "iterations_within", lambda *args: 10)
+    train.train(tiny(data_dir, tmp_path, max_minutes=1.0))
+    assert timings[0].building >= 0.2

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import requests
 from articles import command, posix
 from conftest import assert_user_error, run_script, without_network_settings
 
@@ -257,3 +258,16 @@ def test_an_answer_that_is_late_is_told_from_an_error_of_the_network():
     with pytest.raises(TimeoutError, match="handshake"):
         network.answer_within(60, time_out)
     assert network.answer_within(60, lambda: "text") == "text"
+
+
+def test_the_vocabulary_is_asked_for_again_when_the_server_is_busy(monkeypatch):
+    answers = [(503, b"busy"), (200, b"text")]
+
+    def get(url, timeout):
+        answer = requests.Response()
+        answer.status_code, answer._content = answers.pop(0)
+        return answer
+
+    monkeypatch.setattr("requests.get", get)
+    monkeypatch.setattr(network.time, "sleep", lambda seconds: None)
+    assert tokenizer.fetch("http://127.0.0.1/vocabulary") == b"text" and not answers

@@ -228,3 +228,10 @@ def test_the_gradient_scaler_skips_an_overflow_of_all_parts():
     scaler.update()
     assert scaler.get_scale() == 2.0
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_muon_does_nothing_where_the_gradient_is_zero():
+    weight = torch.nn.Parameter(torch.ones(4, 8))
+    weight.grad = torch.zeros(4, 8)
+    Muon([{"params": [weight], "lr": 0.01, "weight_decay": 0.0}], (), torch.float32).step()
+    assert torch.equal(weight, torch.ones(4, 8))

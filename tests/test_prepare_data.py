@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,16 +15,17 @@ from conftest import REPO, assert_user_error, needs_gpt2, needs_wikipedia, run_s
 
 import prepare_data
 from config import PRESETS, PrepareConfig
-from internals import reader
+from internals import progress, reader
 from internals.articles import is_held_out
 from internals.cli import parse
+from internals.data_folder import DOWNLOADS
 from internals.files import writing
 from internals.progress import Progress
 from internals.shards import read_meta
 from internals.start import UserError
 from internals.tokenizer import load_tokenizer
 from internals.windows import TokenStream
-from prepare_data import make_source, prepare
+from prepare_data import Pipeline, make_source, prepare
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contents
@@ -257,3 +259,62 @@ def test_a_value_of_the_preset_is_not_a_flag(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "demo", {**PRESETS["demo"], "language": "simple"})
     cfg = parse(PrepareConfig, "", ["--preset", "demo", "--data-dir", str(tmp_path / "out")])
     assert cfg.language == "simple" and make_source(cfg, tmp_path).files
+
+
+def test_a_file_that_changes_after_its_last_article_was_read_is_named(tmp_path, monkeypatch):
+    path, tokenize_source = tmp_path / "a.jsonl", Pipeline.tokenize_source
+    write_jsonl(path, make_articles(60))
+
+    def cut_at_the_end(self):
+        chunks = self.source.chunks
+
+        def then_cut(number, options):
+            yield from chunks(number, options)
+            os.truncate(path, 100)
+
+        self.source.chunks = then_cut
+        tokenize_source(self)
+
+    monkeypatch.setattr(Pipeline, "tokenize_source", cut_at_the_end)
+    with pytest.raises(UserError, match=r"a\.jsonl: has changed since the command began"):
+        prepare(config(tmp_path / "out", path))
+
+
+def test_what_a_kill_left_beside_a_finished_folder_goes(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", make_articles(60))
+    out = tmp_path / "out"
+    prepare(config(out, tmp_path / "a.jsonl"))
+    before = files(out)
+    shutil.copy(out / "meta.json", out / "progress.json")
+    (out / DOWNLOADS).mkdir()
+    (out / DOWNLOADS / "a.parquet").write_bytes(b"half")
+    prepare(config(out, tmp_path / "a.jsonl"))
+    assert files(out) == before and not (out / DOWNLOADS).exists()
+
+
+def test_a_few_tokens_do_not_cut_an_article(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 999}] * 200)
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", max_tokens=5_050))
+    meta = read_meta(tmp_path / "out")
+    assert sum(split["tokens"] for split in meta["splits"].values()) == 6_000
+
+
+def test_overwriting_a_folder_without_tokens_takes_other_flags(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*make_articles(3000), {"no": "text"}])
+    with pytest.raises(UserError, match="line 3001"):
+        prepare(config(tmp_path / "out", tmp_path / "a.jsonl"))
+    assert (tmp_path / "out" / "progress.json").exists()
+    write_jsonl(tmp_path / "a.jsonl", make_articles(3000))
+    prepare(config(tmp_path / "out", tmp_path / "a.jsonl", overwrite=True, val_fraction=0.1, shard_tokens=5_000))
+    assert read_meta(tmp_path / "out")["val_fraction"] == 0.1
+
+
+def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
+    positions = []
+    monkeypatch.setattr(progress.Display, "update", lambda self, position: positions.append(position))
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        write_jsonl(tmp_path / "in" / f"{n}.jsonl", make_articles(60, seed=n))
+    prepare(config(tmp_path / "out", tmp_path / "in"))
+    total = sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+    assert positions == sorted(positions) and positions[-1] == total

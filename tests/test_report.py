@@ -197,3 +197,32 @@ def test_utilisation_is_shown_for_known_gpus_only(monkeypatch):
     assert report.utilisation(1_000_000, 165_200_000, dataclasses.replace(known, dtype=torch.float32)) == ""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Tomorrow")
     assert report.utilisation(1_000_000, 165_200_000, known) == ""
+
+
+def startup(state=None, **changes):
+    cfg = dataclasses.replace(TrainConfig(), **changes)
+    with torch.device("meta"):
+        model = GPT(cfg.model)
+    split = {"tokens": 10**8, "articles": 1_000, "bytes": 1, "shards": []}
+    meta = {"splits": {"train": split, "val": split}, "tokenizer": "gpt2", "source": {}}
+    run = Run(cfg, meta, MACHINE, SimpleNamespace(epoch_tokens=10**8), SimpleNamespace(tokens=2**20))
+    return " ".join(report.startup(run, TrainState(model, None, None, **(state or {})), "off").split())
+
+
+def test_the_tokens_of_a_resumed_run_are_those_seen_and_those_to_come():
+    assert " 1,920 tokens, " in startup({"iter": 5, "tokens": 640}, max_iters=10, tokens_per_iter=256, batch_size=1)
+
+
+def test_a_smaller_micro_batch_is_explained():
+    assert "batch_size 48 -> 32: it must divide the 256 sequences a process" in startup(batch_size=48)
+    assert "batch_size" not in startup()
+
+
+def test_the_time_left_is_that_of_the_iterations_left():
+    cfg = dataclasses.replace(TrainConfig(), max_iters=20)
+    status = report.page_status(cfg, TrainState(None, None, None, iter=5, seconds=10.0), running=True)
+    assert "about 30 s left" in status
+
+
+def test_the_perplexity_of_a_diverged_run_is_a_number():
+    assert math.isfinite(report.validation_row(1e4, META)["perplexity"])

@@ -37,9 +37,9 @@ def test_a_run_is_never_overwritten_unasked(data_dir, tmp_path, straight):
     assert not (tmp_path / "none").exists()
     with pytest.raises(UserError, match=f"one of these: .*{re.escape(str(straight))}"):  # a forgotten --preset
         train.train(tiny(data_dir, straight.parent / "none", resume=True))
-    with pytest.raises(UserError, match=f"is a file; give its folder, {re.escape(str(straight))}$"):
+    with pytest.raises(UserError, match=f"is a file; give a folder, such as {re.escape(str(straight))}$"):
         train.train(tiny(data_dir, straight / "last.pt", resume=True))
-    with pytest.raises(UserError, match=f"is a file; give its folder, {re.escape(str(straight))}$"):
+    with pytest.raises(UserError, match=f"is a file; give a folder, such as {re.escape(str(straight))}$"):
         resume_settings(dataclasses.replace(tiny(data_dir, straight / "best.pt"), eval_only=True))
     train.train(tiny(data_dir, tmp_path, max_iters=1))
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}

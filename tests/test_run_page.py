@@ -260,3 +260,9 @@ def test_a_new_run_begins_with_an_empty_page(text_data, tmp_path):
     train.train(tiny(text_data, tmp_path, max_iters=8))
     train.train(tiny(text_data, tmp_path, max_iters=1, overwrite=True))
     assert [view["iter"] for view in parsed(tmp_path / "run.html").data["views"]] == [0, 1]
+
+
+def test_a_folders_name_cannot_change_the_page(data_dir, tmp_path):
+    train.train(tiny(data_dir, tmp_path / "a<img src=x>b", max_iters=1))
+    page = parsed(tmp_path / "a<img src=x>b" / "run.html")
+    assert "img" not in {tag for tag, _ in page.tags} and "a<img src=x>b" in page.text

@@ -10,6 +10,7 @@ from articles import command, config, files, make_articles, texts, write_jsonl
 from conftest import assert_user_error, run_script
 
 from internals.articles import is_held_out
+from internals.progress import Progress
 from internals.shards import ShardWriter, read_meta
 from internals.start import UserError
 from internals.windows import TokenStream
@@ -293,3 +294,9 @@ def test_a_stop_while_the_split_changes(tmp_path, monkeypatch, owner, method, ca
             prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
     prepare(config(tmp_path / "out", tmp_path / "a.jsonl", shard_tokens=50_000))
     assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_starting_again_keeps_the_commit_and_the_tokenizers():
+    noted = Progress(file=3, resolved={"commit": "c"}, tokenizers=["t"])
+    noted.start_again()
+    assert noted == Progress(tail=True, resolved={"commit": "c"}, tokenizers=["t"])

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from conftest import run_script
+from generating import BYTES
 from pages import TEXT, rows
 from torch.nn import functional as F
 
 from internals.checkpoint import load_model
-from internals.surprise import read_off, readable, surprise, token_columns, token_texts
+from internals.surprise import Surprise, read_off, readable, surprise, token_columns, token_texts
 from internals.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -90,3 +91,8 @@ def test_characters_that_tokens_cut_are_shown_whole():
         and readable(b"\xc3", b" ") == " "
         and readable(b"", b"\xe4\xb8") == "<E4 B8>"
     )
+
+
+def test_end_of_text_has_no_bytes():
+    rows = Surprise(torch.tensor([3.0, 5.0]), torch.tensor([[1], [1]]), torch.tensor([[0.5], [0.5]]))
+    assert token_columns(BYTES, [65, BYTES.eot_token, 66], [rows])["bits_per_byte"] == 8.0  # one byte follows the first

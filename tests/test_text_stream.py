@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import tiktoken
 from generating import BYTES, EOT, Forced, forced_bytes
 
 import generate
@@ -111,3 +112,10 @@ def test_json_leaves_no_control_character_for_a_terminal(capsys):
     line = capsys.readouterr().out
     assert not re.search("[\x7f-\x9f]", line) and json.loads(line)["text"] == "\x9b31m\x7f"
     assert json.loads(line)["prompt"] == "\x9b"
+
+
+def test_a_character_begun_in_the_stop_text_is_forgotten():
+    ranks = {bytes([i]): i for i in range(256)} | {b"\n\xc3": 256}
+    pairs = tiktoken.Encoding("pairs", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    stream = TextStream(pairs, ["\n"])
+    assert not stream.push(ord("a")) and stream.push(256) and stream.text == "a"

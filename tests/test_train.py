@@ -246,3 +246,15 @@ def test_every_field_is_read():
     code = "\n".join(file.read_text(encoding="utf-8") for file in files)
     for field in dataclasses.fields(TrainConfig):
         assert re.search(rf"\b(cfg|self)\.{field.name}\b", code), field.name
+
+
+def test_the_text_of_each_evaluation_has_a_seed_of_its_own(data_dir, tmp_path, monkeypatch):
+    seeds = []
+
+    def spy(*args, generator, **options):
+        seeds.append(generator.initial_seed())
+        return [""]
+
+    monkeypatch.setattr(train, "generate_text", spy)
+    train.train(tiny(data_dir, tmp_path, max_iters=8, seed=5))
+    assert seeds == [5, 13]

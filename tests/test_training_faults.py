@@ -1,5 +1,6 @@
 """A fault during training costs nothing that was saved: full disks, and files that cannot be read or written."""
 
+import math
 import os
 
 import pytest
@@ -9,6 +10,8 @@ from runs import assert_same_checkpoints, assert_same_end, full_disk, metrics, s
 
 import train
 from internals import checkpoint, report, samples
+from internals.machine import make_machine
+from internals.run import Run, TrainState
 from internals.start import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -159,3 +162,20 @@ def test_sample_text_that_fails_costs_one_line(data_dir, tmp_path, monkeypatch, 
     train.train(tiny(data_dir, tmp_path))
     assert "no sample text: CUDA out of memory." in capsys.readouterr().out
     assert_same_end(tmp_path, straight)
+
+
+def test_out_of_memory_names_the_processes_that_hold_the_card(data_dir, tmp_path, monkeypatch):
+    def fail(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train, "held_by_others", lambda share: "others hold 23 of 24 GiB")
+    with pytest.raises(UserError, match=r"^out of memory; others hold 23 of 24 GiB$"):
+        train.main(tiny(data_dir, tmp_path))
+
+
+def test_a_loss_that_is_nan_from_the_start_blames_the_model_that_the_run_started_from(data_dir, tmp_path):
+    cfg = tiny(data_dir, tmp_path, init_from="gpt2")
+    run = Run(cfg, {}, make_machine(cfg), None, None)
+    with pytest.raises(UserError, match=r"at iteration 0 is nan; check the weights of gpt2$"):
+        train.record_validation(math.nan, run, TrainState(None, None, None))
