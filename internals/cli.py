@@ -45,13 +45,12 @@ numbers = tyro.constructors.ConstructorRegistry()
 @numbers.primitive_rule
 def number_or_word(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """A number, or the one word that may stand in its place: `auto`, `None`. tyro's own message names Python's types."""
-    kinds = [type(None) if kind is None else kind for kind in parts(info.type) if not isinstance(kind, Range)]
+    kinds = [kind for kind in parts(info.type) if not isinstance(kind, Range)]
     number = next((kind for kind in kinds if kind in (int, float)), None)
-    words = {
-        "None" if kind is type(None) else kind: None if kind is type(None) else kind for kind in kinds if kind != number
-    }
-    if number is None or len(words) > 1:
+    meanings = [None if kind in (None, type(None)) else kind for kind in kinds if kind is not number]
+    if number is None or len(meanings) > 1:
         return None
+    words = {str(meaning): meaning for meaning in meanings}
 
     def parse(values: list[str]) -> int | float | str | None:
         for word, meaning in words.items():

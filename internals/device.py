@@ -166,19 +166,18 @@ def explain(complaint: str) -> Obstacle:
     if hidden is not None and "No CUDA GPUs" in complaint:
         advice = "unset it, or give it the number of a card (0 is the first)"
         return Obstacle(f"CUDA_VISIBLE_DEVICES={hidden!r} hides the cards from PyTorch", advice, True)
+    found = f"{pytorch} cannot start on a card ({complaint})"
     if "Error 804" in complaint:  # the forward compatibility of data centre cards, on another card
-        advice = "remove a container's own libcuda (often /usr/local/cuda/compat) from LD_LIBRARY_PATH, or update the host's driver"
-        return Obstacle(
-            f"{pytorch} cannot start on a card ({complaint})", f"{advice}; elsewhere restart the machine", True
-        )
+        container = "in a container, remove its own libcuda (often /usr/local/cuda/compat) from LD_LIBRARY_PATH"
+        return Obstacle(found, f"{container}, or update the host's driver; elsewhere restart the machine", True)
     if "Error 802" in complaint:  # several H100s or the like behind an NVSwitch
         advice = "wait a minute; if it stays, start nvidia-fabricmanager, or ask the machine's owner to"
-        return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
+        return Obstacle(found, advice, True)
     tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
     reload = " (after a suspend this may do: sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm)"
     restart = "restart the machine" + ("" if torch.version.hip else reload)
     advice = f"{restart}; if {tool} does not list the card then, reinstall the driver"
-    return Obstacle(f"{pytorch} cannot start on a card ({complaint})", advice, True)
+    return Obstacle(found, advice, True)
 
 
 def missing_kernels() -> Obstacle | None:

@@ -19,8 +19,9 @@ curl http://127.0.0.1:8080/v1/completions -d '{"prompt": "$prompt", "max_tokens"
 ```
 
 A prompt and its continuation have $context tokens at most. `llama-server` stops there. In other programs, such as
-llama-cpp-python, limit `max_tokens`: beyond the context llama.cpp ends the whole process. llama-cpp-python 0.3.36 leaves tokens of more than 32
-bytes (long words of many scripts) out of its text, unless it is given the tokenizer of an export in Hugging Face format."""
+llama-cpp-python, limit `max_tokens`: beyond the context llama.cpp ends the whole process. llama-cpp-python 0.3.36 leaves
+tokens of more than 32 bytes (long words in many scripts) out of its text, unless it is given the tokenizer of an export in
+Hugging Face format."""
 
 
 # llama.cpp's names for a tensor's dtype, and for a file whose matrices have it

@@ -74,6 +74,7 @@ def run_page(
         "bits_per_nat": round(bits_per_nat(run.meta), 5),
         "views": [{"label": f"iteration {row['iter']:,}", **row} for row in samples],
     }
+    falls = run.cfg.final_lr < run.cfg.learning_rate and run.cfg.max_iters > 1
     body = BODY.format(
         title=html.escape(title),
         state="finished" if finished else "running" if due else "stopped",
@@ -83,9 +84,7 @@ def run_page(
         blind=math.log(run.cfg.model.vocab_size),
         last=max(0, len(samples) - 1),
         prompt=prompt_of(samples, run.cfg.sample_prompt),
-        rate=(RISING if run.cfg.warmup else FALLING)
-        if run.cfg.final_lr < run.cfg.learning_rate and run.cfg.max_iters > 1
-        else "",
+        rate=(RISING if run.cfg.warmup else FALLING) if falls else "",
         reference=OTHER_ARTICLES if reference and not reference.same_text else "",
         expected=html_page.EXPECTED,
         **SAMPLE,

@@ -72,7 +72,7 @@ def begin() -> None:
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if is_closed_pipe(error):  # the reader of --help has seen enough
             os._exit(0)
-        if getattr(error, "errno", None) == errno.ENOSPC:  # --help into a file
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:  # --help into a file
             error = UserError("stdout cannot be written: the disk is full; make room")
         status = report_end(error, interrupted="Stopped.")
         if status is None:
