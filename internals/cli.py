@@ -166,7 +166,10 @@ def with_preset(cls: Callable[..., C], preset: str) -> C:
             values["model"] = with_preset(ModelConfig, preset)
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"config.py: {error}") from error
+        new = (
+            "; add a new preset's name to the type of Preset.preset, too" if str(error).startswith("--preset ") else ""
+        )
+        raise UserError(f"config.py: {error}{new}") from error
 
 
 def preset_values(preset: str) -> dict[str, Any]:

@@ -279,6 +279,14 @@ def test_a_refused_command_line_gets_a_hint(capsys, monkeypatch, cls, args, hint
         assert found == ([f"hint: {hint}"] if hint and rank == "0" else [])
 
 
+def test_a_new_preset_whose_type_does_not_name_it_is_told_so(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", {"n_layer": 2})
+    with pytest.raises(
+        UserError, match=r"^config\.py: --preset 'tiny': must be .*; add a new preset's name to the type of Preset"
+    ):
+        parse(TrainConfig, "", ["--preset", "tiny"])
+
+
 def test_a_home_folder_is_expanded_and_an_empty_path_refused(monkeypatch, capsys):
     for name in ("HOME", "USERPROFILE"):  # Windows reads the latter
         monkeypatch.setenv(name, "/home/somebody")
