@@ -20,6 +20,7 @@ HABITS = {
 }
 # A hyphen, dash or minus sign from a web page or a word processor, or a single hyphen before a word
 NOT_TWO_HYPHENS = re.compile("[\u2010-\u2015\u2212]|-[A-Za-z]{2}")
+LIKE_A_FLAG = re.compile(r"-(?![\d.])")  # a negative number is taken as a value
 TRUTH = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
@@ -34,7 +35,7 @@ def hints(args: Sequence[str], flags: Collection[str], switches: Collection[str]
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
         name, _, value = arg.partition("=")
         flag = name.replace("_", "-")
-        if before in flags and before not in switches and arg.startswith("-") and flag not in flags:
+        if before in flags and before not in switches and LIKE_A_FLAG.match(arg) and flag not in flags:
             yield f"hint: a value that begins with a hyphen needs an equals sign: {before}={arg}"
         elif NOT_TWO_HYPHENS.match(arg):
             yield f"hint: {arg}: a flag begins with two plain hyphens: --{arg.lstrip('-‐‑‒–—―−')}"

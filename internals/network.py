@@ -82,12 +82,10 @@ def refuse_local_failure(what: str, error: Exception) -> None:
             f"{what}: ALL_PROXY, HTTPS_PROXY or HTTP_PROXY names a SOCKS proxy; pip install socksio pysocks, or name an HTTP "
             "proxy"
         ) from error
-    if "determine home directory" in str(
-        error
-    ):  # pathlib's words, for a user of a container who has neither HOME nor a name
-        raise UserError(
-            f"{what}: this user has no home folder; set HF_HOME to a folder that you can write to"
-        ) from error
+    # pathlib's words: in a container, a user may have neither HOME nor a name
+    if "determine home directory" in str(error):
+        advice = "set HF_HOME to a folder that you can write to"
+        raise UserError(f"{what}: this user has no home folder; {advice}") from error
     cause = system_error(error)
     if cause is None or cause.errno is None:
         return

@@ -34,13 +34,9 @@ class ParquetReader(Reader):
     def columns(self, file: pq.ParquetFile) -> list[str]:
         """The columns to read."""
         have, text = file.schema_arrow.names, self.options.text_column
-        texts = [field.name for field in file.schema_arrow if is_text(field.type)]
         if text not in have:
-            advice = (
-                f"give --text-column one of: {', '.join(texts)}"
-                if texts
-                else "none of its columns is text; leave it out"
-            )
+            texts = ", ".join(field.name for field in file.schema_arrow if is_text(field.type))
+            advice = f"give --text-column one of: {texts}" if texts else "none of its columns is text; leave it out"
             raise UserError(f"{self.name}: has no column {text!r}; {advice}")
         for name in self.names:
             if have.count(name) > 1:

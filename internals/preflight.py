@@ -250,10 +250,8 @@ def sanity_advice(run: Run, state: TrainState) -> list[str]:
             f"n_inner {model.n_inner:,} is {model.n_inner / model.n_embd:.2g} times n_embd {model.n_embd:,} (GPT-2 "
             f"uses 4 times); give --n-inner {wide}"
         )
-    head = model.n_embd // model.n_head
-    if (
-        is_new and not cfg.init_from and run.machine.device.type == "cuda" and head % 8
-    ):  # a T4 then writes attention out
+    head = model.n_embd // model.n_head  # on a T4, PyTorch has no fused attention for other than multiples of 8
+    if is_new and not cfg.init_from and run.machine.device.type == "cuda" and head % 8:
         wider = math.ceil(head / 8) * 8 * model.n_head
         advice.append(f"heads of {head} dimensions: a GPU is faster with a multiple of 8; give --n-embd {wider}")
     if cfg.learning_rate > 0.03:

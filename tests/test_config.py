@@ -267,6 +267,7 @@ def test_a_word_in_place_of_a_number_may_be_written_in_any_case():
         (GenerateConfig, ["--start=Once"], "--start is called otherwise here: --prompt; for a file, --prompt - < FILE"),
         (GenerateConfig, ["--prompt", "-x"], "a value that begins with a hyphen needs an equals sign: --prompt=-x"),
         (GenerateConfig, ["--top-k", "many"], None),
+        (TrainConfig, ["--max-iters", "-5"], None),
     ],
 )
 def test_a_refused_command_line_gets_a_hint(capsys, monkeypatch, cls, args, hint):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import REPO, run_script
 from runs import assert_same_end, metrics, tiny
-from runs import flags as run_flags
 from two_processes import flags, run_both, torchrun, with_fault
 
 import train
@@ -255,7 +254,5 @@ def test_stopped_by_a_signal_two_processes_resume_exactly(data_dir, tmp_path, tw
 def test_the_processes_may_name_their_copies_of_the_data_differently(data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "copy")
     elsewhere = f"sys.argv += ['--data-dir={tmp_path / 'copy'}'] * RANK"
-    result = run_both(
-        *run_flags(data_dir, tmp_path / "run", max_iters=1, batch_size=2), script=with_fault(tmp_path, elsewhere)
-    )
+    result = run_both(*flags(data_dir, tmp_path / "run", max_iters=1), script=with_fault(tmp_path, elsewhere))
     assert result.returncode == 0, result.stderr
